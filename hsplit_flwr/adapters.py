@@ -1,0 +1,94 @@
+"""LoRA adapters on a segment, through PEFT: put in, start afresh, read out."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.lora import LoraFactors, LoraSpec, init_lora_A
+from hsplit_flwr.plan import derive_seed
+from hsplit_flwr.segments import Segment
+
+ADAPTER = "default"
+
+
+class SegmentAdapters:
+    """The LoRA adapters of one segment. Everything else in the segment is frozen.
+
+    Args:
+        segment: receives the adapters (PEFT replaces its linear layers in place).
+        spec: ranks and alphas per module.
+        module_names: whole-model names that may get an adapter; default: every linear layer of the segment.
+
+    Raises:
+        ConfigError: a target matches nothing, or a rank is above what its matrix can use.
+    """
+
+    def __init__(self, segment: Segment, spec: LoraSpec, module_names: Iterable[str] | None = None) -> None:
+        linears = segment.linear_modules()
+        names = spec.targets(linears if module_names is None else module_names)
+        for name in names:
+            limit = min(linears[name].weight.shape)
+            if spec.rank(name) > limit:
+                raise ConfigError(
+                    f"Expected a rank of at most {limit} for {name}, found {spec.rank(name)}. Lower r or rank_pattern."
+                )
+        self._layers = _inject(segment, spec, names) if names else {}
+
+    @property
+    def module_names(self) -> list[str]:
+        """Whole-model names of the adapted modules, in the order of the model."""
+        return list(self._layers)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors: A and B of every module, in the order of `module_names`."""
+        return [p for layer in self._layers.values() for p in _pair(layer)]
+
+    def reset(self, seed: int) -> None:
+        """Start afresh: B = 0, A by `seed` and the module's name (so that it does not depend on who holds what)."""
+        for name, layer in self._layers.items():
+            A, B = _pair(layer)
+            A.data.copy_(init_lora_A(A.shape[0], A.shape[1], derive_seed(seed, name)))
+            B.data.zero_()
+            A.grad = B.grad = None
+
+    def factors(self) -> dict[str, LoraFactors]:
+        """Copies of the adapters by module name, float32 on the CPU."""
+        return {
+            name: LoraFactors(_copy(A), _copy(B), float(layer.scaling[ADAPTER]))
+            for name, layer in self._layers.items()
+            for A, B in [_pair(layer)]
+        }
+
+
+def _inject(segment: Segment, spec: LoraSpec, names: list[str]) -> dict[str, nn.Module]:
+    import peft  # 2.4 s to import: only processes that train pay for it
+
+    local = {segment.local_name(name): name for name in names}
+    config = peft.LoraConfig(
+        r=1,
+        lora_alpha=1,
+        target_modules=list(local),
+        rank_pattern={f"^{_literal(key)}": spec.rank(name) for key, name in local.items()},
+        alpha_pattern={f"^{_literal(key)}": spec.scaling(name) * spec.rank(name) for key, name in local.items()},
+        fan_in_fan_out=not all(isinstance(layer, nn.Linear) for layer in segment.linear_modules().values()),
+    )
+    peft.inject_adapter_in_model(config, segment.model, adapter_name=ADAPTER)
+    layers = {name: segment.model.get_submodule(key) for key, name in local.items()}
+    for layer in layers.values():
+        for parameter in _pair(layer):
+            parameter.data = parameter.data.float()
+    return layers
+
+
+def _literal(name: str) -> str:
+    return name.replace(".", r"\.")
+
+
+def _pair(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # type: ignore[index, union-attr, return-value]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

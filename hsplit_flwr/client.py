@@ -1,0 +1,205 @@
+"""The Flower face of a client: a `NumPyClient` that trains the head of its plan against the Strategy's tail.
+
+One Flower `fit` is one round: load the head, bring its weights up to date, stream the steps, return the adapters.
+Between rounds a client keeps its copy of the weight delta in Flower's ``context.state``. Losing it costs bytes, not
+the run: the client says which version it holds, and the tail sends what is missing.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context
+from flwr.client import NumPyClient
+
+from hsplit_flwr.adapters import SegmentAdapters
+from hsplit_flwr.client_head import Batch, score_head, train_head
+from hsplit_flwr.delta_log import DeltaReplica, DeltaUpdate
+from hsplit_flwr.deltas import WeightDelta
+from hsplit_flwr.errors import AggregationError, ConfigError
+from hsplit_flwr.global_model import linear_shapes, merge_delta
+from hsplit_flwr.model_files import ModelFiles
+from hsplit_flwr.plan import Mode, RoundTask
+from hsplit_flwr.segments import Segment, load_segment
+from hsplit_flwr.tail_client import RemoteTail
+from hsplit_flwr.wire import DTYPES
+
+TASK_KEY = "hsplit-task"
+CLIENTS_KEY = "hsplit-clients"
+CONCURRENCY_KEY = "hsplit-concurrency"
+_FRAME_MARGIN_BYTES = 1 << 20
+_log = logging.getLogger("hsplit_flwr")
+
+NDArrays = list[Any]
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's data: batches of `input_ids`, `attention_mask`, `labels` (B, T), labels -100 where no loss."""
+
+    train: Callable[[int], Iterable[Batch]] | Iterable[Batch]
+    """At least ``local_steps`` batches per round. A callable gets the run step to start from, so that a client which is
+    built anew every round goes on where it stopped; an iterable starts again every round."""
+    evaluate: Iterable[Batch] = ()
+    """Held-out batches for the federated evaluation"""
+
+    def training_batches(self, first_step: int) -> Iterable[Batch]:
+        """Batches from run step `first_step` on."""
+        return self.train(first_step) if callable(self.train) else self.train
+
+
+class HSplitLoRAClient(NumPyClient):
+    """A client of `HSplitLoRAStrategy`.
+
+    Args:
+        model: hub name, local folder or GGUF file; must be the Strategy's.
+        data: the client's data, or a function from client id to data where one node hosts several clients.
+        context: Flower's context, as `client_fn` gets it.
+        client_ids: the clients this node hosts (default: one, named by ``partition-id`` or the node id).
+        dtype: of the frozen weights: fp32, bf16 or fp16.
+        device: ``auto`` takes a GPU if this process was given one.
+        root_certificates: PEM file of the authority behind the tail's certificate; None: no TLS.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        data: ClientData | Callable[[str], ClientData],
+        context: Context,
+        *,
+        client_ids: Sequence[str] | None = None,
+        dtype: str = "fp32",
+        device: str = "auto",
+        root_certificates: str | Path | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"Expected dtype in {sorted(DTYPES)}, found {dtype!r}.")
+        self._files = ModelFiles.resolve(model)
+        self._data = data
+        self._context = context
+        self._client_ids = list(client_ids or [default_client_id(context)])
+        self._dtype = DTYPES[dtype]
+        self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self._root_certificates = Path(root_certificates).read_bytes() if root_certificates else None
+
+    def get_properties(self, config: Config) -> Config:
+        """Who lives here, and how many clients the simulation runs at a time (0: a real deployment)."""
+        return {CLIENTS_KEY: json.dumps(self._client_ids), CONCURRENCY_KEY: _simulation_concurrency()}
+
+    def fit(self, parameters: NDArrays, config: Config) -> tuple[NDArrays, int, Config]:
+        """One round of training; returns A and B of every adapted module in model order, and figures.
+
+        Raises:
+            ConfigError: not a task of `HSplitLoRAStrategy`, or data that does not fit.
+            ExchangeError: the tail refused a frame or could not be reached.
+        """
+        task, head = self._start(config, "train")
+        started = time.perf_counter()
+        with self._open_tail(task, head) as tail:
+            self._update_weights(task, head, tail)
+            adapters = SegmentAdapters(head, task.plan.lora, head.linear_modules())
+            adapters.reset(task.adapter_seed)
+            load_s = time.perf_counter() - started
+            batches = self._client_data(task.client).training_batches(task.first_step)
+            report = train_head(head, adapters, batches, tail, task.training, task.first_step)
+        arrays = [f.numpy() for factors in adapters.factors().values() for f in (factors.A, factors.B)]
+        figures: Config = {
+            "client": task.client,
+            "loss": float(np.mean(report.losses)),
+            "load_s": load_s,
+            "compute_s": report.compute_s,
+            "exchange_s": report.exchange_s,
+        }
+        return arrays, report.tokens, figures
+
+    def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Config]:
+        """Score the held-out batches: head here, tail on the server, no gradients."""
+        task, head = self._start(config, "evaluate")
+        with self._open_tail(task, head) as tail:
+            self._update_weights(task, head, tail)
+            score = score_head(head, self._client_data(task.client).evaluate, tail)
+        return score.nll / max(1, score.tokens), score.tokens, {"client": task.client}
+
+    def _start(self, config: Config, mode: Mode) -> tuple[RoundTask, Segment]:
+        task = RoundTask.from_json(str(config.get(TASK_KEY, "")))
+        if task.mode != mode or task.client not in self._client_ids:
+            raise ConfigError(
+                f"Expected a task to {mode} one of the clients {self._client_ids}, "
+                f"found one to {task.mode} {task.client!r}."
+            )
+        return task, load_segment(self._files, 0, task.plan.cut, dtype=self._dtype, device=self._device)
+
+    def _open_tail(self, task: RoundTask, head: Segment) -> RemoteTail:
+        largest = max(4 * rows * columns for rows, columns in linear_shapes(head).values())
+        limit = max(task.max_frame_bytes, largest + _FRAME_MARGIN_BYTES)
+        return RemoteTail(task, limit, self._root_certificates)
+
+    def _client_data(self, client: str) -> ClientData:
+        return self._data(client) if callable(self._data) else self._data
+
+    def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail) -> None:
+        shapes = linear_shapes(head)
+        state = DeltaState(self._context, task.run, task.client)
+        replica = state.load(shapes)
+        have = replica.version or 0
+        version, whole, tensors = tail.fetch_delta(have)
+        base = None if whole else have
+        replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
+        merge_delta(head, self._files, replica.total, replica.total.names())
+        state.save(replica)
+
+
+class DeltaState:
+    """A client's copy of the weight delta in Flower's ``context.state``, with the version it has."""
+
+    def __init__(self, context: Context, run: str, client: str) -> None:
+        self._state = context.state
+        self._run = run
+        self._arrays_key = f"hsplit-delta-{client}"
+        self._version_key = f"hsplit-version-{client}"
+
+    def load(self, shapes: dict[str, tuple[int, int]]) -> DeltaReplica:
+        """The kept replica; an empty one if there is none, or it is of another run or another cut."""
+        record, arrays = self._state.get(self._version_key), self._state.get(self._arrays_key)
+        if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+            return DeltaReplica()
+        if record["run"] != self._run or record["modules"] != len(shapes):
+            return DeltaReplica()
+        tensors = {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+        try:
+            total = WeightDelta.from_tensors(tensors, shapes)
+        except AggregationError as error:
+            _log.warning("client state %s is not usable, asking for the whole: %s", self._arrays_key, error)
+            return DeltaReplica()
+        return DeltaReplica(int(record["version"]), frozenset(shapes), total)  # type: ignore[arg-type]
+
+    def save(self, replica: DeltaReplica) -> None:
+        """Keep `replica` for the next round."""
+        figures = {"run": self._run, "version": replica.version or 0, "modules": len(replica.names)}
+        self._state[self._version_key] = ConfigRecord(figures)
+        self._state[self._arrays_key] = ArrayRecord(
+            {name: Array(tensor.numpy()) for name, tensor in replica.total.to_tensors().items()}
+        )
+
+
+def default_client_id(context: Context) -> str:
+    """``partition-id`` of the node's config where there is one (simulations set it), else the node id."""
+    return str(context.node_config.get("partition-id", context.node_id))
+
+
+def _simulation_concurrency() -> int:
+    """How many clients Flower's simulation runs at a time (its actor pool's size); 0 outside of a simulation."""
+    ray = sys.modules.get("ray")  # never import it here: a deployed client has no use for it
+    if ray is None or not ray.is_initialized():
+        return 0
+    mine = ray.get_runtime_context().get_assigned_resources()
+    pools = [int(total // mine[name]) for name, total in ray.cluster_resources().items() if mine.get(name)]
+    return max(1, min(pools, default=1))

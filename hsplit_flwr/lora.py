@@ -1,0 +1,135 @@
+"""LoRA as data: what to train (`LoraSpec`) and what was trained (`LoraFactors`). No PEFT, no model.
+
+Terms are PEFT's. A *module name* is always that of the whole model (``model.layers.3.self_attn.q_proj``),
+also where a process holds only a segment of it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hsplit_flwr.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """One trained adapter: its module's weight changes by ``scaling * B @ A``.
+
+    Always in ``nn.Linear`` orientation (a GPT-2 ``Conv1D`` weight is the transpose of this).
+    """
+
+    A: Tensor
+    """(r, d_in), float32"""
+    B: Tensor
+    """(d_out, r), float32"""
+    scaling: float
+    """``lora_alpha / r``"""
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """The dense update ``scaling * B @ A`` (d_out, d_in)."""
+        return self.scaling * (self.B @ self.A)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which linear layers of a block get an adapter, and of what rank and alpha.
+
+    ``rank_pattern`` and ``alpha_pattern`` work as in PEFT: a key is a regular expression for the end of a module
+    name, the first match wins, otherwise ``r`` and ``lora_alpha`` hold. Rank 0 means no adapter there.
+    ``target_modules`` is ``"all-linear"`` (every linear layer of a block) or a tuple of module-name endings.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ranks = [self.r, *self.rank_pattern.values()]
+        if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
+            raise ConfigError(f"Expected LoRA ranks to be integers >= 0, found {ranks}. Use 0 for 'no adapter'.")
+        alphas = [self.lora_alpha, *self.alpha_pattern.values()]
+        if any(not alpha > 0 for alpha in alphas):
+            raise ConfigError(f"Expected every lora_alpha to be > 0, found {alphas}.")
+        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
+            object.__setattr__(self, "target_modules", (self.target_modules,))
+
+    def targets(self, module_names: Iterable[str]) -> list[str]:
+        """Those of `module_names` that the spec trains (rank > 0), in the given order.
+
+        Raises:
+            ConfigError: a target matches no module.
+        """
+        names = list(module_names)
+        if isinstance(self.target_modules, str):
+            chosen = names
+        else:
+            endings = self.target_modules
+            chosen = [n for n in names if any(n == e or n.endswith(f".{e}") for e in endings)]
+            missing = [e for e in endings if not any(n == e or n.endswith(f".{e}") for n in names)]
+            if missing:
+                leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
+                raise ConfigError(
+                    f"Expected target_modules among the linear layers {leaves}, found {missing}. "
+                    f"Use one of those names or {ALL_LINEAR!r}."
+                )
+        return [n for n in chosen if self.rank(n) > 0]
+
+    def rank(self, module_name: str) -> int:
+        """The rank of the adapter on `module_name` (0: none)."""
+        return _first_match(self.rank_pattern, module_name, self.r)
+
+    def scaling(self, module_name: str) -> float:
+        """The scaling ``lora_alpha / r`` of the adapter on `module_name`."""
+        return _first_match(self.alpha_pattern, module_name, self.lora_alpha) / self.rank(module_name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form; `from_dict` takes it back."""
+        targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
+        return {
+            "r": self.r,
+            "lora_alpha": self.lora_alpha,
+            "target_modules": targets,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LoraSpec":
+        """The spec that `to_dict` wrote.
+
+        Raises:
+            ConfigError: unknown or missing keys.
+        """
+        expected = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
+        if set(data) != expected:
+            raise ConfigError(f"Expected a LoRA spec with the keys {sorted(expected)}, found {sorted(data)}.")
+        targets = data["target_modules"]
+        return cls(**{**data, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
+
+
+def _first_match(pattern: Mapping[str, Number], module_name: str, default: Number) -> Number:
+    for key, value in pattern.items():
+        if re.fullmatch(rf"(.*\.)?({key})", module_name):
+            return value
+    return default
+
+
+def init_lora_A(rank: int, in_features: int, seed: int) -> Tensor:
+    """A fresh A (rank, in_features), float32: Kaiming-uniform with a = sqrt(5), as PEFT and nn.Linear start it."""
+    bound = in_features**-0.5
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)

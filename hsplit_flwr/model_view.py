@@ -1,0 +1,117 @@
+"""Views of a model: cheap copies that share its modules, with some of them replaced.
+
+A view lives for one forward pass. What that pass needs (the activations that enter, where it ends) is in the view, so
+the model itself never changes and several threads may run it at once.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+
+def path_to(name: str) -> list[str]:
+    """The name of every module from the root ('') to `name`: ['', 'model', 'model.layers']."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts) + 1)]
+
+
+def graft(root: nn.Module, replacements: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of `root` with the submodules named in `replacements` replaced; all others are shared.
+
+    Only the modules on the way to a replacement are copied, and those shallowly: no tensor is.
+    """
+    clone = copy.copy(root)
+    clone._modules = dict(root._modules)
+    nested: dict[str, dict[str, nn.Module]] = {}
+    for name, replacement in replacements.items():
+        child, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(child, {})[rest] = replacement
+        else:
+            clone._modules[child] = replacement
+    for child, inner in nested.items():
+        original = root._modules[child]
+        assert original is not None
+        clone._modules[child] = graft(original, inner)
+    return clone
+
+
+def set_view_config(view: nn.Module, blocks: str, start: int, stop: int) -> None:
+    """Gives the modules on the path to the blocks of a `view` a config of the blocks [start, stop) alone.
+
+    `start` and `stop` count blocks of the whole model, which the present config describes. Models loop over
+    ``layers[: config.num_hidden_layers]`` and look up ``config.layer_types[i]`` by position.
+    """
+    *path, _ = (view.get_submodule(name) for name in path_to(blocks))
+    whole = path[-1].config
+    assert isinstance(whole, PretrainedConfig)
+    num_blocks = whole.num_hidden_layers
+    cut = copy.copy(whole)
+    # Into __dict__: an assignment would be validated by itself, while the lengths must change together.
+    cut.__dict__[whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = stop - start
+    for key, value in vars(whole).items():
+        if "layer" in key and isinstance(value, list | tuple) and len(value) == num_blocks:
+            cut.__dict__[key] = value[start:stop]
+    for module in path:
+        if getattr(module, "config", None) is whole:
+            module.config = cut
+
+
+class LastBlockDone(Exception):  # noqa: N818  (a signal, not an error)
+    """Ends a pass early. Unlike a hook it skips the final norm, the LM head and whatever else a class does there."""
+
+    def __init__(self, hidden_BTH: Tensor) -> None:
+        super().__init__()
+        self.hidden_BTH = hidden_BTH
+
+
+class _WrappedBlock(nn.Module):
+    """Wraps a block; what models read from their blocks, such as ``attention_type``, shows through."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+
+class EntryBlock(_WrappedBlock):
+    """A view's first block: takes the smashed activations in place of the hidden states computed before it.
+
+    A wrapper, not a pre-hook: under gradient checkpointing hooks run again in the backward pass.
+    """
+
+    def __init__(self, block: nn.Module, smashed_BTH: Tensor) -> None:
+        super().__init__(block)
+        self._smashed_BTH = smashed_BTH
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own output."""
+        if "hidden_states" in kwargs:
+            return self.block(*args, **{**kwargs, "hidden_states": self._smashed_BTH})
+        return self.block(self._smashed_BTH, *args[1:], **kwargs)
+
+
+class ExitBlock(_WrappedBlock):
+    """A view's last block, where the model has more."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises `LastBlockDone` with the block's hidden states (B, T, H)."""
+        output = self.block(*args, **kwargs)
+        raise LastBlockDone(output[0] if isinstance(output, tuple) else output)
+
+
+class Absent(nn.Module):
+    """In place of a module that a segment or view lacks; its result must have the right form, not the right value."""
+
+    def forward(self, first: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+        """Activations as they are; for indices (an embedding) a zero, which adds to any activations."""
+        return first if first.is_floating_point() else torch.zeros((), device=first.device)

@@ -1,0 +1,68 @@
+"""What it takes to repeat a run: versions, the commit and the command."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "transformers", "peft", "flwr", "hsplit_flwr")
+SECRET_WORDS = ("token", "secret", "password", "key")
+GIT_SECONDS = 10
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of Python and of the packages a result depends on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str | None:
+    """The git commit this package is checked out at; None from an installed copy or without git.
+
+    Only a checkout that tracks this very file counts: a virtual environment may lie in another repository.
+    """
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None
+    return _git(here.parent, "rev-parse", "HEAD")
+
+
+def command() -> str:
+    """The command of this process as one shell line, without folders of the machine and without secrets.
+
+    Flower hands its app processes a one-time token as an argument.
+    """
+    words = [Path(sys.orig_argv[0]).name]
+    hidden = False
+    for word in sys.orig_argv[1:]:
+        option, equals, _ = word.partition("=")
+        secret = option.startswith("-") and any(part in option.lower() for part in SECRET_WORDS)
+        if hidden and not word.startswith("-"):
+            words.append("***")
+        elif secret and equals:
+            words.append(f"{option}=***")
+        else:
+            words.append(Path(word).name if Path(word).is_absolute() else word)
+        hidden = secret and not equals
+    return shlex.join(words)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=GIT_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

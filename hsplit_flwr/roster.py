@@ -1,0 +1,82 @@
+"""Which clients there are: every SuperNode is asked once who it hosts."""
+
+import json
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from flwr.common import GetPropertiesIns
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+
+from hsplit_flwr.client import CLIENTS_KEY, CONCURRENCY_KEY
+from hsplit_flwr.errors import ConfigError
+
+_log = logging.getLogger("hsplit_flwr")
+
+
+@dataclass(frozen=True)
+class _Node:
+    clients: tuple[str, ...]
+    concurrency: int
+
+
+class Roster:
+    """Client ids and the SuperNodes that host them.
+
+    Args:
+        wait_s: how long to wait for enough nodes, and for each one's answer.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+        self._nodes: dict[str, _Node] = {}
+
+    def refresh(self, client_manager: ClientManager, min_nodes: int) -> dict[str, ClientProxy]:
+        """Client id -> its node's proxy, for all connected nodes that answer.
+
+        Raises:
+            ConfigError: fewer than `min_nodes` nodes in time, nobody answered, or two nodes host the same client.
+        """
+        if not client_manager.wait_for(min_nodes, timeout=int(self._wait_s)):
+            raise ConfigError(
+                f"Expected at least {min_nodes} SuperNodes within {self._wait_s:.0f} s, found "
+                f"{client_manager.num_available()}. Start more, or lower min_nodes."
+            )
+        proxies = dict(client_manager.all())
+        self._nodes = {cid: node for cid, node in self._nodes.items() if cid in proxies}
+        new = [proxy for cid, proxy in proxies.items() if cid not in self._nodes]
+        with ThreadPoolExecutor(max_workers=max(1, len(new))) as pool:
+            for proxy, node in zip(new, pool.map(self._ask, new), strict=True):
+                if node:
+                    self._nodes[proxy.cid] = node
+        known: dict[str, ClientProxy] = {}
+        for cid, node in self._nodes.items():
+            for client in node.clients:
+                if client in known:
+                    raise ConfigError(
+                        f"Expected every client on one node, found {client!r} on two. Give each a client id of its own."
+                    )
+                known[client] = proxies[cid]
+        if not known:
+            raise ConfigError("Expected at least one SuperNode that hosts an HSplitLoRAClient, found none.")
+        return known
+
+    def concurrency(self, clients: Iterable[str]) -> int:
+        """How many of `clients` can be under way at a time."""
+        chosen = set(clients)
+        nodes = [node for node in self._nodes.values() if chosen & set(node.clients)]
+        simulated = max((node.concurrency for node in nodes), default=0)
+        return min(len(chosen), simulated or len(nodes))
+
+    def _ask(self, proxy: ClientProxy) -> _Node | None:
+        try:
+            res = proxy.get_properties(GetPropertiesIns(config={}), timeout=self._wait_s, group_id=0)
+            clients = json.loads(str(res.properties[CLIENTS_KEY]))
+            if not isinstance(clients, list) or not all(isinstance(c, str) for c in clients):
+                raise ValueError(f"{CLIENTS_KEY}={clients!r}")
+            return _Node(tuple(clients), int(str(res.properties[CONCURRENCY_KEY])))
+        except Exception as error:  # whatever a node answers must not stop the run
+            _log.warning("left out node %s: expected its client ids, found %r", proxy.cid, error)
+            return None

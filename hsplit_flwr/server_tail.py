@@ -1,0 +1,252 @@
+"""The shared tail: one set of blocks and adapters that all clients of a round train together.
+
+One step's objective is the token-weighted mean loss over the clients in the step, J = sum_i S_i / sum_i n_i, with S_i
+the summed loss and n_i the target tokens of client i. The tail takes one AdamW step on J; client i gets the gradient
+of its own mean loss S_i / n_i. Clients of equal cut and length run as one batch; groups accumulate, then one step.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hsplit_flwr.adapters import SegmentAdapters
+from hsplit_flwr.barrier import BarrierLimits, StepBarrier
+from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.exchange import ScoreReply, StepReply
+from hsplit_flwr.optimisation import Optimiser
+from hsplit_flwr.plan import TrainingConfig
+from hsplit_flwr.segments import Segment
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one tail step was: for progress and for the results."""
+
+    step: int
+    """run step (0-based) of the furthest client in it"""
+    clients: tuple[str, ...]
+    loss: float
+    """token-weighted mean over the clients, nats per token"""
+    tokens: int
+
+
+@dataclass
+class _Request:
+    client: str
+    cut: int
+    run_step: int
+    activations: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    reply: "Future[StepReply]" = field(default_factory=Future)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss per position (B, T) of next-token prediction, float32; 0 where the label to predict is -100.
+
+    Position t predicts label t+1, as in transformers' ``ForCausalLMLoss``.
+    """
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    flat = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="none")
+    return flat.view(labels.shape)
+
+
+def target_tokens(labels: Tensor) -> int:
+    """How many positions of `labels` (B, T) are predicted."""
+    return int((labels[:, 1:] != -100).sum())
+
+
+class _PoisonedError(Exception):
+    def __init__(self, clients: set[str]) -> None:
+        self.clients = clients
+
+
+def _non_finite_loss() -> ExchangeError:
+    return ExchangeError("non_finite", "Expected a finite loss, found NaN or Inf. Lower the learning rate.")
+
+
+class SharedTail:
+    """The tail in the server's process. Rounds are opened and closed; in between, sessions train or score."""
+
+    def __init__(
+        self,
+        segment: Segment,
+        adapters: SegmentAdapters,
+        config: TrainingConfig,
+        limits: BarrierLimits | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+    ) -> None:
+        self.segment = segment
+        self.adapters = adapters
+        self._config = config
+        self._limits = limits or BarrierLimits()
+        self._on_step = on_step
+        self._compute = threading.Lock()
+        self._optimiser: Optimiser | None = None
+        self._barrier: StepBarrier[_Request] | None = None
+        self._worker: threading.Thread | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tail computes."""
+        return next(self.segment.parameters()).device
+
+    def open_training(self, clients: Iterable[str], concurrency: int, adapter_seed: int) -> None:
+        """Start a training round: fresh adapters and optimiser, a barrier over `clients`."""
+        self.close_training()
+        self.adapters.reset(adapter_seed)
+        self._optimiser = Optimiser(self.adapters.parameters(), self._config)
+        self._barrier = StepBarrier(clients, concurrency, self._limits)
+        self._worker = threading.Thread(target=self._run_steps, args=(self._barrier,), name="tail-steps", daemon=True)
+        self._worker.start()
+
+    def close_training(self) -> dict[str, int]:
+        """End the round: refuse further steps, wait for the one under way. Returns dropped steps per straggler."""
+        if self._barrier is None or self._worker is None:
+            return {}
+        for request in self._barrier.close():
+            request.reply.set_exception(ExchangeError("round_closed", "The round ended before this step was taken."))
+        self._worker.join(self._limits.step_limit_s)
+        dropped = self._barrier.dropped
+        self._barrier = self._worker = None
+        return dropped
+
+    def join(self, client: str, cut: int, first_step: int) -> "LocalSession":
+        """`client` enters the open training round with a head of `cut` blocks; its step 0 is run step `first_step`."""
+        if self._barrier is None:
+            raise ExchangeError("round_closed", "Expected an open training round, found none.")
+        self._barrier.join(client)
+        return LocalSession(self, self._barrier, client, cut, first_step)
+
+    def scorer(self, client: str, cut: int) -> "LocalSession":
+        """A session that can only score."""
+        return LocalSession(self, None, client, cut, 0)
+
+    def score(self, cut: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
+        """Loss of a batch that enters before block `cut`, without gradients."""
+        labels = labels.to(self.device, torch.int64)
+        with self._compute, torch.no_grad():
+            losses = token_losses(self._logits(activations, attention_mask, cut), labels)
+        return ScoreReply(float(losses.double().sum()), target_tokens(labels))
+
+    def _logits(self, activations: Tensor, attention_mask: Tensor, cut: int) -> Tensor:
+        dtype = next(self.segment.parameters()).dtype
+        hidden = activations.to(self.device, dtype)
+        return self.segment(hidden, attention_mask.to(self.device, torch.int64), entry=cut)
+
+    def _run_steps(self, barrier: StepBarrier[_Request]) -> None:
+        while (requests := barrier.take()) is not None:
+            try:
+                with self._compute:
+                    report = self._train_without_poison(requests)
+            except Exception as error:
+                for request in requests:
+                    if not request.reply.done():
+                        request.reply.set_exception(error)
+                continue
+            if self._on_step:
+                self._on_step(report)
+
+    def _train_without_poison(self, requests: list[_Request]) -> StepReport:
+        """Train on `requests`; a client whose loss is not finite is refused alone, the others are tried again."""
+        while True:
+            try:
+                replies, report = self._train(requests)
+            except _PoisonedError as poisoned:
+                for request in requests:
+                    if request.client in poisoned.clients:
+                        request.reply.set_exception(_non_finite_loss())
+                requests = [r for r in requests if r.client not in poisoned.clients]
+                continue
+            for request in requests:
+                request.reply.set_result(replies[request.client])
+            return report
+
+    def _train(self, requests: list[_Request]) -> tuple[dict[str, StepReply], StepReport]:
+        assert self._optimiser is not None
+        self._optimiser.zero_grad()
+        total = sum(target_tokens(request.labels) for request in requests)
+        groups: dict[tuple[int, int], list[_Request]] = defaultdict(list)
+        for request in requests:
+            groups[request.cut, request.labels.shape[1]].append(request)
+        replies: dict[str, StepReply] = {}
+        for key in sorted(groups):
+            replies |= self._accumulate(groups[key], total)
+        loss = sum(r.loss * r.tokens for r in replies.values()) / max(1, total)
+        run_step = max(request.run_step for request in requests)
+        if total:
+            self._optimiser.step(run_step)
+        return replies, StepReport(run_step, tuple(replies), loss, total)
+
+    def _accumulate(self, group: list[_Request], total: int) -> Mapping[str, StepReply]:
+        """Forward and backward for clients of one cut and length; tail gradients add up over groups."""
+        dtype = next(self.segment.parameters()).dtype
+        hidden = torch.cat([r.activations for r in group]).to(self.device, dtype).requires_grad_()
+        mask = torch.cat([r.attention_mask for r in group])
+        labels = torch.cat([r.labels for r in group]).to(self.device, torch.int64)
+        losses = token_losses(self._logits(hidden, mask, group[0].cut), labels)
+        sizes = [len(r.labels) for r in group]
+        sums = torch.stack([part.sum() for part in losses.split(sizes)])
+        if not torch.isfinite(sums).all():
+            finite = torch.isfinite(sums).tolist()
+            raise _PoisonedError({r.client for r, good in zip(group, finite, strict=True) if not good})
+        (sums.sum() / max(1, total)).backward()  # type: ignore[no-untyped-call]
+        assert hidden.grad is not None
+        replies = {}
+        for request, nll, gradient in zip(group, sums.tolist(), hidden.grad.split(sizes), strict=True):
+            tokens = target_tokens(request.labels)
+            own_mean = gradient * (total / tokens) if tokens else gradient
+            replies[request.client] = StepReply(own_mean, nll / max(1, tokens), tokens)
+        return replies
+
+
+class LocalSession:
+    """A `TailSession` in the tail's own process."""
+
+    def __init__(
+        self, tail: SharedTail, barrier: StepBarrier[_Request] | None, client: str, cut: int, first_step: int
+    ) -> None:
+        self._tail = tail
+        self._barrier = barrier
+        self._client = client
+        self._cut = cut
+        self._first_step = first_step
+        self._next_step = 0
+
+    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
+        """See `TailSession`."""
+        if self._barrier is None:
+            raise ExchangeError("wrong_kind", "Expected evaluate frames in an evaluation round, found a train frame.")
+        self._expect_step(step)
+        request = _Request(self._client, self._cut, self._first_step + step, activations, attention_mask, labels)
+        self._barrier.ask(self._client, request)
+        try:
+            return request.reply.result(self._tail._limits.step_limit_s)
+        except FutureTimeoutError:
+            raise ExchangeError(
+                "step_timeout",
+                f"Expected the tail's answer within {self._tail._limits.step_limit_s} s, found none. "
+                "Raise step_limit_s or use smaller batches.",
+            ) from None
+
+    def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
+        """See `TailSession`."""
+        self._expect_step(step)
+        return self._tail.score(self._cut, activations, attention_mask, labels)
+
+    def close(self) -> None:
+        """See `TailSession`."""
+        if self._barrier is not None:
+            self._barrier.leave(self._client)
+
+    def _expect_step(self, step: int) -> None:
+        if step != self._next_step:
+            raise ExchangeError("wrong_step", f"Expected step {self._next_step}, found {step}.")
+        self._next_step += 1

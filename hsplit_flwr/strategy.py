@@ -1,0 +1,348 @@
+"""The Flower face of the server: a `Strategy` that holds the tail of the model and aggregates without noise.
+
+A round: `configure_fit` opens the tail and sends every client its task (cut, ranks, address, one-time token); clients
+stream their steps; `aggregate_fit` closes the tail, aggregates the adapters of heads and tail exactly, merges them.
+`evaluate` scores the whole model on the server's data, `configure_evaluate`/`aggregate_evaluate` score the clients'
+held-out data with heads on the clients and the tail here. Flower calls the hooks by keyword.
+
+Method: HSplitLoRA, arXiv:2505.02795.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from flwr.common import (
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    Parameters,
+    Scalar,
+    parameters_to_ndarrays,
+)
+from flwr.server.client_manager import ClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.strategy import Strategy
+
+from hsplit_flwr.adapters import SegmentAdapters
+from hsplit_flwr.aggregation import RULES, Contribution, aggregate, check_factors, token_shares
+from hsplit_flwr.barrier import BarrierLimits
+from hsplit_flwr.client import TASK_KEY
+from hsplit_flwr.client_head import Batch
+from hsplit_flwr.errors import AggregationError, ConfigError
+from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes
+from hsplit_flwr.lora import LoraFactors, LoraSpec
+from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed
+from hsplit_flwr.results import ClientRecord, RoundRecord
+from hsplit_flwr.roster import Roster
+from hsplit_flwr.segments import block_of
+from hsplit_flwr.server_tail import SharedTail, StepReport
+from hsplit_flwr.tail_service import ServiceConfig, TailService, Ticket
+
+_log = logging.getLogger("hsplit_flwr")
+FitResults = list[tuple[ClientProxy, FitRes]]
+EvaluateResults = list[tuple[ClientProxy, EvaluateRes]]
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """What a run does besides training steps."""
+
+    rule: str = "noise_free"
+    """aggregation rule, one of `aggregation.RULES`"""
+    min_nodes: int = 1
+    """a round starts once so many SuperNodes are connected"""
+    fraction_clients: float = 1.0
+    """share of the known clients that train in a round"""
+    federated_evaluation: bool = True
+    """score the clients' held-out data after every round"""
+    round_limit_s: float = 600.0
+    """longest a client's stream may last"""
+    wait_for_nodes_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ConfigError(f"Expected an aggregation rule among {sorted(RULES)}, found {self.rule!r}.")
+        if not 0 < self.fraction_clients <= 1:
+            raise ConfigError(f"Expected 0 < fraction_clients <= 1, found {self.fraction_clients}.")
+        if self.min_nodes < 1 or not min(self.round_limit_s, self.wait_for_nodes_s) > 0:
+            raise ConfigError(f"Expected min_nodes >= 1 and limits > 0 s, found {self}.")
+
+
+class HSplitLoRAStrategy(Strategy):
+    """Heterogeneous split LoRA as a Flower strategy.
+
+    Args:
+        model: the global model; the strategy merges every round's update into it.
+        plans: client id -> its cut and adapters, or one plan for all.
+        training: shared by heads and tail.
+        tail_lora: the tail's adapters (default: rank 8 on every linear layer).
+        config: rounds, sampling, evaluation.
+        service: address, TLS and limits of the tail's gRPC service.
+        limits: waiting times of the step barrier.
+        eval_batches: server-side held-out batches; none: no central evaluation.
+        on_step: called after every tail step (progress).
+
+    Raises:
+        ConfigError: a plan's cut is not in 1..L-1, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        model: GlobalModel,
+        plans: Mapping[str, ClientPlan] | ClientPlan,
+        training: TrainingConfig,
+        *,
+        tail_lora: LoraSpec | None = None,
+        config: StrategyConfig | None = None,
+        service: ServiceConfig | None = None,
+        limits: BarrierLimits | None = None,
+        eval_batches: Iterable[Batch] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.training = training
+        self.config = config or StrategyConfig()
+        self.history: list[RoundRecord] = []
+        self.initial_score: Score | None = None
+        self._plans = plans
+        self._eval_batches = eval_batches
+        self._run = f"{random.SystemRandom().getrandbits(64):016x}"
+        self._roster = Roster(self.config.wait_for_nodes_s)
+        for plan in plans.values() if isinstance(plans, Mapping) else [plans]:
+            self._check_plan(plan)
+        self._shapes = linear_shapes(model.segment)
+        names = [name for name in self._shapes if block_of(name) >= 1]  # block 0 is always a head's
+        adapters = SegmentAdapters(model.segment, tail_lora or LoraSpec(), names)
+        self._tail = SharedTail(model.segment, adapters, training, limits, on_step)
+        service = service or ServiceConfig()
+        self._service_config = ServiceConfig(
+            **{**service.__dict__, "activation_dtype": training.activation_dtype}
+        )
+        self._service: TailService | None = None
+        self._round_plans: dict[str, ClientPlan] = {}
+        self._phase_started = time.perf_counter()
+
+    def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
+        """Nothing: every client reads the base model itself, what training changed comes over the tail's stream."""
+        return Parameters(tensors=[], tensor_type="numpy.ndarray")
+
+    def configure_fit(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, FitIns]]:
+        """Open the tail for a training round and give every client its task."""
+        started = time.perf_counter()
+        self.history.append(RoundRecord(round=server_round))
+        proxies = self._choose_clients(client_manager, server_round)
+        tasks = self._open_round(server_round, "train", proxies)
+        self._tail.open_training(
+            tasks, self._roster.concurrency(tasks), derive_seed(self.training.seed, "tail", server_round)
+        )
+        self._phase(server_round, "configure", started)
+        self._phase_started = time.perf_counter()
+        return [(proxies[client], FitIns(parameters, _config(task))) for client, task in tasks.items()]
+
+    def aggregate_fit(
+        self,
+        server_round: int,
+        results: FitResults,
+        failures: list[tuple[ClientProxy, FitRes] | BaseException],
+    ) -> tuple[Parameters | None, dict[str, Scalar]]:
+        """Close the tail; aggregate the adapters of the clients that finished, and the tail's; merge."""
+        self._phase(server_round, "fit", self._phase_started)
+        started = time.perf_counter()
+        record = self._record(server_round)
+        dropped = self._tail.close_training()
+        tickets = self._close_round()
+        finished = self._finished(results, tickets, record)
+        record.failures += [f"{type(failure).__name__}: {failure}" for failure in failures]
+        record.clients = [
+            self._client_record(tickets[client], results_of, dropped) for client, (results_of, _) in finished.items()
+        ]
+        tokens = {client: tickets[client].tokens for client in finished}
+        if sum(tokens.values()) == 0:
+            _log.warning("round %d: no client finished, the weights stay as they are", server_round)
+            return None, {}
+        shares = token_shares(tokens)
+        contributions = [
+            Contribution(shares[client], tickets[client].cut, factors) for client, (_, factors) in finished.items()
+        ]
+        increment = aggregate(contributions, self._tail.adapters.factors(), block_of, RULES[self.config.rule])
+        self.model.apply(increment)
+        self._tail.adapters.reset(self.training.seed)  # B = 0: evaluation sees the merged weights alone
+        record.train_loss = sum(shares[c.client] * c.loss for c in record.clients)
+        self._phase(server_round, "aggregate", started)
+        return None, {"train_loss": record.train_loss, "tokens": sum(tokens.values()), "clients": len(finished)}
+
+    def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
+        """Central loss and perplexity on the server's held-out batches (round 0: before training)."""
+        if self._eval_batches is None:
+            return None
+        started = time.perf_counter()
+        score = self.model.score(self._eval_batches)
+        if server_round == 0:
+            self.initial_score = score
+        else:
+            self._record(server_round).central_perplexity = score.perplexity
+            self._phase(server_round, "evaluate", started)
+        _log.info("round %d: central perplexity %.3f", server_round, score.perplexity)
+        return score.loss, {"perplexity": score.perplexity}
+
+    def configure_evaluate(
+        self, server_round: int, parameters: Parameters, client_manager: ClientManager
+    ) -> list[tuple[ClientProxy, EvaluateIns]]:
+        """Open the tail for scoring and give every client its task."""
+        if not self.config.federated_evaluation:
+            return []
+        self._phase_started = time.perf_counter()
+        proxies = self._choose_clients(client_manager, server_round)
+        tasks = self._open_round(server_round, "evaluate", proxies)
+        return [(proxies[client], EvaluateIns(parameters, _config(task))) for client, task in tasks.items()]
+
+    def aggregate_evaluate(
+        self,
+        server_round: int,
+        results: EvaluateResults,
+        failures: list[tuple[ClientProxy, EvaluateRes] | BaseException],
+    ) -> tuple[float | None, dict[str, Scalar]]:
+        """Federated loss and perplexity, from what the tail itself summed over the clients that finished."""
+        tickets = self._close_round()
+        record = self._record(server_round)
+        record.failures += [f"evaluate: {type(failure).__name__}: {failure}" for failure in failures]
+        done = {str(res.metrics.get("client")) for _, res in results}
+        scored = [ticket for client, ticket in tickets.items() if client in done and ticket.tokens]
+        self._phase(server_round, "federated_evaluate", self._phase_started)
+        if not scored:
+            return None, {}
+        score = Score(sum(ticket.nll for ticket in scored), sum(ticket.tokens for ticket in scored))
+        record.federated_perplexity = score.perplexity
+        return score.loss, {"perplexity": score.perplexity, "clients": len(scored)}
+
+    def close(self) -> None:
+        """Stop the tail and its service. The strategy cannot be used afterwards."""
+        if self._service:
+            self._service.stop()
+        self._tail.close_training()
+
+    def _choose_clients(self, client_manager: ClientManager, server_round: int) -> dict[str, ClientProxy]:
+        known = self._roster.refresh(client_manager, self.config.min_nodes)
+        count = max(1, round(self.config.fraction_clients * len(known)))
+        generator = random.Random(derive_seed(self.training.seed, "sample", server_round))
+        return {client: known[client] for client in sorted(generator.sample(sorted(known), count))}
+
+    def _open_round(self, server_round: int, mode: Mode, clients: Iterable[str]) -> dict[str, RoundTask]:
+        self._round_plans = {client: self._plan(client) for client in clients}
+        if self._service is None:
+            self._service = TailService(self._tail, self.model.since, self._run, self._service_config)
+            _log.info("the tail listens on %s", self._service.address)
+        cuts = {client: plan.cut for client, plan in self._round_plans.items()}
+        first_step = (server_round - 1) * self.training.local_steps
+        tokens = self._service.open_round(server_round, mode, cuts, first_step)
+        return {
+            client: RoundTask(
+                run=self._run,
+                round=server_round,
+                client=client,
+                mode=mode,
+                address=self._service.address,
+                token=tokens[client],
+                time_limit_s=self.config.round_limit_s,
+                max_frame_bytes=self._service_config.max_frame_bytes,
+                plan=plan,
+                training=self.training,
+            )
+            for client, plan in self._round_plans.items()
+        }
+
+    def _close_round(self) -> dict[str, Ticket]:
+        return self._service.close_round() if self._service else {}
+
+    def _plan(self, client: str) -> ClientPlan:
+        if isinstance(self._plans, ClientPlan):
+            return self._plans
+        if client not in self._plans:
+            raise ConfigError(
+                f"Expected a client among the planned {sorted(self._plans)}, found {client!r}. "
+                "Add a plan for it, or give one plan for all."
+            )
+        return self._plans[client]
+
+    def _check_plan(self, plan: ClientPlan) -> None:
+        if not 1 <= plan.cut < self.model.num_blocks:
+            raise ConfigError(
+                f"Expected a cut in 1..{self.model.num_blocks - 1} for this model of {self.model.num_blocks} blocks, "
+                f"found {plan.cut}."
+            )
+
+    def _finished(
+        self, results: FitResults, tickets: Mapping[str, Ticket], record: RoundRecord
+    ) -> dict[str, tuple[FitRes, dict[str, LoraFactors]]]:
+        """The clients that did all their steps and sent usable adapters, in the order of their ids."""
+        finished = {}
+        for _, res in results:
+            client = str(res.metrics.get("client"))
+            try:
+                if client not in tickets or tickets[client].steps != self.training.local_steps:
+                    steps = tickets[client].steps if client in tickets else 0
+                    raise AggregationError(
+                        f"Expected {self.training.local_steps} steps at the tail from client {client!r}, found {steps}."
+                    )
+                finished[client] = (res, self._read_adapters(res, self._round_plans[client]))
+            except (AggregationError, ValueError, EOFError, OSError) as error:
+                _log.warning("round %d: left out client %s: %s", record.round, client, error)
+                record.failures.append(f"client {client}: {error}")
+        return dict(sorted(finished.items()))
+
+    def _read_adapters(self, res: FitRes, plan: ClientPlan) -> dict[str, LoraFactors]:
+        names = plan.lora.targets(self.model.head_names(plan.cut))
+        arrays = parameters_to_ndarrays(res.parameters)
+        if len(arrays) != 2 * len(names):
+            raise AggregationError(f"Expected {2 * len(names)} adapter tensors, found {len(arrays)}.")
+        adapters = {}
+        for index, name in enumerate(names):
+            A, B = arrays[2 * index], arrays[2 * index + 1]
+            d_out, d_in = self._shapes[name]
+            rank = plan.lora.rank(name)
+            if A.shape != (rank, d_in) or B.shape != (d_out, rank) or {str(A.dtype), str(B.dtype)} != {"float32"}:
+                raise AggregationError(
+                    f"Expected float32 A {(rank, d_in)} and B {(d_out, rank)} for {name}, "
+                    f"found {A.dtype} {A.shape} and {B.dtype} {B.shape}."
+                )
+            adapters[name] = LoraFactors(torch.from_numpy(A), torch.from_numpy(B), plan.lora.scaling(name))
+            check_factors(adapters[name])
+        return adapters
+
+    def _client_record(self, ticket: Ticket, res: FitRes, dropped: Mapping[str, int]) -> ClientRecord:
+        plan = self._round_plans[ticket.client]
+        ranks = [plan.lora.rank(name) for name in plan.lora.targets(self.model.head_names(plan.cut))]
+        adapter_bytes = sum(len(tensor) for tensor in res.parameters.tensors)
+        seconds = {key: float(res.metrics.get(f"{key}_s", 0.0)) for key in ("load", "compute", "exchange")}
+        return ClientRecord(
+            client=ticket.client,
+            cut=ticket.cut,
+            ranks=f"{min(ranks)}..{max(ranks)}" if ranks and min(ranks) < max(ranks) else f"{max(ranks, default=0)}",
+            tokens=ticket.tokens,
+            steps=ticket.steps,
+            dropped_steps=dropped.get(ticket.client, 0),
+            loss=ticket.nll / max(1, ticket.tokens),
+            bytes_up=ticket.bytes_up + adapter_bytes,
+            bytes_down=ticket.bytes_down,
+            seconds=seconds,
+        )
+
+    def _record(self, server_round: int) -> RoundRecord:
+        if not self.history or self.history[-1].round != server_round:
+            self.history.append(RoundRecord(round=server_round))
+        return self.history[-1]
+
+    def _phase(self, server_round: int, name: str, started: float) -> None:
+        self._record(server_round).seconds[name] = time.perf_counter() - started
+
+
+def _config(task: RoundTask) -> dict[str, Scalar]:
+    return {TASK_KEY: task.to_json()}

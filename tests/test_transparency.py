@@ -1,0 +1,171 @@
+"""One client through the split equals monolithic PEFT: loss at every step, every adapter tensor at the end."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from hsplit_flwr.adapters import SegmentAdapters
+from hsplit_flwr.barrier import BarrierLimits
+from hsplit_flwr.client_head import train_head
+from hsplit_flwr.exchange import StepReply
+from hsplit_flwr.lora import LoraSpec, init_lora_A
+from hsplit_flwr.plan import ClientPlan, RoundTask, TrainingConfig, derive_seed
+from hsplit_flwr.segments import segment_from_model
+from hsplit_flwr.server_tail import SharedTail
+from hsplit_flwr.tail_client import RemoteTail
+from hsplit_flwr.tail_service import ServiceConfig, TailService
+from tests.models import tiny_model
+
+STEPS = 20
+TOLERANCE = 1e-5
+"""largest absolute difference to monolithic PEFT, fp32, after 20 AdamW steps"""
+CUTS = [1, 2, 3]
+CONFIG = TrainingConfig(rounds=1, local_steps=STEPS, learning_rate=5e-3, warmup_steps=3, max_grad_norm=0.0)
+LORA = LoraSpec(r=4, lora_alpha=8, rank_pattern={r"1\..*": 2}, alpha_pattern={r"2\..*": 3.0})
+Batch = dict[str, Tensor]
+
+
+def padded_batches(count: int, vocab: int = 90) -> list[Batch]:
+    """Batches of 3 x 10 with right and left padding and a masked prompt."""
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for _ in range(count):
+        ids = torch.randint(3, vocab, (3, 10), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, 7:] = 0
+        mask[1, :2] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :3] = -100
+        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return batches
+
+
+def monolithic_peft(name: str, batches: list[Batch], cut: int) -> tuple[list[float], dict[str, Tensor]]:
+    """The reference: PEFT on the whole model, transformers' own loss, torch's AdamW. None of our training code."""
+    import peft
+
+    model = tiny_model(name)
+    linears = segment_from_model(model).linear_modules()
+    names = LORA.targets(linears)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=names,
+        rank_pattern={n: LORA.rank(n) for n in names},
+        alpha_pattern={n: LORA.scaling(n) * LORA.rank(n) for n in names},
+    )
+    wrapped = peft.get_peft_model(model, config)
+    adapters = {}
+    for key, parameter in wrapped.named_parameters():
+        if "lora_" in key:
+            module, factor = key.removeprefix("base_model.model.").split(".lora_")
+            side = "head" if int(module.split(".")[2]) < cut else "tail"
+            if factor.startswith("A"):
+                parameter.data = init_lora_A(*parameter.shape, seed=derive_seed(seed_of(side), module))
+            else:
+                parameter.data.zero_()
+            adapters[f"{module}.{factor[0]}"] = parameter
+    optimiser = torch.optim.AdamW(adapters.values(), lr=CONFIG.learning_rate, weight_decay=0.0)
+    losses = []
+    for step, batch in enumerate(batches):
+        for group in optimiser.param_groups:
+            group["lr"] = CONFIG.learning_rate_at(step)
+        loss = wrapped(**batch).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses, {key: parameter.detach() for key, parameter in adapters.items()}
+
+
+def seed_of(side: str) -> int:
+    return derive_seed(0, "head", 1, "0") if side == "head" else 77
+
+
+def split(name: str, batches: list[Batch], cut: int, over_grpc: bool) -> tuple[list[float], dict[str, Tensor]]:
+    model = tiny_model(name)
+    head = segment_from_model(copy.deepcopy(model), 0, cut)
+    whole = segment_from_model(model)
+    tail_names = [n for n in whole.linear_modules() if n not in head.linear_modules()]
+    head_adapters = SegmentAdapters(head, LORA)
+    tail = SharedTail(whole, SegmentAdapters(whole, LORA, tail_names), CONFIG)
+    tail.open_training(["0"], concurrency=1, adapter_seed=77)
+    head_adapters.reset(seed_of("head"))
+    if over_grpc:
+        service = TailService(tail, lambda have, cut: (0, True, {}), "run", ServiceConfig())
+        token = service.open_round(1, "train", {"0": cut}, 0)["0"]
+        plan = ClientPlan(cut, LORA)
+        task = RoundTask("run", 1, "0", "train", service.address, token, 60.0, 1 << 22, plan, CONFIG)
+        with RemoteTail(task, 1 << 22) as session:
+            session.fetch_delta(0)
+            report = train_head(head, head_adapters, batches, session, CONFIG)
+        service.stop()
+    else:
+        local = tail.join("0", cut, 0)
+        report = train_head(head, head_adapters, batches, local, CONFIG)
+        local.close()
+    tail.close_training()
+    tensors = {}
+    for module, factors in {**head_adapters.factors(), **tail.adapters.factors()}.items():
+        tensors[f"{module}.A"], tensors[f"{module}.B"] = factors.A, factors.B
+    return list(report.losses), tensors
+
+
+@pytest.mark.parametrize("over_grpc", [False, True], ids=["in-process", "grpc"])
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_one_client_equals_monolithic_peft(name: str, cut: int, over_grpc: bool) -> None:
+    batches = padded_batches(STEPS)
+    expected_losses, expected = monolithic_peft(name, batches, cut)
+    losses, found = split(name, batches, cut, over_grpc)
+    assert losses == pytest.approx(expected_losses, abs=TOLERANCE)
+    assert losses[-1] < losses[0]  # 20 steps of real training, not a comparison of standing still
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, atol=TOLERANCE, rtol=0, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_clients_of_unequal_cuts_get_the_gradient_of_their_own_mean_loss() -> None:
+    """Three clients, two cuts: tail gradient is that of the token-weighted mean, each client's that of its own mean."""
+    model = tiny_model("llama")
+    whole = segment_from_model(model)
+    names = [n for n in whole.linear_modules() if int(n.split(".")[2]) >= 1]
+    sgd_like = TrainingConfig(rounds=1, local_steps=1, learning_rate=1e-3, warmup_steps=0, max_grad_norm=0.0)
+    tail = SharedTail(whole, SegmentAdapters(whole, LORA, names), sgd_like, BarrierLimits(10, 10, 10))
+    tail.open_training(["a", "b", "c"], concurrency=3, adapter_seed=3)
+    cuts = {"a": 1, "b": 3, "c": 1}
+    batches = dict(zip("abc", padded_batches(3), strict=True))
+    batches["b"]["labels"][:, :7] = -100  # unequal token counts
+    inputs = {}
+    replies: dict[str, StepReply] = {}
+    heads = {c: segment_from_model(tiny_model("llama"), 0, cuts[c]) for c in cuts}
+    for client, batch in batches.items():
+        inputs[client] = heads[client](batch["input_ids"], batch["attention_mask"]).detach()
+
+    def step(client: str) -> None:
+        session = tail.join(client, cuts[client], 0)
+        batch = batches[client]
+        replies[client] = session.train_step(0, inputs[client], batch["attention_mask"], batch["labels"])
+        session.close()
+
+    threads = [threading.Thread(target=step, args=(client,)) for client in cuts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    tail.close_training()
+
+    reference = tiny_model("llama")
+    tokens = {c: int((b["labels"][:, 1:] != -100).sum()) for c, b in batches.items()}
+    assert {c: r.tokens for c, r in replies.items()} == tokens
+    assert len(set(tokens.values())) > 1
+    for client, batch in batches.items():
+        hidden = inputs[client].clone().requires_grad_()
+        logits = segment_from_model(reference, cuts[client])(hidden, batch["attention_mask"])
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        (gradient,) = torch.autograd.grad(loss, hidden)
+        assert replies[client].loss == pytest.approx(loss.item(), abs=TOLERANCE)
+        torch.testing.assert_close(replies[client].gradient, gradient, atol=TOLERANCE, rtol=0)
