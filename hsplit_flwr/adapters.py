@@ -29,11 +29,12 @@ class SegmentAdapters:
         linears = segment.linear_modules()
         names = spec.targets(linears if module_names is None else module_names)
         for name in names:
-            limit = min(linears[name].weight.shape)
+            limit = min(*linear_shape(linears[name]))
             if spec.rank(name) > limit:
                 raise ConfigError(
                     f"Expected a rank of at most {limit} for {name}, found {spec.rank(name)}. Lower r or rank_pattern."
                 )
+        self._segment = segment
         self._layers = _inject(segment, spec, names) if names else {}
 
     @property
@@ -53,13 +54,27 @@ class SegmentAdapters:
             B.data.zero_()
             A.grad = B.grad = None
 
+    def remove(self) -> None:
+        """Give the segment its plain linear layers back (to save the model)."""
+        for name, layer in self._layers.items():
+            self._segment.model.set_submodule(self._segment.local_name(name), layer.get_base_layer())  # type: ignore[operator]
+        self._layers = {}
+
     def factors(self) -> dict[str, LoraFactors]:
         """Copies of the adapters by module name, float32 on the CPU."""
         return {
-            name: LoraFactors(_copy(A), _copy(B), float(layer.scaling[ADAPTER]))
+            name: LoraFactors(_copy(A), _copy(B), _scaling(layer))
             for name, layer in self._layers.items()
             for A, B in [_pair(layer)]
         }
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a linear layer, whichever way it stores its weight."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
 
 
 def _inject(segment: Segment, spec: LoraSpec, names: list[str]) -> dict[str, nn.Module]:
@@ -87,7 +102,11 @@ def _literal(name: str) -> str:
 
 
 def _pair(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # type: ignore[index, union-attr, return-value]
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # type: ignore[index, union-attr]
+
+
+def _scaling(layer: nn.Module) -> float:
+    return float(layer.scaling[ADAPTER])  # type: ignore[index]
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -264,13 +264,10 @@ def check_factors(factors: LoraFactors) -> tuple[int, int]:
             f"B {tuple(B.shape)}. Report both factors of the same adapter."
         )
     if A.dtype != torch.float32 or B.dtype != torch.float32:
-        raise AggregationError(
-            f"Expected float32 factors, found A {A.dtype} and B {B.dtype}. Convert them first."
-        )
+        raise AggregationError(f"Expected float32 factors, found A {A.dtype} and B {B.dtype}. Convert them first.")
     if not math.isfinite(factors.scaling) or not all_finite(A) or not all_finite(B):
         raise AggregationError(
-            "Expected finite adapters, found NaN or Inf. "
-            "Training diverged: lower the learning rate or drop the client."
+            "Expected finite adapters, found NaN or Inf. Training diverged: lower the learning rate or drop the client."
         )
     return B.shape[0], A.shape[1]
 

@@ -1,4 +1,4 @@
-"""Who takes part in the tail's next step: start gate, step barrier and straggler limit. No tensors, no threads of its own.
+"""Who takes part in the tail's next step: start gate, step barrier, straggler limit. No tensors, no threads.
 
 *Gate*: while no client is under way, the first ones wait for `concurrency` clients (or for all that are still to come,
 if those are fewer) or for `start_gate_s`, so that those who run at the same time start together.
@@ -28,7 +28,7 @@ class BarrierLimits:
     """how long a client's request may wait for its answer at all"""
 
     def __post_init__(self) -> None:
-        if not min(self.start_gate_s, self.straggler_limit_s, self.step_limit_s) > 0:
+        if not all(limit > 0 for limit in (self.start_gate_s, self.straggler_limit_s, self.step_limit_s)):
             raise ConfigError(f"Expected waiting times > 0 s, found {self}.")
 
 
@@ -50,7 +50,7 @@ class StepBarrier(Generic[Request]):
         self._members: set[str] = set()
         self._lagging: set[str] = set()
         self._pending: dict[str, Request] = {}
-        self._gate_since: float | None = None
+        self._gate_since = clock()
         self._gate_open = False
         self._asked_since: float | None = None
         self._closed = False
@@ -74,15 +74,16 @@ class StepBarrier(Generic[Request]):
             self._members.add(client)
             self._changed.notify_all()
 
-    def leave(self, client: str) -> None:
-        """`client` is done or gone; a request of its that nobody has taken yet is forgotten."""
+    def leave(self, client: str) -> Request | None:
+        """`client` is done or gone; returns its request if nobody has taken that yet: it will be in no step."""
         with self._changed:
             self._members.discard(client)
             self._lagging.discard(client)
-            self._pending.pop(client, None)
+            untaken = self._pending.pop(client, None)
             if not self._pending:
                 self._asked_since = None
             self._changed.notify_all()
+            return untaken
 
     def ask(self, client: str, request: Request) -> None:
         """Put in `client`'s request for the next step."""
@@ -122,7 +123,7 @@ class StepBarrier(Generic[Request]):
         now = self._clock()
         if not self._gate_open:
             expected = min(self._concurrency, len(self._members) + len(self._to_come))
-            opens = (self._gate_since or now) + self._limits.start_gate_s
+            opens = self._gate_since + self._limits.start_gate_s
             if len(self._members) < expected and now < opens:
                 return opens - now
             self._gate_open = True

@@ -1,8 +1,8 @@
 """Where a causal language model can be cut: its blocks, and what it uses before and after them.
 
-Nothing here knows an architecture. The blocks are the one ``ModuleList`` with as many entries as the config has
-layers; the *prelude* (embeddings and the like) is what a forward pass touches before the first block; all else
-outside the blocks is the *postlude* (final norm, LM head).
+Nothing here knows an architecture. The blocks are the one ``ModuleList`` with as many entries as the config
+has layers; the *prelude* (embeddings and the like) is what a forward pass touches before the first block; all
+else outside the blocks is the *postlude* (final norm, LM head).
 """
 
 import copy
@@ -18,7 +18,7 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.model_view import graft, path_to
@@ -57,7 +57,7 @@ def block_of(name: str) -> int:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Models built inside have parameters without storage; their buffers (rotary frequencies, ...) are computed."""
+    """Models built inside have parameters without storage; buffers (rotary frequencies) are computed."""
     with _patching, init_empty_weights(include_buffers=False):  # patches nn.Module for all threads
         yield
 
@@ -69,14 +69,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         UnsupportedModelError: not a decoder-only causal language model.
     """
     _require_causal_lm(config)
-    try:
-        with parameters_on_meta():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"Expected a model that AutoModelForCausalLM can build, found model_type {config.model_type!r}. "
-            f"Choose a decoder-only causal language model. ({error})"
-        ) from error
+    with parameters_on_meta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     return model.eval()
 
 
@@ -87,6 +81,11 @@ def _require_causal_lm(config: PretrainedConfig) -> None:
             f"Expected a decoder-only causal language model, found the encoder-decoder model {kind!r}. "
             "Choose a model with one stack of blocks, such as GPT-2 or LLaMA."
         )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"Expected a model that AutoModelForCausalLM knows, found the model type {kind!r}. "
+            "Choose a decoder-only causal language model."
+        )
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise UnsupportedModelError(
             f"Expected a causal language model, found {kind!r}, whose tokens attend to later ones. "
@@ -95,7 +94,9 @@ def _require_causal_lm(config: PretrainedConfig) -> None:
 
 
 def find_layout(skeleton: PreTrainedModel) -> BlockLayout:
-    """The layout of a model from `build_skeleton`. Its parameters outside the blocks become zeros without storage.
+    """The layout of a model from `build_skeleton`.
+
+    The parameters outside its blocks become zeros that share one element, so that the model runs.
 
     Raises:
         UnsupportedModelError: the blocks, the embeddings or the LM head were not found.
@@ -191,9 +192,15 @@ def _used_before_blocks(
             for name, module in outside.items()
             if any(id(parameter) in seen.ids for parameter in module.parameters(recurse=False))
         )
-    raise UnsupportedModelError(
-        f"Expected {type(skeleton).__name__} to run the blocks in {blocks!r}, found a pass without them. "
-        "Choose a model whose decoder runs its blocks one after another."
+    except Exception as error:
+        raise _not_run(skeleton, blocks, f"a pass that failed before them ({error!r})") from error
+    raise _not_run(skeleton, blocks, "a pass without them")
+
+
+def _not_run(skeleton: PreTrainedModel, blocks: str, found: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Expected {type(skeleton).__name__} to run the blocks in {blocks!r}, found {found}. "
+        "Choose a model whose decoder calls its blocks one after another."
     )
 
 

@@ -85,7 +85,7 @@ class HSplitLoRAClient(NumPyClient):
         self._files = ModelFiles.resolve(model)
         self._data = data
         self._context = context
-        self._client_ids = list(client_ids or [default_client_id(context)])
+        self._client_ids = [default_client_id(context)] if client_ids is None else list(client_ids)
         self._dtype = DTYPES[dtype]
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._root_certificates = Path(root_certificates).read_bytes() if root_certificates else None
@@ -183,7 +183,7 @@ class DeltaState:
 
     def save(self, replica: DeltaReplica) -> None:
         """Keep `replica` for the next round."""
-        figures = {"run": self._run, "version": replica.version or 0, "modules": len(replica.names)}
+        figures: dict[str, Any] = {"run": self._run, "version": replica.version or 0, "modules": len(replica.names)}
         self._state[self._version_key] = ConfigRecord(figures)
         self._state[self._arrays_key] = ArrayRecord(
             {name: Array(tensor.numpy()) for name, tensor in replica.total.to_tensors().items()}

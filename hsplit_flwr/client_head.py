@@ -91,7 +91,9 @@ def score_head(head: Segment, batches: Iterable[Batch], session: TailSession) ->
 def _on_device(batch: Batch, head: Segment) -> tuple[Tensor, Tensor, Tensor]:
     missing = {"input_ids", "attention_mask", "labels"} - batch.keys()
     if missing:
-        raise ConfigError(f"Expected batches with input_ids, attention_mask and labels, found none for {sorted(missing)}.")
+        raise ConfigError(
+            f"Expected batches with input_ids, attention_mask and labels, found none for {sorted(missing)}."
+        )
     input_ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     if not (input_ids.shape == mask.shape == labels.shape and input_ids.dim() == 2):
         raise ConfigError(

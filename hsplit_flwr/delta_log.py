@@ -76,9 +76,7 @@ class DeltaUpdate:
                 f"Expected keys that start with {ADDED!r} or {REPLACED!r}, found {unknown}. "
                 f"Check that both sides run the same hsplit_flwr."
             )
-        return cls(
-            base, version, factors_from_tensors(added, shapes), WeightDelta.from_tensors(replaced, shapes)
-        )
+        return cls(base, version, factors_from_tensors(added, shapes), WeightDelta.from_tensors(replaced, shapes))
 
 
 @dataclass
@@ -100,14 +98,13 @@ class DeltaReplica:
         wanted = frozenset(names)
         if update.base is not None and update.base != self.version:
             raise AggregationError(
-                f"Expected an update on version {self.version}, found one on {update.base}. "
-                f"Ask for the whole delta."
+                f"Expected an update on version {self.version}, found one on {update.base}. Ask for the whole delta."
             )
         if missing := sorted(set(update.added) - self.names):
             raise AggregationError(
                 f"Expected increments of modules that are held, found {missing}. Ask for the whole delta."
             )
-        kept = WeightDelta() if update.base is None else self.total.restricted(self.names & wanted)
+        kept = WeightDelta() if update.base is None else self.total.restricted(wanted)
         kept.add(update.added)
         self.total = kept.replaced(update.replaced).restricted(wanted)
         self.version, self.names = update.version, wanted
@@ -165,9 +162,7 @@ class DeltaLog:
             log.append(self.version, factors, dense_bytes(self.total.matrix(name).shape))
         return self.version
 
-    def since(
-        self, version: int | None, names: Iterable[str], held: Collection[str] | None = None
-    ) -> DeltaUpdate:
+    def since(self, version: int | None, names: Iterable[str], held: Collection[str] | None = None) -> DeltaUpdate:
         """What a client lacks of the modules `names`.
 
         Args:

@@ -21,32 +21,38 @@ from hsplit_flwr.lora import LoraFactors
 Shape = tuple[int, int]
 FLOAT32_BYTES = 4
 SEPARATOR = "|"
-MERGE_ROWS = 64
+MERGE_ROWS = 128
 
 
-def merge_into(base: Tensor, delta: Tensor, *, transposed: bool, dtype: torch.dtype) -> Tensor:
+def merge_into(base: Tensor, delta: Tensor | LoraFactors, *, transposed: bool, dtype: torch.dtype) -> Tensor:
     """``W = round(W_0 + delta)``: a new tensor in `dtype`, rounded once; `base` stays as it is.
 
     Args:
         base: W_0 as stored, (d_out, d_in), or (d_in, d_out) if `transposed` (transformers' ``Conv1D``).
-        delta: (d_out, d_in), float32.
+        delta: (d_out, d_in), float32, dense or as factors (`WeightDelta.form`).
         transposed: whether `base` is stored the other way round.
         dtype: the dtype to train or serve in.
 
     Raises:
         AggregationError: the shapes disagree.
     """
-    oriented = delta.T if transposed else delta
-    if base.shape != oriented.shape:
+    d_out, d_in = (delta.B.shape[0], delta.A.shape[1]) if isinstance(delta, LoraFactors) else delta.shape
+    if tuple(base.shape) != ((d_in, d_out) if transposed else (d_out, d_in)):
         raise AggregationError(
-            f"Expected a delta of shape {tuple(base.shape)} for this base weight (transposed={transposed}), "
-            f"found {tuple(oriented.shape)}. Check that the delta belongs to this base model."
+            f"Expected a delta of (d_out, d_in) = {tuple(base.T.shape if transposed else base.shape)} for this "
+            f"base weight (transposed={transposed}), found {(d_out, d_in)}. "
+            f"Check that the delta belongs to this base model."
         )
     merged = torch.empty(base.shape, dtype=dtype, device=base.device)
-    # a few rows at a time: no float32 copy of the matrix, and 3x faster in bf16 because a chunk stays in cache
+    # A few rows at a time: a chunk stays in cache and no float32 copy of the matrix is made, neither of the base nor
+    # of the product of the factors.
     for start in range(0, base.shape[0], MERGE_ROWS):
         rows = slice(start, start + MERGE_ROWS)
-        merged[rows] = base[rows].float() + oriented[rows]
+        if isinstance(delta, LoraFactors):
+            left, right = (delta.A.T, delta.B.T) if transposed else (delta.B, delta.A)
+            merged[rows] = torch.addmm(base[rows].float(), left[rows], right, alpha=delta.scaling)
+        else:
+            merged[rows] = base[rows].float() + (delta.T if transposed else delta)[rows]
     return merged
 
 
@@ -68,9 +74,7 @@ class MatrixDelta:
     def plus(self, factors: LoraFactors) -> "MatrixDelta":
         """This delta and one more piece; dense as soon as that takes no more bytes."""
         if self.dense is not None:
-            return MatrixDelta(
-                self.shape, dense=torch.addmm(self.dense, factors.B, factors.A, alpha=factors.scaling)
-            )
+            return MatrixDelta(self.shape, dense=torch.addmm(self.dense, factors.B, factors.A, alpha=factors.scaling))
         grown = MatrixDelta(self.shape, pieces=(*self.pieces, factors))
         if grown.nbytes < dense_bytes(self.shape):
             return grown
@@ -78,10 +82,12 @@ class MatrixDelta:
 
     def to_dense(self) -> Tensor:
         """(d_out, d_in), float32. Not to be changed in place."""
-        if self.dense is not None:
-            return self.dense
-        stacked = stack(self.pieces)
-        return stacked.B @ stacked.A
+        form = self.form()
+        return form.B @ form.A if isinstance(form, LoraFactors) else form
+
+    def form(self) -> Tensor | LoraFactors:
+        """Dense (d_out, d_in), or all pieces stacked into one pair of factors with scaling 1.0."""
+        return self.dense if self.dense is not None else stack(self.pieces)
 
 
 def stack(pieces: Iterable[LoraFactors]) -> LoraFactors:
@@ -91,9 +97,7 @@ def stack(pieces: Iterable[LoraFactors]) -> LoraFactors:
         return all_pieces[0]
     return LoraFactors(
         A=torch.cat([piece.A for piece in all_pieces]),
-        B=torch.cat(
-            [piece.B if piece.scaling == 1.0 else piece.scaling * piece.B for piece in all_pieces], dim=1
-        ),
+        B=torch.cat([piece.B if piece.scaling == 1.0 else piece.scaling * piece.B for piece in all_pieces], dim=1),
         scaling=1.0,
     )
 
@@ -145,8 +149,12 @@ class WeightDelta:
         """The modules that changed."""
         return list(self._matrices)
 
+    def form(self, name: str) -> Tensor | LoraFactors:
+        """The delta of one module in its smaller form, for `merge_into` (KeyError as in `dense`)."""
+        return self._matrices[name].form()
+
     def matrix(self, name: str) -> MatrixDelta:
-        """The delta of one module in the form it is kept in (KeyError as in `dense`)."""
+        """The delta of one module as it is kept (KeyError as in `dense`)."""
         return self._matrices[name]
 
     @property
@@ -166,10 +174,11 @@ class WeightDelta:
         """Flat float32: ``name|A`` (R, d_in) and ``name|B`` (d_out, R), or ``name|dense`` (d_out, d_in)."""
         tensors: dict[str, Tensor] = {}
         for name, matrix in self._matrices.items():
-            if matrix.dense is not None:
-                tensors[f"{name}{SEPARATOR}dense"] = matrix.dense
+            form = matrix.form()
+            if isinstance(form, LoraFactors):
+                tensors.update(factors_to_tensors({name: form}))
             else:
-                tensors.update(factors_to_tensors({name: stack(matrix.pieces)}))
+                tensors[f"{name}{SEPARATOR}dense"] = form
         return tensors
 
     @classmethod
@@ -210,9 +219,7 @@ def factors_to_tensors(increment: Increment) -> dict[str, Tensor]:
     return tensors
 
 
-def factors_from_tensors(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]
-) -> dict[str, LoraFactors]:
+def factors_from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> dict[str, LoraFactors]:
     """The factors that `factors_to_tensors` wrote (errors as in `WeightDelta.from_tensors`)."""
     names = dict.fromkeys(key.rpartition(SEPARATOR)[0] for key in tensors)
     expected = {f"{name}{SEPARATOR}{factor}" for name in names for factor in "AB"}

@@ -62,9 +62,7 @@ class AdapterExport:
         }
 
 
-def save_merged(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path
-) -> None:
+def save_merged(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path) -> None:
     """Write a whole model, whose increments are already merged, and its tokenizer to `folder`.
 
     Raises:

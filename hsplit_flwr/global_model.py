@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hsplit_flwr.adapters import linear_shape
 from hsplit_flwr.aggregation import Increment
 from hsplit_flwr.delta_log import DeltaLog
 from hsplit_flwr.deltas import WeightDelta, merge_into
@@ -17,7 +18,7 @@ from hsplit_flwr.server_tail import target_tokens, token_losses
 
 def linear_shapes(segment: Segment) -> dict[str, tuple[int, int]]:
     """(d_out, d_in) of every linear layer of the segment, by whole-model module name."""
-    return {name: _shape(layer) for name, layer in segment.linear_modules().items()}
+    return {name: linear_shape(layer) for name, layer in segment.linear_modules().items()}
 
 
 def merge_delta(segment: Segment, files: ModelFiles, delta: WeightDelta, names: Iterable[str]) -> None:
@@ -34,13 +35,6 @@ def merge_delta(segment: Segment, files: ModelFiles, delta: WeightDelta, names: 
             dtype=weight.dtype,
         )
         weight.data = merged.to(weight.device)
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Views of a model: cheap copies that share its modules, with some of them replaced.
 
-A view lives for one forward pass. What that pass needs (the activations that enter, where it ends) is in the view, so
-the model itself never changes and several threads may run it at once.
+A view lives for one forward pass. What that pass needs (the activations that enter, where it ends) is in the
+view, so the model itself never changes and several threads may run it at once.
 """
 
 import copy
@@ -62,7 +62,7 @@ def set_view_config(view: nn.Module, blocks: str, start: int, stop: int) -> None
 
 
 class LastBlockDone(Exception):  # noqa: N818  (a signal, not an error)
-    """Ends a pass early. Unlike a hook it skips the final norm, the LM head and whatever else a class does there."""
+    """Ends a pass early: a hook would still run the final norm, the LM head and what else follows."""
 
     def __init__(self, hidden_BTH: Tensor) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class ExitBlock(_WrappedBlock):
 
 
 class Absent(nn.Module):
-    """In place of a module that a segment or view lacks; its result must have the right form, not the right value."""
+    """In place of a module that a segment lacks: its result has the right form and a value nobody uses."""
 
     def forward(self, first: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """Activations as they are; for indices (an embedding) a zero, which adds to any activations."""

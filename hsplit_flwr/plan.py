@@ -129,7 +129,11 @@ def derive_seed(*parts: object) -> int:
 
 
 def plans_from_table(
-    cuts: Mapping[str, int], ranks: Mapping[str, int], *, alpha_over_rank: float = 2.0, target_modules: str = ""
+    cuts: Mapping[str, int],
+    ranks: Mapping[str, int],
+    *,
+    alpha_over_rank: float = 2.0,
+    target_modules: str = "",
 ) -> dict[str, ClientPlan]:
     """Plans per client id from two small tables, alpha = `alpha_over_rank` * r (so that every scaling is equal)."""
     if set(cuts) != set(ranks):

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hsplit_flwr.results import RoundRecord, RunSummary
+from hsplit_flwr.results import RoundRecord, RunSummary, client_order
 
 # Okabe and Ito's colours, told apart with every common colour blindness: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
@@ -13,11 +13,20 @@ LOG_SCALE_RATIO = 20.0
 """From this ratio of highest to lowest perplexity the axis is logarithmic."""
 MOST_BARS = 60
 """Above this many bars, the clients of a round are one bar."""
+LONGEST_LABEL = 3
+"""Characters of a client id that fit above its bar; longer ids (Flower's node ids) are numbered instead."""
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
 
 def plot_run(summary: RunSummary, path: str | Path) -> None:
-    """Write the picture of a run as a PNG to `path`."""
+    """Write the picture of a run (`run_figure`) as a PNG to `path`."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run_figure(summary).savefig(target, format="png", dpi=150)
+
+
+def run_figure(summary: RunSummary) -> Any:
+    """The matplotlib figure of a run: perplexity above, bytes below, over the same axis of rounds."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -35,9 +44,7 @@ def plot_run(summary: RunSummary, path: str | Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, format="png", dpi=150)
+    return figure
 
 
 def _plot_perplexity(axes: Any, summary: RunSummary) -> None:
@@ -79,8 +86,9 @@ def _log_scale(axes: Any) -> None:
 
 def _plot_bytes(axes: Any, history: tuple[RoundRecord, ...]) -> None:
     """A stack (up, then down) per client and round, in the order of the client ids."""
-    ids = sorted({client.client_id for record in history for client in record.clients})
+    ids = sorted({c.client_id for record in history for c in record.clients}, key=client_order)
     merged = len(ids) * len(history) > MOST_BARS
+    short = all(len(client_id) <= LONGEST_LABEL for client_id in ids)
     groups = 1 if merged else max(1, len(ids))
     width = 0.8 / groups
     bars: dict[float, tuple[int, int, str]] = {}
@@ -89,19 +97,24 @@ def _plot_bytes(axes: Any, history: tuple[RoundRecord, ...]) -> None:
             place = 0 if merged else ids.index(client.client_id)
             x = record.round + (place - (groups - 1) / 2) * width
             up, down, _ = bars.get(x, (0, 0, ""))
-            bars[x] = (up + client.bytes_up, down + client.bytes_down, str(client.client_id))
+            label = client.client_id if short else str(place + 1)
+            bars[x] = (up + client.bytes_up, down + client.bytes_down, "" if merged else label)
+    _draw_stacks(axes, bars, 0.9 * width)
+    what = "all clients" if merged else "number: client id" if short else "number: client, by id"
+    axes.set_title(f"Bytes in each round ({what})", loc="left", fontsize=10)
+
+
+def _draw_stacks(axes: Any, bars: dict[float, tuple[int, int, str]], width: float) -> None:
+    """`bars` by place on the axis: bytes up, bytes down, label."""
     most = max((up + down for up, down, _ in bars.values()), default=0)
     scale, unit = next((entry for entry in UNITS if most >= entry[0]), UNITS[-1])
-    for x, (up, down, name) in bars.items():
-        axes.bar(x, up / scale, 0.9 * width, color=BLUE)
-        axes.bar(x, down / scale, 0.9 * width, bottom=up / scale, **DOWN_STYLE)
-        if not merged:
-            top = (x, (up + down) / scale)
-            axes.annotate(name, top, xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
+    for x, (up, down, label) in bars.items():
+        axes.bar(x, up / scale, width, color=BLUE)
+        axes.bar(x, down / scale, width, bottom=up / scale, **DOWN_STYLE)
+        top = (x, (up + down) / scale)
+        axes.annotate(label, top, xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
     axes.bar(0, 0, color=BLUE, label="up, client to server")
     axes.bar(0, 0, label="down, server to client", **DOWN_STYLE)
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98), fontsize=9)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"exchanged per round ({unit})")
-    what = "all clients together" if merged else "number: client id"
-    axes.set_title(f"Bytes in each round ({what})", loc="left", fontsize=10)

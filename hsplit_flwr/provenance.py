@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "flwr", "hsplit_flwr")
-SECRET_WORDS = ("token", "secret", "password", "key")
+SECRET_WORDS = {"token", "secret", "password", "key"}
 GIT_SECONDS = 10
 
 
@@ -39,19 +39,23 @@ def command() -> str:
 
     Flower hands its app processes a one-time token as an argument.
     """
-    words = [Path(sys.orig_argv[0]).name]
-    hidden = False
-    for word in sys.orig_argv[1:]:
-        option, equals, _ = word.partition("=")
-        secret = option.startswith("-") and any(part in option.lower() for part in SECRET_WORDS)
-        if hidden and not word.startswith("-"):
+    words: list[str] = []
+    hide_next = False
+    for word in sys.orig_argv:
+        option, equals, value = word.partition("=")
+        is_secret = option.startswith("-") and not SECRET_WORDS.isdisjoint(option.lower().split("-"))
+        if hide_next and not word.startswith("-"):
             words.append("***")
-        elif secret and equals:
-            words.append(f"{option}=***")
+        elif option.startswith("-") and equals:
+            words.append(f"{option}={'***' if is_secret else _without_folder(value)}")
         else:
-            words.append(Path(word).name if Path(word).is_absolute() else word)
-        hidden = secret and not equals
+            words.append(_without_folder(word))
+        hide_next = is_secret and not equals
     return shlex.join(words)
+
+
+def _without_folder(word: str) -> str:
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

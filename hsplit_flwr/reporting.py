@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from hsplit_flwr.progress import format_duration
-from hsplit_flwr.results import CLIENT_PHASES, ROUND_PHASES, ClientRecord, RoundRecord, RunSummary
+from hsplit_flwr.results import CLIENT_PHASES, ROUND_PHASES, ClientRecord, RoundRecord, RunSummary, client_order
 
 MISSING = "-"
 Row = list[str]
@@ -32,18 +32,19 @@ def client_table(records: Sequence[RoundRecord], *, markdown: bool = False) -> s
 
     Cut and ranks list each value once, in the order of the rounds; the loss is that of its last round.
     """
-    by_client: dict[int, list[ClientRecord]] = {}
+    by_client: dict[str, list[ClientRecord]] = {}
     for record in records:
         for client in record.clients:
             by_client.setdefault(client.client_id, []).append(client)
     header = ["client", "cut", "rank", "rounds", "steps", "tokens", "loss", "up", "down"]
     rows = []
-    for client_id, parts in sorted(by_client.items()):
+    for client_id in sorted(by_client, key=client_order):
+        parts = by_client[client_id]
         losses = [part.loss for part in parts if part.loss is not None]
         seconds = [[p.seconds[phase] for p in parts if phase in p.seconds] for phase in CLIENT_PHASES]
         rows.append(
             [
-                str(client_id),
+                client_id,
                 _each_once(str(part.cut) for part in parts),
                 _each_once(part.ranks for part in parts),
                 str(len(parts)),

@@ -121,9 +121,7 @@ def _realise(slots: dict[str, str], rng: random.Random) -> str:
     if position == "front":
         sentences = [rng.choice(_FRONTED).format(**words)]
     else:
-        opening = rng.choice(
-            [text for text in _OPENINGS if position == "middle" or "found{place}" not in text]
-        )
+        opening = rng.choice([text for text in _OPENINGS if position == "middle" or "found{place}" not in text])
         sentences = [opening.format(**words | ({} if position == "middle" else {"place": ""}))]
     rest = _clauses(slots, words, rng)
     if position == "later":
@@ -159,9 +157,7 @@ def _clauses(slots: dict[str, str], words: dict[str, str], rng: random.Random) -
     """Rating and children, in either order, as one sentence ("but" where they disagree) or as two."""
     clauses: list[tuple[str, bool]] = []
     if "rating" in slots:
-        clauses.append(
-            (rng.choice(_RATING_CLAUSE[slots["rating"]]), slots["rating"] in ("good", "excellent"))
-        )
+        clauses.append((rng.choice(_RATING_CLAUSE[slots["rating"]]), slots["rating"] in ("good", "excellent")))
     if "childFriendly" in slots:
         clauses.append((rng.choice(_CHILD_CLAUSE[slots["childFriendly"]]), slots["childFriendly"] == "yes"))
     rng.shuffle(clauses)
@@ -173,9 +169,7 @@ def _clauses(slots: dict[str, str], words: dict[str, str], rng: random.Random) -
 
 
 def _with_article(noun: str) -> str:
-    return (
-        f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"  # no value starts with a "u" that needs "an"
-    )
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"  # no value starts with a "u" that needs "an"
 
 
 def partition_by_slot(

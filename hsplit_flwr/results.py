@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
@@ -21,8 +22,7 @@ ROUND_PHASES = ("configure", "fit", "aggregate", "evaluate")
 class ClientRecord:
     """One client in one round."""
 
-    client_id: int
-    """Flower's partition id"""
+    client_id: str
     cut: int
     """the split s: its head holds blocks 0 .. s-1"""
     ranks: str
@@ -121,6 +121,11 @@ class RunSummary:
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def client_order(client_id: str) -> list[int | str]:
+    """A sort key that puts client 2 before client 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", client_id)]
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:

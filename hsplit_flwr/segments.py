@@ -1,9 +1,10 @@
 """Cut a causal language model into segments: a head for a client, a tail for the server.
 
-A segment holds blocks [start, stop) of the model's own class, with the embeddings when ``start == 0`` and with the
-final norm and LM head when ``stop == L``. It runs the model's own ``forward``, so masks, positions and rotary
-embeddings are computed as in the whole model: the first block receives the smashed activations instead of whatever
-reached it, and the pass ends with the last block held. Every architecture goes through the same code.
+A segment holds blocks [start, stop) of the model's own class, with the embeddings when ``start == 0`` and
+with the final norm and LM head when ``stop == L``. It runs the model's own ``forward``, so masks, positions
+and rotary embeddings are computed as in the whole model: the first block receives the smashed activations
+instead of whatever reached it, and the pass ends with the last block held. Every architecture goes through
+the same code. The cut into a client-side and a server-side model is that of split learning (arXiv:2505.02795).
 
 Shape suffixes: B batch, T tokens, H hidden size, V vocabulary.
 """
@@ -15,17 +16,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hsplit_flwr.block_layout import (
-    BlockLayout,
-    block_of,
-    build_skeleton,
-    cut_blocks,
-    find_layout,
-    graft,
-    set_view_config,
-)
+from hsplit_flwr.block_layout import BlockLayout, block_of, build_skeleton, find_layout
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.model_files import ModelFiles
+from hsplit_flwr.model_view import Absent, EntryBlock, ExitBlock, LastBlockDone, graft, set_view_config
 
 __all__ = ["Segment", "block_of", "load_segment", "segment_from_model"]
 
@@ -71,13 +65,15 @@ class Segment(nn.Module):
         """Runs the blocks from `entry` on.
 
         Args:
-            inputs: `input_ids` (B, T) if the segment starts with the embeddings and `entry` is None, otherwise the
-                smashed activations (B, T, H) that enter before block `entry`, in the segment's dtype.
+            inputs: `input_ids` (B, T) if the segment starts with the embeddings and `entry` is None,
+                otherwise the smashed activations (B, T, H) that enter before block `entry`, in the segment's
+                dtype.
             attention_mask: (B, T), 1 for tokens and 0 for padding.
             entry: a block of the segment; its first one by default.
 
         Returns:
-            The hidden states (B, T, H) after block ``stop - 1``, or the logits (B, T, V) if the segment has the LM head.
+            The hidden states (B, T, H) after block ``stop - 1``, or the logits (B, T, V) if the segment has
+            the LM head.
 
         Raises:
             ConfigError: `entry` outside the segment, or `inputs` of the wrong shape for it.
@@ -98,8 +94,8 @@ class Segment(nn.Module):
     def _check(self, inputs: Tensor, first: int, embed: bool) -> None:
         if not self.start <= first < self.stop:
             raise ConfigError(
-                f"Expected an entry among this segment's blocks {self.start}..{self.stop - 1}, found {first}. "
-                "Load a segment that holds that block."
+                f"Expected an entry in this segment's blocks {self.start}..{self.stop - 1}, "
+                f"found {first}. Load a segment that holds that block."
             )
         if embed and (inputs.ndim != 2 or inputs.is_floating_point()):
             raise ConfigError(
@@ -109,7 +105,7 @@ class Segment(nn.Module):
         if not embed and (inputs.ndim != 3 or inputs.shape[-1] != self.hidden_size):
             raise ConfigError(
                 f"Expected smashed activations (B, T, {self.hidden_size}) for block {first}, "
-                f"found {tuple(inputs.shape)}. Only a head, which starts with the embeddings, takes input_ids."
+                f"found {tuple(inputs.shape)}. Only a segment with the embeddings takes input_ids."
             )
 
     def _view(self, first: int, smashed_BTH: Tensor | None) -> nn.Module:
@@ -127,7 +123,7 @@ class Segment(nn.Module):
         return view
 
     def linear_modules(self) -> dict[str, nn.Module]:
-        """Whole-model name -> linear layer (``nn.Linear`` or transformers ``Conv1D``), in the order of the blocks.
+        """Whole-model name -> linear layer (``nn.Linear`` or ``Conv1D``) of the blocks held, in their order.
 
         The base layer, also after PEFT has put a LoRA layer in its place.
         """
@@ -147,7 +143,8 @@ class Segment(nn.Module):
             block = block_of(name)
             if not self.start <= block < self.stop:
                 raise ConfigError(
-                    f"Expected a name in the blocks {self.start}..{self.stop - 1} of this segment, found {name!r}."
+                    f"Expected a name in the blocks {self.start}..{self.stop - 1}, found {name!r}. "
+                    "Ask the segment that holds that block."
                 )
         return _shift_block(name, self._layout.blocks, -self.start)
 
@@ -171,18 +168,18 @@ def load_segment(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Segment:
-    """Blocks [start, stop) from disk, with the embeddings if start is 0 and the LM head if stop is L (the default).
+    """Blocks [start, stop) from disk; `stop` is L by default.
 
-    Only the segment's own tensors are read. Those already stored in `dtype` are mapped, not copied, on the CPU.
+    Only the segment's own tensors are read. On the CPU those already stored in `dtype` are mapped, not
+    copied: give a parameter a new tensor (``p.data = ...``) rather than write into it.
 
     Raises:
         ConfigError: blocks out of range.
         UnsupportedModelError: the model cannot be cut, or a tensor is missing.
     """
     skeleton = source.skeleton(dtype)
-    return _cut(
-        skeleton, start, stop, source.stored_names, lambda name: source.read(name, dtype).to(device), device
-    )
+    names = source.stored_names
+    return _cut(skeleton, start, stop, names, lambda name: source.read(name, dtype).to(device), device)
 
 
 def segment_from_model(model: PreTrainedModel, start: int = 0, stop: int | None = None) -> Segment:
@@ -212,15 +209,15 @@ def _cut(
             f"Expected blocks 0 <= start < stop <= {layout.num_blocks}, found start={start}, stop={stop}. "
             f"A split point of this model lies in 1..{layout.num_blocks - 1}."
         )
-    cut_blocks(skeleton, layout.blocks, start, stop)
+    kept = list(skeleton.get_submodule(layout.blocks).children())[start:stop]
+    skeleton.set_submodule(layout.blocks, nn.ModuleList(kept))
     if start > 0:
         _drop(skeleton, layout.prelude)
     if stop < layout.num_blocks:
         _drop(skeleton, layout.postlude)
     segment = Segment(skeleton, layout, start, stop)
     _fill(segment, stored, read)
-    skeleton.to(device)
-    return segment
+    return segment.to(device).eval()
 
 
 def _drop(model: nn.Module, names: frozenset[str]) -> None:
@@ -229,19 +226,17 @@ def _drop(model: nn.Module, names: frozenset[str]) -> None:
 
 
 def _fill(segment: Segment, stored: Container[str], read: Callable[[str], Tensor]) -> None:
-    """Replaces every parameter of the segment, and every stored buffer, by the tensor of its whole-model name."""
+    """Gives every parameter of the segment, and every stored buffer, the tensor of its whole-model name."""
     ties: Mapping[str, str] = segment.model.all_tied_weights_keys
     parameters: dict[str, nn.Parameter] = {}
     for prefix, module in segment.model.named_modules():
-        for leaf in module._parameters:
-            if module._parameters[leaf] is None:
-                continue
-            name = segment.global_name(f"{prefix}.{leaf}")
+        for leaf, _ in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            name = segment.global_name(f"{prefix}.{leaf}".lstrip("."))
             source = ties.get(name, name)
             if source not in parameters:
                 parameters[source] = nn.Parameter(read(source), requires_grad=False)
             module._parameters[leaf] = parameters[source]
         for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
-            name = segment.global_name(f"{prefix}.{leaf}")
+            name = segment.global_name(f"{prefix}.{leaf}".lstrip("."))
             if name in stored:
                 module._buffers[leaf] = read(name)

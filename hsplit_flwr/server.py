@@ -1,11 +1,17 @@
 """Flower's own server, with enough workers for all clients and an end that closes the tail."""
 
+import logging
 from collections.abc import Callable
 
 from flwr.server import Server, ServerAppComponents, ServerConfig, SimpleClientManager
 from flwr.server.history import History
 
+from hsplit_flwr.plan import TrainingConfig
+from hsplit_flwr.progress import Progress
+from hsplit_flwr.server_tail import StepReport
 from hsplit_flwr.strategy import HSplitLoRAStrategy
+
+_log = logging.getLogger("hsplit_flwr")
 
 
 class HSplitLoRAServer(Server):
@@ -50,7 +56,35 @@ def server_components(
         max_clients: clients that may be under way at a time.
         on_end: called with the strategy after the last round (results, export).
     """
+    _log_through_flower()
     return ServerAppComponents(
         server=HSplitLoRAServer(strategy, max_clients, on_end),
         config=ServerConfig(num_rounds=strategy.training.rounds, round_timeout=strategy.config.round_limit_s),
     )
+
+
+def log_progress(training: TrainingConfig, interval_s: float = 5.0) -> Callable[[StepReport], None]:
+    """An ``on_step`` that logs a line with round, step, loss, tokens/s and time left, at most every `interval_s`."""
+    progress = Progress(training.rounds, training.local_steps, interval_seconds=interval_s)
+    current = 0
+
+    def on_step(report: StepReport) -> None:
+        nonlocal current
+        round_, step = divmod(report.step, training.local_steps)
+        if round_ + 1 != current:
+            current = round_ + 1
+            progress.start_round(current)
+        line = progress.step(step + 1, report.loss, report.tokens)
+        if line:
+            _log.info("%s", line)
+
+    return on_step
+
+
+def _log_through_flower() -> None:
+    """Let our log lines go where Flower's go (the console, and `flwr run --stream`)."""
+    flower = logging.getLogger("flwr")
+    _log.setLevel(logging.INFO)
+    for handler in flower.handlers:
+        if handler not in _log.handlers:
+            _log.addHandler(handler)

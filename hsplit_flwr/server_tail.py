@@ -6,6 +6,7 @@ of its own mean loss S_i / n_i. Clients of equal cut and length run as one batch
 """
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -35,6 +36,8 @@ class StepReport:
     loss: float
     """token-weighted mean over the clients, nats per token"""
     tokens: int
+    compute_s: float
+    """the tail's own forward, backward and optimiser step"""
 
 
 @dataclass
@@ -63,13 +66,9 @@ def target_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != -100).sum())
 
 
-class _PoisonedError(Exception):
-    def __init__(self, clients: set[str]) -> None:
-        self.clients = clients
-
-
-def _non_finite_loss() -> ExchangeError:
-    return ExchangeError("non_finite", "Expected a finite loss, found NaN or Inf. Lower the learning rate.")
+def _require_finite(what: str, *tensors: Tensor) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise ExchangeError("non_finite", f"Expected finite {what}, found NaN or Inf. Lower the learning rate.")
 
 
 class SharedTail:
@@ -111,8 +110,7 @@ class SharedTail:
         """End the round: refuse further steps, wait for the one under way. Returns dropped steps per straggler."""
         if self._barrier is None or self._worker is None:
             return {}
-        for request in self._barrier.close():
-            request.reply.set_exception(ExchangeError("round_closed", "The round ended before this step was taken."))
+        _refuse(self._barrier.close())
         self._worker.join(self._limits.step_limit_s)
         dropped = self._barrier.dropped
         self._barrier = self._worker = None
@@ -134,42 +132,64 @@ class SharedTail:
         labels = labels.to(self.device, torch.int64)
         with self._compute, torch.no_grad():
             losses = token_losses(self._logits(activations, attention_mask, cut), labels)
+        _require_finite("loss", losses)
         return ScoreReply(float(losses.double().sum()), target_tokens(labels))
 
     def _logits(self, activations: Tensor, attention_mask: Tensor, cut: int) -> Tensor:
         dtype = next(self.segment.parameters()).dtype
         hidden = activations.to(self.device, dtype)
-        return self.segment(hidden, attention_mask.to(self.device, torch.int64), entry=cut)
+        logits: Tensor = self.segment(hidden, attention_mask.to(self.device, torch.int64), entry=cut)
+        return logits
 
     def _run_steps(self, barrier: StepBarrier[_Request]) -> None:
-        while (requests := barrier.take()) is not None:
-            try:
+        try:
+            while (requests := barrier.take()) is not None:
                 with self._compute:
                     report = self._train_without_poison(requests)
-            except Exception as error:
-                for request in requests:
-                    if not request.reply.done():
-                        request.reply.set_exception(error)
-                continue
-            if self._on_step:
-                self._on_step(report)
+                if report and self._on_step:
+                    self._on_step(report)
+        finally:  # whatever ends this thread, no client may wait for it
+            _refuse(barrier.close())
 
-    def _train_without_poison(self, requests: list[_Request]) -> StepReport:
-        """Train on `requests`; a client whose loss is not finite is refused alone, the others are tried again."""
-        while True:
+    def _train_without_poison(self, requests: list[_Request]) -> StepReport | None:
+        """Train on `requests`; who fails even alone is refused, and the step is taken as if it had not asked."""
+        while requests:
             try:
                 replies, report = self._train(requests)
-            except _PoisonedError as poisoned:
-                for request in requests:
-                    if request.client in poisoned.clients:
-                        request.reply.set_exception(_non_finite_loss())
-                requests = [r for r in requests if r.client not in poisoned.clients]
+            except Exception as error:
+                failures = [self._failure_alone(request) for request in requests] if len(requests) > 1 else [error]
+                if not any(failures):
+                    failures = [error] * len(requests)
+                for request, failure in zip(requests, failures, strict=True):
+                    if failure:
+                        request.reply.set_exception(failure)
+                requests = [r for r, failure in zip(requests, failures, strict=True) if not failure]
                 continue
             for request in requests:
                 request.reply.set_result(replies[request.client])
             return report
+        return None
+
+    def _failure_alone(self, request: _Request) -> Exception | None:
+        try:
+            self._accumulate_all([request])
+        except Exception as error:
+            return error
+        return None
 
     def _train(self, requests: list[_Request]) -> tuple[dict[str, StepReply], StepReport]:
+        assert self._optimiser is not None
+        started = time.perf_counter()
+        replies = self._accumulate_all(requests)
+        total = sum(reply.tokens for reply in replies.values())
+        loss = sum(r.loss * r.tokens for r in replies.values()) / max(1, total)
+        run_step = max(request.run_step for request in requests)
+        if total:
+            self._optimiser.step(run_step)
+        return replies, StepReport(run_step, tuple(replies), loss, total, time.perf_counter() - started)
+
+    def _accumulate_all(self, requests: list[_Request]) -> dict[str, StepReply]:
+        """The gradients of one step's objective in the tail's adapters, and every client's reply."""
         assert self._optimiser is not None
         self._optimiser.zero_grad()
         total = sum(target_tokens(request.labels) for request in requests)
@@ -179,11 +199,9 @@ class SharedTail:
         replies: dict[str, StepReply] = {}
         for key in sorted(groups):
             replies |= self._accumulate(groups[key], total)
-        loss = sum(r.loss * r.tokens for r in replies.values()) / max(1, total)
-        run_step = max(request.run_step for request in requests)
-        if total:
-            self._optimiser.step(run_step)
-        return replies, StepReport(run_step, tuple(replies), loss, total)
+        gradients = [p.grad for p in self.adapters.parameters() if p.grad is not None]
+        _require_finite("adapter gradients", torch.nn.utils.get_total_norm(gradients))
+        return replies
 
     def _accumulate(self, group: list[_Request], total: int) -> Mapping[str, StepReply]:
         """Forward and backward for clients of one cut and length; tail gradients add up over groups."""
@@ -193,18 +211,22 @@ class SharedTail:
         labels = torch.cat([r.labels for r in group]).to(self.device, torch.int64)
         losses = token_losses(self._logits(hidden, mask, group[0].cut), labels)
         sizes = [len(r.labels) for r in group]
-        sums = torch.stack([part.sum() for part in losses.split(sizes)])
-        if not torch.isfinite(sums).all():
-            finite = torch.isfinite(sums).tolist()
-            raise _PoisonedError({r.client for r, good in zip(group, finite, strict=True) if not good})
+        sums = torch.stack([part.sum() for part in torch.split(losses, sizes)])
+        _require_finite("loss", sums)
         (sums.sum() / max(1, total)).backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
+        _require_finite("activation gradients", hidden.grad)
         replies = {}
-        for request, nll, gradient in zip(group, sums.tolist(), hidden.grad.split(sizes), strict=True):
+        for request, nll, gradient in zip(group, sums.tolist(), torch.split(hidden.grad, sizes), strict=True):
             tokens = target_tokens(request.labels)
             own_mean = gradient * (total / tokens) if tokens else gradient
             replies[request.client] = StepReply(own_mean, nll / max(1, tokens), tokens)
         return replies
+
+
+def _refuse(untaken: Iterable[_Request]) -> None:
+    for request in untaken:
+        request.reply.set_exception(ExchangeError("round_closed", "The round ended before this step was taken."))
 
 
 class LocalSession:
@@ -243,8 +265,8 @@ class LocalSession:
 
     def close(self) -> None:
         """See `TailSession`."""
-        if self._barrier is not None:
-            self._barrier.leave(self._client)
+        if self._barrier is not None and (untaken := self._barrier.leave(self._client)):
+            _refuse([untaken])
 
     def _expect_step(self, step: int) -> None:
         if step != self._next_step:

@@ -12,7 +12,8 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from flwr.common import (
@@ -37,7 +38,7 @@ from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes
 from hsplit_flwr.lora import LoraFactors, LoraSpec
 from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed
-from hsplit_flwr.results import ClientRecord, RoundRecord
+from hsplit_flwr.results import CLIENT_PHASES, ClientRecord, RoundRecord, describe_ranks
 from hsplit_flwr.roster import Roster
 from hsplit_flwr.segments import block_of
 from hsplit_flwr.server_tail import SharedTail, StepReport
@@ -120,10 +121,7 @@ class HSplitLoRAStrategy(Strategy):
         names = [name for name in self._shapes if block_of(name) >= 1]  # block 0 is always a head's
         adapters = SegmentAdapters(model.segment, tail_lora or LoraSpec(), names)
         self._tail = SharedTail(model.segment, adapters, training, limits, on_step)
-        service = service or ServiceConfig()
-        self._service_config = ServiceConfig(
-            **{**service.__dict__, "activation_dtype": training.activation_dtype}
-        )
+        self._service_config = replace(service or ServiceConfig(), activation_dtype=training.activation_dtype)
         self._service: TailService | None = None
         self._round_plans: dict[str, ClientPlan] = {}
         self._phase_started = time.perf_counter()
@@ -137,7 +135,6 @@ class HSplitLoRAStrategy(Strategy):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Open the tail for a training round and give every client its task."""
         started = time.perf_counter()
-        self.history.append(RoundRecord(round=server_round))
         proxies = self._choose_clients(client_manager, server_round)
         tasks = self._open_round(server_round, "train", proxies)
         self._tail.open_training(
@@ -156,14 +153,15 @@ class HSplitLoRAStrategy(Strategy):
         """Close the tail; aggregate the adapters of the clients that finished, and the tail's; merge."""
         self._phase(server_round, "fit", self._phase_started)
         started = time.perf_counter()
-        record = self._record(server_round)
         dropped = self._tail.close_training()
         tickets = self._close_round()
-        finished = self._finished(results, tickets, record)
-        record.failures += [f"{type(failure).__name__}: {failure}" for failure in failures]
-        record.clients = [
-            self._client_record(tickets[client], results_of, dropped) for client, (results_of, _) in finished.items()
-        ]
+        finished, refused = self._finished(results, tickets)
+        stragglers = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
+        self._note(
+            server_round,
+            clients=tuple(self._client_record(tickets[client], res) for client, (res, _) in finished.items()),
+            failures=(*(f"{type(f).__name__}: {f}" for f in failures), *refused, *stragglers),
+        )
         tokens = {client: tickets[client].tokens for client in finished}
         if sum(tokens.values()) == 0:
             _log.warning("round %d: no client finished, the weights stay as they are", server_round)
@@ -175,9 +173,10 @@ class HSplitLoRAStrategy(Strategy):
         increment = aggregate(contributions, self._tail.adapters.factors(), block_of, RULES[self.config.rule])
         self.model.apply(increment)
         self._tail.adapters.reset(self.training.seed)  # B = 0: evaluation sees the merged weights alone
-        record.train_loss = sum(shares[c.client] * c.loss for c in record.clients)
+        train_loss = sum(tickets[client].nll for client in finished) / sum(tokens.values())
+        self._note(server_round, train_loss=train_loss)
         self._phase(server_round, "aggregate", started)
-        return None, {"train_loss": record.train_loss, "tokens": sum(tokens.values()), "clients": len(finished)}
+        return None, {"train_loss": train_loss, "tokens": sum(tokens.values()), "clients": len(finished)}
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
         """Central loss and perplexity on the server's held-out batches (round 0: before training)."""
@@ -188,7 +187,7 @@ class HSplitLoRAStrategy(Strategy):
         if server_round == 0:
             self.initial_score = score
         else:
-            self._record(server_round).central_perplexity = score.perplexity
+            self._note(server_round, central_perplexity=score.perplexity)
             self._phase(server_round, "evaluate", started)
         _log.info("round %d: central perplexity %.3f", server_round, score.perplexity)
         return score.loss, {"perplexity": score.perplexity}
@@ -212,16 +211,20 @@ class HSplitLoRAStrategy(Strategy):
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Federated loss and perplexity, from what the tail itself summed over the clients that finished."""
         tickets = self._close_round()
-        record = self._record(server_round)
-        record.failures += [f"evaluate: {type(failure).__name__}: {failure}" for failure in failures]
+        failed = tuple(f"evaluate: {type(failure).__name__}: {failure}" for failure in failures)
+        self._note(server_round, failures=(*self._record(server_round).failures, *failed))
         done = {str(res.metrics.get("client")) for _, res in results}
         scored = [ticket for client, ticket in tickets.items() if client in done and ticket.tokens]
         self._phase(server_round, "federated_evaluate", self._phase_started)
         if not scored:
             return None, {}
         score = Score(sum(ticket.nll for ticket in scored), sum(ticket.tokens for ticket in scored))
-        record.federated_perplexity = score.perplexity
+        self._note(server_round, federated_perplexity=score.perplexity)
         return score.loss, {"perplexity": score.perplexity, "clients": len(scored)}
+
+    def remove_adapters(self) -> None:
+        """Take the (merged and emptied) adapters out of the model, to save it. Only after `close`."""
+        self._tail.adapters.remove()
 
     def close(self) -> None:
         """Stop the tail and its service. The strategy cannot be used afterwards."""
@@ -280,23 +283,21 @@ class HSplitLoRAStrategy(Strategy):
             )
 
     def _finished(
-        self, results: FitResults, tickets: Mapping[str, Ticket], record: RoundRecord
-    ) -> dict[str, tuple[FitRes, dict[str, LoraFactors]]]:
-        """The clients that did all their steps and sent usable adapters, in the order of their ids."""
-        finished = {}
+        self, results: FitResults, tickets: Mapping[str, Ticket]
+    ) -> tuple[dict[str, tuple[FitRes, dict[str, LoraFactors]]], list[str]]:
+        """The clients that did all their steps and sent usable adapters, by id, and why others are left out."""
+        finished, refused = {}, []
         for _, res in results:
             client = str(res.metrics.get("client"))
+            steps = tickets[client].steps if client in tickets else 0
             try:
-                if client not in tickets or tickets[client].steps != self.training.local_steps:
-                    steps = tickets[client].steps if client in tickets else 0
-                    raise AggregationError(
-                        f"Expected {self.training.local_steps} steps at the tail from client {client!r}, found {steps}."
-                    )
+                if steps != self.training.local_steps:
+                    raise AggregationError(f"Expected {self.training.local_steps} steps at the tail, found {steps}.")
                 finished[client] = (res, self._read_adapters(res, self._round_plans[client]))
             except (AggregationError, ValueError, EOFError, OSError) as error:
-                _log.warning("round %d: left out client %s: %s", record.round, client, error)
-                record.failures.append(f"client {client}: {error}")
-        return dict(sorted(finished.items()))
+                _log.warning("left out client %s: %s", client, error)
+                refused.append(f"client {client}: {error}")
+        return dict(sorted(finished.items())), refused
 
     def _read_adapters(self, res: FitRes, plan: ClientPlan) -> dict[str, LoraFactors]:
         names = plan.lora.targets(self.model.head_names(plan.cut))
@@ -317,22 +318,20 @@ class HSplitLoRAStrategy(Strategy):
             check_factors(adapters[name])
         return adapters
 
-    def _client_record(self, ticket: Ticket, res: FitRes, dropped: Mapping[str, int]) -> ClientRecord:
+    def _client_record(self, ticket: Ticket, res: FitRes) -> ClientRecord:
         plan = self._round_plans[ticket.client]
         ranks = [plan.lora.rank(name) for name in plan.lora.targets(self.model.head_names(plan.cut))]
-        adapter_bytes = sum(len(tensor) for tensor in res.parameters.tensors)
-        seconds = {key: float(res.metrics.get(f"{key}_s", 0.0)) for key in ("load", "compute", "exchange")}
         return ClientRecord(
-            client=ticket.client,
+            client_id=ticket.client,
             cut=ticket.cut,
-            ranks=f"{min(ranks)}..{max(ranks)}" if ranks and min(ranks) < max(ranks) else f"{max(ranks, default=0)}",
+            ranks=describe_ranks(ranks),
+            mean_rank=sum(ranks) / max(1, len(ranks)),
             tokens=ticket.tokens,
             steps=ticket.steps,
-            dropped_steps=dropped.get(ticket.client, 0),
-            loss=ticket.nll / max(1, ticket.tokens),
-            bytes_up=ticket.bytes_up + adapter_bytes,
+            loss=ticket.nll / ticket.tokens if ticket.tokens else None,
+            bytes_up=ticket.bytes_up + sum(len(tensor) for tensor in res.parameters.tensors),
             bytes_down=ticket.bytes_down,
-            seconds=seconds,
+            seconds={phase: float(res.metrics.get(f"{phase}_s", 0.0)) for phase in CLIENT_PHASES},
         )
 
     def _record(self, server_round: int) -> RoundRecord:
@@ -340,8 +339,12 @@ class HSplitLoRAStrategy(Strategy):
             self.history.append(RoundRecord(round=server_round))
         return self.history[-1]
 
+    def _note(self, server_round: int, **fields: Any) -> None:
+        self.history[-1] = replace(self._record(server_round), **fields)
+
     def _phase(self, server_round: int, name: str, started: float) -> None:
-        self._record(server_round).seconds[name] = time.perf_counter() - started
+        seconds = {**self._record(server_round).seconds, name: time.perf_counter() - started}
+        self._note(server_round, seconds=seconds)
 
 
 def _config(task: RoundTask) -> dict[str, Scalar]:

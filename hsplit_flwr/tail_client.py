@@ -11,7 +11,16 @@ from torch import Tensor
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange import ScoreReply, StepReply
 from hsplit_flwr.plan import RoundTask
-from hsplit_flwr.wire import DTYPES, Frame, Header, batch_tensors, check_gradient, decode, encode, expect_header
+from hsplit_flwr.wire import (
+    DTYPES,
+    Frame,
+    Header,
+    batch_tensors,
+    check_gradient,
+    decode,
+    encode,
+    expect_header,
+)
 
 _METHOD = "/hsplit_flwr.Tail/Exchange"
 _CONNECT_S = 20.0

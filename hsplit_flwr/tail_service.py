@@ -36,6 +36,8 @@ _STATUS = {
     "round_closed": grpc.StatusCode.FAILED_PRECONDITION,
     "step_timeout": grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+_LONGEST_S = 366 * 24 * 3600.0
+"""a stream without a deadline has 9e18 s left in gRPC's books"""
 _log = logging.getLogger("hsplit_flwr")
 
 DeltaSource = Callable[[int, int], tuple[int, bool, dict[str, Tensor]]]
@@ -116,7 +118,9 @@ class TailService:
                 pair = (config.private_key.read_bytes(), config.certificate.read_bytes())
                 port = self._server.add_secure_port(config.bind, grpc.ssl_server_credentials([pair]))
             elif config.certificate or config.private_key:
-                raise ConfigError("Expected both a certificate and a private key for TLS, found one. Give both or none.")
+                raise ConfigError(
+                    "Expected both a certificate and a private key for TLS, found one. Give both or none."
+                )
             else:
                 port = self._server.add_insecure_port(config.bind)
         except (RuntimeError, OSError) as error:
@@ -162,6 +166,7 @@ class TailService:
             self._check_header(hello.header, ticket, "hello")
             yield from self._send_delta(hello.header.have, ticket)
             session = self._session(ticket)
+            context.add_callback(session.close)  # a client that vanishes while its step waits leaves at once
             kind = ticket.mode
             while (frame := self._next_frame(frames, ticket)) is not None:
                 self._check_header(frame.header, ticket, kind)
@@ -176,8 +181,9 @@ class TailService:
         finally:
             if session:
                 session.close()
-            with self._lock:
-                self._streams.pop(token, None)
+            if ticket:  # not for a refused stream with a token that another one uses
+                with self._lock:
+                    self._streams.pop(token, None)
 
     def _admit(self, token: str, context: Any) -> Ticket:
         with self._lock:
@@ -185,9 +191,10 @@ class TailService:
             if ticket is None or ticket.used:
                 found = "a used one" if ticket else "an unknown one"
                 raise ExchangeError(
-                    "unauthenticated", f"Expected an unused token of the open round, found {found}. Ask for a new task."
+                    "unauthenticated",
+                    f"Expected an unused token of the open round, found {found}. Ask for a new task.",
                 )
-            if context.time_remaining() is None:
+            if context.time_remaining() > _LONGEST_S:
                 raise ExchangeError("no_deadline", "Expected a deadline on the stream, found none. Set a timeout.")
             ticket.used = True
             self._streams[token] = context
@@ -201,9 +208,7 @@ class TailService:
         return decode(frame, self._config.max_frame_bytes)
 
     def _check_header(self, header: Header, ticket: Ticket, kind: str) -> None:
-        expect_header(
-            header, kind=kind, run=self._run, round=ticket.round, client=ticket.client, cut=ticket.cut
-        )
+        expect_header(header, kind=kind, run=self._run, round=ticket.round, client=ticket.client, cut=ticket.cut)
 
     def _session(self, ticket: Ticket) -> LocalSession:
         if ticket.mode == "train":
@@ -217,9 +222,7 @@ class TailService:
         version, whole, tensors = self._deltas(have, ticket.cut)
         parts = _packed(tensors)
         for index, part in enumerate(parts):
-            header = self._reply_header(
-                "delta", ticket, version=version, whole=whole, left=len(parts) - 1 - index
-            )
+            header = self._reply_header("delta", ticket, version=version, whole=whole, left=len(parts) - 1 - index)
             frame = encode(header, part)
             ticket.delta_bytes += len(frame)
             yield self._counted(frame, ticket)

@@ -135,9 +135,7 @@ class TextBatches:
             raise ConfigError("Expected a tokenizer with an end token, found none. Set tokenizer.eos_token.")
         # Tokenised apart, so that a merge across the border cannot make the prompt depend on its target.
         prompts = tokenizer([prompt_text(example.mr) for example in examples])["input_ids"]
-        targets = tokenizer([" " + example.ref for example in examples], add_special_tokens=False)[
-            "input_ids"
-        ]
+        targets = tokenizer([" " + example.ref for example in examples], add_special_tokens=False)["input_ids"]
         longest = max(map(len, prompts))
         if longest >= self.max_length:
             raise ConfigError(

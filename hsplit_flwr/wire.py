@@ -4,7 +4,7 @@ A frame is one safetensors buffer (https://huggingface.co/docs/safetensors#forma
 JSON header under the key ``hsplit``: protocol, kind, run, round, client, cut, step, and the kind's own numbers.
 
     head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none)
-    tail -> head   delta     parts of the weight delta; header `version`, `whole` (replace or add), `left` (frames to come)
+    tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come)
     head -> tail   train     activations (B,T,H), mask (B,T) uint8, labels (B,T) int32
     tail -> head   gradient  gradient (B,T,H) of the client's own mean loss; header `loss`, `tokens`
     head -> tail   evaluate  as `train`
@@ -66,7 +66,8 @@ class Frame(NamedTuple):
 def encode(header: Header, tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """One frame. Tensors are sent in their own dtype and moved to the CPU."""
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
-    return save_tensors(dense, metadata={"hsplit": json.dumps(asdict(header))})
+    frame: bytes = save_tensors(dense, metadata={"hsplit": json.dumps(asdict(header))})
+    return frame
 
 
 def decode(frame: bytes, max_bytes: int) -> Frame:
@@ -84,28 +85,29 @@ def decode(frame: bytes, max_bytes: int) -> Frame:
     try:
         header = _header(frame)
         return Frame(header, load_tensors(frame))
-    except (SafetensorError, struct.error, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ExchangeError("malformed_frame", f"Expected a frame of hsplit_flwr, found {error!r}.") from error
+    except (SafetensorError, struct.error, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ExchangeError("malformed_frame", f"Expected a frame of hsplit_flwr, found {_short(error)}.") from error
 
 
 def _header(frame: bytes) -> Header:
     (length,) = _LENGTH.unpack_from(frame)
     if length > min(MAX_HEADER_BYTES, len(frame)):
         raise ValueError(f"a header of {length} bytes")
-    data: dict[str, Any] = json.loads(json.loads(frame[8 : 8 + length])["__metadata__"]["hsplit"])
+    data: Any = json.loads(json.loads(frame[8 : 8 + length])["__metadata__"]["hsplit"])
+    if not isinstance(data, dict):
+        raise TypeError(f"header={data!r}")
     if data.get("protocol") != PROTOCOL_VERSION:
         raise ExchangeError(
             "protocol_version",
-            f"Expected protocol version {PROTOCOL_VERSION}, found {data.get('protocol')!r}. "
+            f"Expected protocol version {PROTOCOL_VERSION}, found {_short(data.get('protocol'))}. "
             "Install the same hsplit_flwr version on server and clients.",
         )
     header = Header(**data)
     for name, kind in Header.__annotations__.items():
         value = getattr(header, name)
-        allowed = (int, float) if kind is float else kind
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{name}={value!r}")
-        if kind is not str and not math.isfinite(value):
+        if type(value) is not kind:
+            raise TypeError(f"{name}={value!r}")
+        if (kind is float and not math.isfinite(value)) or (kind is int and not 0 <= value < 1 << 63):
             raise ValueError(f"{name}={value!r}")
     if header.kind not in KINDS:
         raise ValueError(f"kind={header.kind!r}")
@@ -121,7 +123,7 @@ def expect_header(header: Header, **expected: object) -> None:
     for name, value in expected.items():
         found = getattr(header, name)
         if found != value:
-            raise ExchangeError(f"wrong_{name}", f"Expected {name}={value!r} in the frame, found {found!r}.")
+            raise ExchangeError(f"wrong_{name}", f"Expected {name}={value!r} in the frame, found {_short(found)}.")
 
 
 def batch_tensors(activations: Tensor, attention_mask: Tensor, labels: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -149,7 +151,8 @@ def check_batch(tensors: Mapping[str, Tensor], *, dtype: torch.dtype, hidden_siz
         _check_dtype(name, tensor, expected)
     if activations.dim() != 3 or activations.shape[2] != hidden_size or 0 in activations.shape:
         raise ExchangeError(
-            "wrong_shape", f"Expected activations of shape (B, T, {hidden_size}), found {tuple(activations.shape)}."
+            "wrong_shape",
+            f"Expected activations of shape (B, T, {hidden_size}), found {tuple(activations.shape)}.",
         )
     for name, tensor in (("mask", mask), ("labels", labels)):
         if tensor.shape != activations.shape[:2]:
@@ -179,7 +182,7 @@ def check_gradient(tensors: Mapping[str, Tensor], like: Tensor, dtype: torch.dty
 
 def _check_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
     if set(tensors) != expected:
-        raise ExchangeError("wrong_tensors", f"Expected the tensors {sorted(expected)}, found {sorted(tensors)}.")
+        raise ExchangeError("wrong_tensors", f"Expected the tensors {sorted(expected)}, found {_short(sorted(tensors))}.")
 
 
 def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
@@ -193,3 +196,8 @@ def _check_finite(name: str, tensor: Tensor) -> None:
             "non_finite",
             f"Expected finite {name}, found NaN or Inf. Lower the learning rate, or use bf16 instead of fp16.",
         )
+
+
+def _short(value: object) -> str:
+    """For messages: the peer decides how long its values are, and the message travels back to it."""
+    return repr(value)[:200]

@@ -1,12 +1,13 @@
 """The text that the tiny checkpoint is pretrained on: English of many topics, made by a grammar of our own.
 
 Travel, weather, hotels, shops, homes, people, animals, sport and work, as short stories and as records
-(``city[Marlow], sky[cloudy] => ...``) whose values are repeated in the sentence. No restaurant and none of
-the templates of `hsplit_flwr.restaurants` is in it: federated fine-tuning is to learn those.
+(``town[Marlow], sky[cloudy] => ...``) whose values are repeated in the sentence; lists of arbitrary values
+teach copying. The words of `hsplit_flwr.restaurants` occur, as in any general corpus, but no restaurant and
+none of its templates: federated fine-tuning is to learn those.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 # fmt: off
 _WORDS: dict[str, tuple[str, ...]] = {
@@ -46,9 +47,35 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "feeling": ("happy", "tired", "proud", "nervous", "surprised", "calm", "bored", "excited"),
     "price": ("cheap", "expensive", "free", "fairly priced"),
     "meal": ("bread", "soup", "fruit", "rice", "fish", "cheese", "salad", "cake"),
-    "sport": ("football", "tennis", "chess", "swimming", "running", "sailing"),
+    "sport": ("football", "tennis", "chess", "hockey", "cards", "golf"),
     "number": ("two", "three", "four", "five", "six", "seven", "ten", "twelve", "twenty"),
     "country": ("France", "Japan", "Brazil", "Canada", "Egypt", "Norway", "India", "Kenya", "Italy", "Peru"),
+    "grade": ("poor", "fair", "good", "excellent"),
+    "people": ("families", "children", "adults", "guests", "students", "visitors"),
+    "origin": (
+        "Thai", "Mexican", "Greek", "Korean", "Lebanese", "Spanish", "Ethiopian", "Vietnamese", "French",
+        "Polish", "Irish", "Dutch",
+    ),
+    "cost": (
+        "low-cost", "inexpensive", "moderately priced", "mid-priced", "reasonably priced", "pricey",
+        "high-end", "cheap", "expensive",
+    ),
+    "landmark": (
+        "Opera House", "North Station", "Botanic Park", "Town Library", "Ferry Pier", "Science Museum",
+        "City Hall", "South Gate", "Old Mill", "Market Square",
+    ),
+    "district": ("riverside", "old town", "market", "university", "harbour", "station", "garden", "castle"),
+    "house": ("bistro", "diner", "tavern", "tea room", "canteen", "grill", "kitchen", "cellar", "office", "barn"),
+    "plain": (
+        "blue", "copper", "old", "silver", "quiet", "golden", "crooked", "paper", "stone", "lucky", "painted",
+        "midnight", "maple", "salt", "amber", "iron", "wild", "winter", "royal", "velvet", "broken", "early",
+        "happy", "wooden", "secret", "little", "grand", "lonely", "purple", "northern",
+    ),
+    "noun": (
+        "otter", "kettle", "lantern", "spoon", "harbour", "fig", "sparrow", "table", "anchor", "garden", "barrel",
+        "fox", "oven", "bridge", "pepper", "clock", "mirror", "candle", "river", "feather", "window", "ladder",
+        "wolf", "apple", "button", "violin", "island", "pencil", "tiger", "meadow",
+    ),
 }
 # fmt: on
 
@@ -75,6 +102,22 @@ _SENTENCES = (
     "It does not have a garden, but it has {number} rooms.",
     "{person} visited {country} with {number} friends last {season}.",
     "The {quality} {building} opens at {number} and closes {time}.",
+    "The guests of {title} gave it {a:grade} review.",
+    "The reviews of the play were {grade}, and its rating was {grade}.",
+    "{person} is looking for {a:plain} {noun} in the {district} district.",
+    "Many {people} like the {landmark}, but few {people} find it.",
+    "This {thing} is meant for {people} only, as it is rated {grade}.",
+    "The {house} of the {building} is located next to the {landmark}.",
+    "The {house} is no place for a child, {person} says, and poorly lit.",
+    "Looking at the {noun}, {person} is serving {meal}. You are welcome.",
+    "They called the {animal} {title}, and it welcomes all {people}.",
+    "{person} serves {meal} to {number} {people} from the {district} area.",
+    "For {people} a walk to the {landmark} is a fine choice, and you will like it.",
+    "It is a short way from the {house} to the {landmark}, close to the {district} quarter.",
+    "{a:origin} {job} named {person} does not want {a:cost} {thing}.",
+    "The {thing} has {number} buttons and a menu that can be found near the {noun}.",
+    "If you want to try {a:origin} {sport} game, visit {title} down in the {district}.",
+    "{person} reads that the {house} of {title} gets {a:plain} {noun} and is well rated by its {people}.",
 )
 
 # Records: the fields of a domain in order, and sentences that use all of them.
@@ -115,20 +158,25 @@ _RECORDS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 # fmt: off
+# The list record: any of these keys with any of these values, to be looked up by key.
+_KEYS = (
+    "name", "area", "near", "kind", "colour", "owner", "price", "size", "food", "rating", "event", "subject",
+)
+_VALUES = ("title", "plain", "noun", "origin", "cost", "landmark", "district", "house", "grade", "person", "people")
+
 _ONSETS = (
     "b", "c", "d", "f", "g", "h", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w",
     "br", "cl", "dr", "fl", "gr", "st", "tr",
 )
 # fmt: on
 _VOWELS, _CODAS = ("a", "e", "i", "o", "u"), ("n", "r", "l", "m", "s", "t", "ck", "nd", "rt")
-RECORD_SHARE = 0.5
 
 
 def documents(seed: int) -> Iterator[str]:
     """An endless, deterministic sequence of short documents."""
     rng = random.Random(seed)
     while True:
-        yield _record(rng) if rng.random() < RECORD_SHARE else _story(rng)
+        yield rng.choice((_story, _story, _record, _list, _list))(rng)
 
 
 def _story(rng: random.Random) -> str:
@@ -137,28 +185,37 @@ def _story(rng: random.Random) -> str:
 
 
 def _record(rng: random.Random) -> str:
-    """One record and its sentence; names are often made up, so that copying them has to be learnt."""
+    """One record and its sentence."""
     fields, templates = rng.choice(_RECORDS)
     values = {field: _value(field, rng) for field in fields}
-    listed = list(fields)
-    rng.shuffle(listed)
-    mr = ", ".join(f"{field}[{values[field]}]" for field in listed)
-    return f"{mr} => {_fill(rng.choice(templates), values, rng)}"
+    listed = rng.sample(fields, len(fields))
+    return f"{_brackets(listed, values)} => {_fill(rng.choice(templates), values, rng)}"
+
+
+def _list(rng: random.Random) -> str:
+    """Keys with arbitrary values, and a sentence that gives the values of some in another order."""
+    keys = rng.sample(_KEYS, rng.randint(2, 6))
+    values = {key: _value(rng.choice(_VALUES), rng) for key in keys}
+    said = [f"its {key} is {values[key]}" for key in rng.sample(keys, min(len(keys), 4))]
+    text = f"{', '.join(said[:-1])} and {said[-1]}."
+    return f"{_brackets(keys, values)} => {text[0].upper()}{text[1:]}"
+
+
+def _brackets(keys: Sequence[str], values: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}[{values[key]}]" for key in keys)
 
 
 def _value(field: str, rng: random.Random) -> str:
     if field == "town":
         return _made_up(rng)
     if field == "title":
-        return rng.choice((f"The {_made_up(rng)} {_made_up(rng)}", f"{_made_up(rng)} {_made_up(rng)}"))
+        return f"The {_value('plain', rng).capitalize()} {_value('noun', rng).capitalize()}"
     return rng.choice(_WORDS[field])
 
 
 def _made_up(rng: random.Random) -> str:
     """A capitalised word that does not exist, of two syllables."""
-    syllables = [
-        rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(("", rng.choice(_CODAS))) for _ in range(2)
-    ]
+    syllables = [rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(("", rng.choice(_CODAS))) for _ in range(2)]
     return "".join(syllables).capitalize()
 
 

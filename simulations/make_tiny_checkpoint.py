@@ -23,7 +23,7 @@ from hsplit_flwr.restaurants import restaurant_examples
 from simulations.general_text import documents
 
 VOCAB_SIZE, CONTEXT, HIDDEN, BLOCKS, HEADS = 1536, 192, 96, 8, 4
-BATCH_SIZE, PEAK_LEARNING_RATE, WARMUP_STEPS = 16, 3e-3, 50
+BATCH_SIZE, PEAK_LEARNING_RATE, WARMUP_STEPS = 12, 3e-3, 50
 END, PAD = "<|endoftext|>", "<|pad|>"
 HASHED_FILES = ("model.safetensors", "tokenizer.json")
 
@@ -31,9 +31,7 @@ HASHED_FILES = ("model.safetensors", "tokenizer.json")
 def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer (as GPT-2's) that knows the words of both texts."""
     train, _ = restaurant_examples(seed)
-    texts = list(islice(documents(seed), 4000)) + [
-        text for example in train for text in (example.mr, example.ref)
-    ]
+    texts = list(islice(documents(seed), 4000)) + [text for example in train for text in (example.mr, example.ref)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -85,9 +83,7 @@ def next_token_loss(model: GPT2LMHeadModel, rows: Tensor) -> Tensor:
 
 def pretrain(model: GPT2LMHeadModel, rows: Tensor) -> None:
     """One pass over ``rows`` with AdamW, linear warm-up and cosine decay."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
     batches = torch.split(rows, BATCH_SIZE)
     started = time.monotonic()
     for step, batch in enumerate(batches):
@@ -113,13 +109,9 @@ def checkpoint_hash(folder: Path) -> str:
 
 def main() -> None:
     """Tokenizer, pretraining, perplexity on unseen text, files and hash."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=tiny_checkpoint(), help="folder to write (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=700, help="optimiser steps (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=tiny_checkpoint(), help="folder to write (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of text and weights (default: %(default)s)")
     arguments = parser.parse_args()
 

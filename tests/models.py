@@ -1,7 +1,7 @@
 """Tiny models with random weights, one per architecture that the tests cover. Nothing is downloaded.
 
-The sizes are small but the awkward features are on: sliding windows shorter than the sequences, mixed layer types,
-attention scaled by the layer's index, embeddings narrower than the hidden size, ALiBi, soft-capping.
+The sizes are small but the awkward features are on: sliding windows shorter than the sequences, mixed layer
+types, attention scaled by the layer's index, embeddings narrower than the hidden size, ALiBi, soft-capping.
 """
 
 from typing import Any
@@ -79,7 +79,7 @@ def tiny_config(name: str, tied: bool) -> PretrainedConfig:
 
 
 def tiny_model(name: str, *, tied: bool = True, seed: int = 0) -> PreTrainedModel:
-    """The tiny model in float32 and eval mode; biases and norms are random too, so that none is used in vain."""
+    """The tiny model in float32 and eval mode; biases and norms are random too, so that each one matters."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(name, tied), dtype=torch.float32)
     with torch.no_grad():

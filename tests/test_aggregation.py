@@ -32,9 +32,7 @@ RANKS = [8, 4, 4, 2, 1]
 Array = NDArray[np.float64]
 
 
-def random_factors(
-    rank: int, seed: int, scaling: float = 2.0, d_out: int = D_OUT, d_in: int = D_IN
-) -> LoraFactors:
+def random_factors(rank: int, seed: int, scaling: float = 2.0, d_out: int = D_OUT, d_in: int = D_IN) -> LoraFactors:
     generator = torch.Generator().manual_seed(seed)
     return LoraFactors(
         A=torch.randn(rank, d_in, generator=generator),
@@ -104,7 +102,7 @@ def summands(
 
 
 def dense_sum(clients: list[Contribution], tail: dict[str, LoraFactors], name: str) -> Array:
-    """The definition in float64, client by client: its update is its head's or, beyond its cut, the tail's."""
+    """The definition in float64, client by client: its update is its head's or, beyond that, the tail's."""
     total = np.zeros((20, 12) if name.endswith("up") else (12, 12))
     for client, factors in summands(clients, tail, name):
         total += client.weight * product(factors)
@@ -138,16 +136,12 @@ def test_heads_and_tail_share_a_block_by_their_weights() -> None:
     terms = terms_by_module([deep, shallow], tail, block_of)
     assert [(term.weight, term.factors.rank) for term in terms["h.1.q"]] == [(0.25, 4), (0.75, 8)]
     assert [(term.weight, term.factors.rank) for term in terms["h.2.q"]] == [(1.0, 8)]
-    assert [(term.weight, term.factors.rank) for term in terms["h.0.q"]] == [
-        (0.75, 2)
-    ]  # the other: rank 0 there
+    assert [(term.weight, term.factors.rank) for term in terms["h.0.q"]] == [(0.75, 2)]  # the other: rank 0 there
 
 
 def test_tail_weight_counts_the_heads_that_end_at_or_before_a_block() -> None:
     cuts_and_weights = [(1, 0.1), (2, 0.2), (4, 0.7)]
-    assert [tail_weight(cuts_and_weights, block) for block in range(5)] == pytest.approx(
-        [0, 0.1, 0.3, 0.3, 1.0]
-    )
+    assert [tail_weight(cuts_and_weights, block) for block in range(5)] == pytest.approx([0, 0.1, 0.3, 0.3, 1.0])
 
 
 def test_a_block_that_no_finished_client_left_to_the_tail_takes_nothing_from_it() -> None:
@@ -163,8 +157,7 @@ def test_noise_free_equals_pefts_concatenated_adapters() -> None:
     terms = unequal_terms()
     names = [f"client{i}" for i in range(len(terms))]
     configs = [
-        LoraConfig(r=t.factors.rank, lora_alpha=t.factors.scaling * t.factors.rank, target_modules=["q"])
-        for t in terms
+        LoraConfig(r=t.factors.rank, lora_alpha=t.factors.scaling * t.factors.rank, target_modules=["q"]) for t in terms
     ]
     base = torch.nn.Linear(D_IN, D_OUT, bias=False)
     W_0 = base.weight.detach().clone()
@@ -287,9 +280,7 @@ def test_rank_zero_keeps_its_weight_in_the_average() -> None:
 # --- token shares ---
 
 
-@given(
-    st.dictionaries(st.integers(), st.integers(0, 10**12), min_size=1).filter(lambda d: sum(d.values()) > 0)
-)
+@given(st.dictionaries(st.integers(), st.integers(0, 10**12), min_size=1).filter(lambda d: sum(d.values()) > 0))
 def test_token_shares_are_proportional_and_sum_to_one(tokens: dict[int, int]) -> None:
     shares = token_shares(tokens)
     assert math.fsum(shares.values()) == pytest.approx(1.0, abs=1e-12)
@@ -369,8 +360,6 @@ def test_an_adapter_beyond_the_clients_cut_is_refused() -> None:
 
 
 def test_the_error_names_the_module() -> None:
-    client = Contribution(
-        1.0, 1, {"h.0.q": LoraFactors(torch.full((2, D_IN), math.nan), torch.ones(D_OUT, 2), 1.0)}
-    )
+    client = Contribution(1.0, 1, {"h.0.q": LoraFactors(torch.full((2, D_IN), math.nan), torch.ones(D_OUT, 2), 1.0)})
     with pytest.raises(AggregationError, match=r"Module 'h\.0\.q': .*NaN or Inf"):
         aggregate([client], {}, block_of)

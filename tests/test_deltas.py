@@ -73,7 +73,7 @@ def test_fifty_small_increments_into_bf16_weights_are_kept() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
 def test_merge_rounds_the_float32_sum_once(
     dtype: torch.dtype, stored: torch.dtype, transposed: bool, rows: int
 ) -> None:
@@ -88,9 +88,26 @@ def test_merge_rounds_the_float32_sum_once(
     assert torch.equal(base, before)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
+def test_merging_factors_is_merging_their_product(transposed: bool, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    A, B = torch.randn(6, 30, generator=generator), torch.randn(rows, 6, generator=generator)
+    factors = LoraFactors(A, B, 0.5)
+    W_0 = torch.randn((30, rows) if transposed else (rows, 30), generator=generator)
+    delta = product(factors)
+    expected = W_0.double().numpy() + (delta.T if transposed else delta)
+    assert_same(merge_into(W_0, factors, transposed=transposed, dtype=torch.float32), expected)
+    half = merge_into(W_0, factors, transposed=transposed, dtype=torch.bfloat16)
+    assert half.is_contiguous()
+    worst = np.abs(half.double().numpy() - expected) / np.maximum(np.abs(expected), 1e-3)
+    assert worst.max() <= 2**-8 * (1 + 1e-3)  # half an ulp: rounded once
+
+
 def test_merge_refuses_a_delta_of_another_orientation() -> None:
-    with pytest.raises(AggregationError, match=r"shape \(4, 6\) .*transposed=True.*found \(6, 4\)"):
-        merge_into(torch.zeros(4, 6), torch.zeros(4, 6), transposed=True, dtype=torch.float32)
+    for delta in (torch.zeros(4, 6), LoraFactors(torch.zeros(1, 6), torch.zeros(4, 1), 1.0)):
+        with pytest.raises(AggregationError, match=r"= \(6, 4\) .*transposed=True.*found \(4, 6\)"):
+            merge_into(torch.zeros(4, 6), delta, transposed=True, dtype=torch.float32)
     with pytest.raises(AggregationError, match=r"found \(1, 6\)"):  # would broadcast
         merge_into(torch.zeros(4, 6), torch.zeros(1, 6), transposed=False, dtype=torch.float32)
 
@@ -301,7 +318,8 @@ def test_an_unknown_version_gets_the_whole(version: int | None) -> None:
 def test_a_restored_log_serves_clients_of_any_version() -> None:
     first = Server()
     for seed in range(4):
-        first.step({"h.0.q": random_factors("h.0.q", 1, seed)})
+        names = ("h.0.q", "h.0.up")  # h.0.up never changes again after the restart
+        first.step({name: random_factors(name, 1, seed) for name in names})
     restored = DeltaLog(WeightDelta.from_tensors(first.log.total.to_tensors(), SHAPES), version=4)
     first.history.append({"h.0.q": random_factors("h.0.q", 1, 9), "h.1.q": random_factors("h.1.q", 1, 9)})
     assert restored.append(first.history[-1]) == 5
@@ -311,7 +329,7 @@ def test_a_restored_log_serves_clients_of_any_version() -> None:
             for increment in first.history[:version]:
                 replica.total.add(increment)
         replica.apply(restored.since(version, SHAPES), SHAPES)
-        for name in ("h.0.q", "h.1.q"):
+        for name in ("h.0.q", "h.0.up", "h.1.q"):
             assert_same(replica.total.dense(name), first.total(name))
 
 

@@ -73,11 +73,7 @@ FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], list[str], bool]] = {
     ),
     "llama": (
         tiny_llama,
-        [
-            f"model.layers.{i}.{m}"
-            for i in range(12)
-            for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-        ],
+        [f"model.layers.{i}.{m}" for i in range(12) for m in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")],
         False,
     ),
 }
@@ -146,16 +142,12 @@ def test_exact_adapter_equals_the_merged_model_in_peft(family: str, dense: bool,
 @pytest.mark.parametrize("max_rank", [1, 2, 4])
 @pytest.mark.parametrize("dense", [False, True], ids=["factors", "dense"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_truncated_adapter_is_the_eckart_young_optimum(
-    family: str, dense: bool, max_rank: int, tmp_path: Path
-) -> None:
+def test_truncated_adapter_is_the_eckart_young_optimum(family: str, dense: bool, max_rank: int, tmp_path: Path) -> None:
     build, names, conv1d = FAMILIES[family]
     base = build()
     factors = stacked_factors(base, names, conv1d)
     deltas = {name: f.delta() for name, f in factors.items()}
-    export = save_peft_adapter(
-        deltas if dense else factors, family, tmp_path, max_rank=max_rank, fan_in_fan_out=conv1d
-    )
+    export = save_peft_adapter(deltas if dense else factors, family, tmp_path, max_rank=max_rank, fan_in_fan_out=conv1d)
     unloaded = PeftModel.from_pretrained(build(), str(tmp_path)).merge_and_unload()
 
     lost, total = 0.0, 0.0
@@ -187,9 +179,7 @@ def test_noise_of_many_fp32_merges_does_not_raise_the_rank(shape: tuple[int, int
 
 def test_more_stacked_rank_than_the_matrix_has_is_reduced_to_full_rank(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
-    factors = LoraFactors(
-        torch.randn(90, 12, generator=generator), torch.randn(20, 90, generator=generator), 0.1
-    )
+    factors = LoraFactors(torch.randn(90, 12, generator=generator), torch.randn(20, 90, generator=generator), 0.1)
     export = save_peft_adapter({"m": factors}, "base", tmp_path)
     assert export.ranks == {"m": 12}
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -218,9 +208,7 @@ def test_modules_that_did_not_change_are_left_out(tmp_path: Path) -> None:
     assert dict(export.ranks) == {kept: 5}
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [kept]
     adapted = PeftModel.from_pretrained(base, str(tmp_path))
-    assert [n for n, _ in adapted.named_modules() if n.endswith("lora_A")] == [
-        f"base_model.model.{kept}.lora_A"
-    ]
+    assert [n for n, _ in adapted.named_modules() if n.endswith("lora_A")] == [f"base_model.model.{kept}.lora_A"]
 
 
 def test_config_has_scaling_one_and_no_order_of_its_own(tmp_path: Path) -> None:
@@ -244,9 +232,7 @@ def test_merged_model_and_tokenizer_load_with_the_stock_readers(tmp_path: Path) 
     for family, (build, names, conv1d) in FAMILIES.items():
         deltas = {n: f.delta() for n, f in stacked_factors(build(), names, conv1d).items()}
         merged = merge(build(), deltas, conv1d)
-        save_merged(
-            merged, PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"), tmp_path / family
-        )
+        save_merged(merged, PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]"), tmp_path / family)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / family).eval()
         assert torch.equal(logits(loaded), logits(merged))
         words = AutoTokenizer.from_pretrained(tmp_path / family)
@@ -303,6 +289,4 @@ def test_export_describes_itself_as_json() -> None:
 def test_importing_export_does_not_import_peft() -> None:
     code = "import sys, hsplit_flwr.export; sys.exit('peft' in sys.modules)"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    assert (
-        subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False).returncode == 0
-    )
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False).returncode == 0

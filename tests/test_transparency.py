@@ -64,7 +64,7 @@ def monolithic_peft(name: str, batches: list[Batch], cut: int) -> tuple[list[flo
             module, factor = key.removeprefix("base_model.model.").split(".lora_")
             side = "head" if int(module.split(".")[2]) < cut else "tail"
             if factor.startswith("A"):
-                parameter.data = init_lora_A(*parameter.shape, seed=derive_seed(seed_of(side), module))
+                parameter.data = init_lora_A(parameter.shape[0], parameter.shape[1], derive_seed(seed_of(side), module))
             else:
                 parameter.data.zero_()
             adapters[f"{module}.{factor[0]}"] = parameter
@@ -125,11 +125,11 @@ def test_one_client_equals_monolithic_peft(name: str, cut: int, over_grpc: bool)
     assert losses[-1] < losses[0]  # 20 steps of real training, not a comparison of standing still
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        torch.testing.assert_close(found[key], tensor, atol=TOLERANCE, rtol=0, msg=lambda m, k=key: f"{k}: {m}")
+        assert (found[key] - tensor).abs().max() <= TOLERANCE, key
 
 
 def test_clients_of_unequal_cuts_get_the_gradient_of_their_own_mean_loss() -> None:
-    """Three clients, two cuts: tail gradient is that of the token-weighted mean, each client's that of its own mean."""
+    """Three clients, two cuts, unequal token counts."""
     model = tiny_model("llama")
     whole = segment_from_model(model)
     names = [n for n in whole.linear_modules() if int(n.split(".")[2]) >= 1]

@@ -1,4 +1,4 @@
-"""E2E NLG (Novikova, Dušek, Rieser 2017, arXiv:1706.09254), one part per client by flwr-datasets' partitioners.
+"""E2E NLG (Novikova, Dušek, Rieser 2017, arXiv:1706.09254), a part per client by flwr-datasets' partitioners.
 
 The source is a folder with ``train.csv`` and ``valid.csv`` (columns ``mr``, ``ref``) or the name of a hub
 data set. flwr-datasets is imported where partitions are made, so a process that only validates does not pay
@@ -7,6 +7,7 @@ for it.
 
 import csv
 import re
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -45,22 +46,20 @@ def client_examples(
     """The training examples of one client; every example belongs to exactly one client.
 
     ``partition_by`` is a field of the meaning representation (label skew with Dirichlet(``alpha``) shares, a
-    missing field counting as the label ``"none"``) or ``"iid"``. The arguments alone decide the parts, in
-    every process.
+    missing field counting as the label ``"none"``) or ``"iid"``. Take a field with few values: one example
+    cannot be shared. The arguments alone decide the parts, in every process.
 
     Raises:
         ConfigError: a source, file, column or field that is not there, or parts that cannot be made.
     """
     if not 0 <= partition_id < num_partitions:
-        raise ConfigError(
-            f"Expected 0 <= partition_id < num_partitions={num_partitions}, found {partition_id}."
-        )
+        raise ConfigError(f"Expected partition_id from 0 to {num_partitions - 1}, found {partition_id}.")
     rows = _partitioner(source, num_partitions, partition_by, alpha, seed).load_partition(partition_id)
     return [_example(mr, ref) for mr, ref in zip(rows["mr"], rows["ref"], strict=True)]
 
 
 def validation_examples(source: str) -> list[Example]:
-    """All validation examples (their meaning representations do not occur in training), in the order of the file."""
+    """All validation examples, in the order of the file; training has none of their representations."""
     return [_example(mr, ref) for mr, ref in _pairs(source, "valid")]
 
 
@@ -86,9 +85,7 @@ def _partitioner(source: str, num_partitions: int, partition_by: str, alpha: flo
     """A flwr-datasets partitioner that holds the training pairs, its parts decided."""
     examples = [_example(mr, ref) for mr, ref in _pairs(source, "train")]
     if num_partitions > len(examples):
-        raise ConfigError(
-            f"Expected at most one partition per example ({len(examples)}), found {num_partitions}."
-        )
+        raise ConfigError(f"Expected at most {len(examples)} partitions (examples), found {num_partitions}.")
     known = sorted({name for example in examples for name in example.slots})
     if partition_by not in (IID, *known):
         raise ConfigError(f"Expected partition_by to be {IID!r} or one of {known}, found {partition_by!r}.")
@@ -105,11 +102,11 @@ def _partitioner(source: str, num_partitions: int, partition_by: str, alpha: flo
         partitioner.dataset = dataset
         return partitioner
     try:
-        partitioner = DirichletPartitioner(
-            num_partitions, "label", alpha=float(alpha), min_partition_size=MIN_EXAMPLES, seed=seed
-        )
+        partitioner = DirichletPartitioner(num_partitions, "label", float(alpha), MIN_EXAMPLES, seed=seed)
         partitioner.dataset = dataset
-        partitioner.load_partition(0)
+        with warnings.catch_warnings():  # one per draw, with all alphas; the error below says it once
+            warnings.filterwarnings("ignore", message="The specified min_partition_size")
+            partitioner.load_partition(0)
     except ValueError as error:
         raise ConfigError(
             f"Expected {num_partitions} parts of at least {MIN_EXAMPLES} examples by {partition_by!r} with "
@@ -130,8 +127,8 @@ def _pairs(source: str, split: str) -> list[tuple[str, str]]:
         rows = load_dataset(source, split=_HUB_SPLITS[split])
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"Expected a folder or a hub data set with a {_HUB_SPLITS[split]!r} split, found neither at {source!r}: "
-            f"{error} Offline, give the folder that holds train.csv and valid.csv."
+            f"Expected a folder or a hub data set with a {_HUB_SPLITS[split]!r} split, found neither at "
+            f"{source!r}: {error} Offline, give the folder that holds train.csv and valid.csv."
         ) from error
     mr, ref = _mr_and_ref(rows.column_names, source)
     return list(zip(rows[mr], rows[ref], strict=True))
@@ -139,15 +136,16 @@ def _pairs(source: str, split: str) -> list[tuple[str, str]]:
 
 def _csv_pairs(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
-        raise ConfigError(
-            f"Expected the file {path.name} in {path.parent}, found none. Give the E2E NLG folder."
-        )
+        raise ConfigError(f"Expected the file {path.name} in {path.parent}, found none. Give the E2E NLG folder.")
     with path.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines)
         mr, ref = _mr_and_ref(reader.fieldnames or [], path.name)
         pairs = [(row[mr], row[ref]) for row in reader]
     if not pairs:
         raise ConfigError(f"Expected at least one row in {path}, found none.")
+    for row, pair in enumerate(pairs, start=1):
+        if not pair[1]:
+            raise ConfigError(f"Expected a sentence in row {row} of {path.name}, found none. Complete the file.")
     return pairs
 
 

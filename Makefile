@@ -1,0 +1,23 @@
+PYTHON ?= python
+
+.PHONY: quality style test test-fast bench
+
+quality:  ## what CI checks besides the tests
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+style:  ## fix what can be fixed automatically
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test:  ## everything: unit tests, Ray, real weights, a real deployment
+	$(PYTHON) -m pytest
+
+test-fast:  ## unit tests only, offline
+	$(PYTHON) -m pytest -m "not slow"
+
+bench:  ## the tables of the README
+	mkdir -p results
+	$(PYTHON) simulations/benchmarks/split_overhead.py --json results/split_overhead.json
+	$(PYTHON) simulations/benchmarks/aggregation.py --json results/aggregation.json

@@ -1,0 +1,79 @@
+"""A complete Flower ServerApp from a run config: what the apps in `simulations/` have in common."""
+
+import logging
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from flwr.server import ServerAppComponents
+
+from hsplit_flwr.client_head import Batch
+from hsplit_flwr.global_model import GlobalModel
+from hsplit_flwr.model_files import ModelFiles
+from hsplit_flwr.run_config import Settings
+from hsplit_flwr.run_output import RunOutput, Sample
+from hsplit_flwr.server import log_progress, server_components
+from hsplit_flwr.strategy import HSplitLoRAStrategy
+from hsplit_flwr.wire import DTYPES
+
+_log = logging.getLogger("hsplit_flwr")
+
+
+def server_app_components(
+    app: str,
+    run_config: Mapping[str, Any],
+    settings: Settings,
+    model_name: str,
+    files: ModelFiles,
+    eval_batches: Iterable[Batch],
+    samples: Sequence[Sample] = (),
+) -> ServerAppComponents:
+    """Model, strategy and results of a run.
+
+    Args:
+        app: the app's folder, for the command in the results.
+        run_config: Flower's run config, recorded with the results.
+        settings: what `read_settings` made of it.
+        model_name: how a user names the base model.
+        files: the base model.
+        eval_batches: server-side held-out batches.
+        samples: prompts to generate from before and after.
+    """
+    if settings.server_threads:
+        torch.set_num_threads(settings.server_threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = GlobalModel(files, DTYPES[settings.dtype], device)
+    output = RunOutput(
+        model,
+        model_name,
+        settings.output_dir,
+        command=flwr_command(app, run_config),
+        config=run_config,
+        samples=samples,
+        adapter_rank=settings.adapter_rank,
+    )
+    strategy = HSplitLoRAStrategy(
+        model,
+        settings.plans,
+        settings.training,
+        tail_lora=settings.tail_lora,
+        config=settings.strategy,
+        service=settings.service,
+        limits=settings.limits,
+        eval_batches=eval_batches,
+        on_step=log_progress(settings.training),
+    )
+    return server_components(strategy, max_clients=len(settings.plans), on_end=output)
+
+
+def flwr_command(app: str, run_config: Mapping[str, Any]) -> str:
+    """The ``flwr run`` line that repeats a run, with every value of its run config."""
+    pairs = " ".join(f"{key}={_toml(value)}" for key, value in sorted(run_config.items()))
+    return f"flwr run {app} --stream --run-config {shlex.quote(pairs)}"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,133 @@
+"""Flower's run config (flat keys of strings and numbers) -> the typed settings of a run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from hsplit_flwr.barrier import BarrierLimits
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.lora import LoraSpec
+from hsplit_flwr.plan import ClientPlan, TrainingConfig, plans_from_table
+from hsplit_flwr.strategy import StrategyConfig
+from hsplit_flwr.tail_service import ServiceConfig
+
+RunConfig = Mapping[str, bool | float | int | str]
+Value = TypeVar("Value", bound=bool | int | float | str)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that a Flower app of this package reads from its run config, except its data."""
+
+    training: TrainingConfig
+    plans: dict[str, ClientPlan]
+    tail_lora: LoraSpec
+    strategy: StrategyConfig
+    service: ServiceConfig
+    limits: BarrierLimits
+    dtype: str
+    """of the frozen weights"""
+    server_threads: int
+    """torch threads of the server's process; 0: torch's default"""
+    output_dir: Path
+    adapter_rank: int | None
+
+
+def read_settings(run_config: RunConfig) -> Settings:
+    """The settings that `run_config` describes; keys that are absent take the defaults of the dataclasses.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range; the message names the key.
+    """
+    alpha_over_rank = get(run_config, "alpha-over-rank", 2.0)
+    targets = get(run_config, "target-modules", "")
+    tail_rank = get(run_config, "tail-rank", 8)
+    spec = tuple(targets.split()) if targets else LoraSpec().target_modules
+    certificate, key = get(run_config, "tail-certificate", ""), get(run_config, "tail-private-key", "")
+    adapter_rank = get(run_config, "adapter-rank", 0)
+    return Settings(
+        training=_training(run_config),
+        plans=plans_from_table(
+            integers(run_config, "cuts"),
+            integers(run_config, "ranks"),
+            alpha_over_rank=alpha_over_rank,
+            target_modules=targets,
+        ),
+        tail_lora=LoraSpec(tail_rank, alpha_over_rank * tail_rank, spec) if tail_rank else LoraSpec(0),
+        strategy=StrategyConfig(
+            rule=get(run_config, "aggregation", "noise_free"),
+            min_nodes=get(run_config, "min-nodes", 1),
+            fraction_clients=get(run_config, "fraction-clients", 1.0),
+            federated_evaluation=get(run_config, "federated-evaluation", True),
+            round_limit_s=get(run_config, "round-limit-s", 600.0),
+        ),
+        service=ServiceConfig(
+            bind=get(run_config, "tail-bind", "127.0.0.1:0"),
+            advertise=get(run_config, "tail-address", ""),
+            max_frame_bytes=get(run_config, "max-frame-mib", 64) << 20,
+            certificate=Path(certificate) if certificate else None,
+            private_key=Path(key) if key else None,
+        ),
+        limits=BarrierLimits(
+            start_gate_s=get(run_config, "start-gate-s", 60.0),
+            straggler_limit_s=get(run_config, "straggler-limit-s", 30.0),
+        ),
+        dtype=get(run_config, "dtype", "fp32"),
+        server_threads=get(run_config, "server-threads", 0),
+        output_dir=Path(get(run_config, "output-dir", "results")).resolve(),
+        adapter_rank=adapter_rank or None,
+    )
+
+
+def _training(run_config: RunConfig) -> TrainingConfig:
+    default = TrainingConfig()
+    return TrainingConfig(
+        rounds=get(run_config, "rounds", default.rounds),
+        local_steps=get(run_config, "local-steps", default.local_steps),
+        learning_rate=get(run_config, "learning-rate", default.learning_rate),
+        warmup_steps=get(run_config, "warmup-steps", default.warmup_steps),
+        schedule=get(run_config, "schedule", default.schedule),
+        weight_decay=get(run_config, "weight-decay", default.weight_decay),
+        max_grad_norm=get(run_config, "max-grad-norm", default.max_grad_norm),
+        activation_dtype=get(run_config, "activation-dtype", default.activation_dtype),
+        seed=get(run_config, "seed", default.seed),
+    )
+
+
+def get(run_config: RunConfig, key: str, default: Value) -> Value:
+    """The value of `key`, of the type of `default`; an integer is good for a float.
+
+    Raises:
+        ConfigError: another type.
+    """
+    value = run_config.get(key, default)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)  # type: ignore[return-value]
+    if type(value) is not type(default):
+        raise ConfigError(f"Expected {key} as {type(default).__name__}, found {value!r}. Example: {key}={default!r}.")
+    return value
+
+
+def integers(run_config: RunConfig, key: str) -> dict[str, int]:
+    """Client id ("0", "1", ...) -> its number in a list such as ``"2,4,6"``.
+
+    Raises:
+        ConfigError: the key is missing or not such a list.
+    """
+    text = str(run_config.get(key, ""))
+    try:
+        return {str(client): int(part) for client, part in enumerate(text.split(","))}
+    except ValueError:
+        raise ConfigError(
+            f"Expected {key} as one integer per client, such as '2,4,6', found {text!r}. Set it in the run config."
+        ) from None
+
+
+def hosted_clients(node_config: RunConfig, num_clients: int) -> list[str]:
+    """The clients that a SuperNode hosts: node k of n hosts k, k+n, k+2n, ... of `num_clients`.
+
+    With as many nodes as clients every node is one client; with fewer, a simulation still runs all clients.
+    """
+    node, nodes = get(node_config, "partition-id", 0), get(node_config, "num-partitions", 1)
+    return [str(client) for client in range(node, num_clients, nodes)]

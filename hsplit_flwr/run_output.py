@@ -1,0 +1,141 @@
+"""What a run leaves behind: tables, picture, summary.json, samples, merged model and PEFT adapter."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hsplit_flwr.deltas import stack
+from hsplit_flwr.errors import AggregationError
+from hsplit_flwr.export import AdapterExport, save_merged, save_peft_adapter
+from hsplit_flwr.global_model import GlobalModel
+from hsplit_flwr.plots import plot_run
+from hsplit_flwr.provenance import commit, versions
+from hsplit_flwr.reporting import run_report
+from hsplit_flwr.results import RunSummary
+from hsplit_flwr.strategy import HSplitLoRAStrategy
+
+_log = logging.getLogger("hsplit_flwr")
+MAX_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt to continue before and after training, and what a person wrote."""
+
+    prompt: str
+    reference: str
+
+
+class RunOutput:
+    """Collects a run's results into one folder. Create it before the run: the first samples are taken then.
+
+    Args:
+        model: the global model, still untrained.
+        model_name: how a user names the base model, for the PEFT adapter.
+        folder: where everything goes; created at once, so that a bad path fails before training.
+        command: the command that repeats the run.
+        config: the run config, for the summary.
+        samples: prompts to generate from, greedily.
+        adapter_rank: largest rank of the exported PEFT adapter; None: as much as exactness takes.
+    """
+
+    def __init__(
+        self,
+        model: GlobalModel,
+        model_name: str,
+        folder: Path,
+        *,
+        command: str,
+        config: Mapping[str, Any],
+        samples: Sequence[Sample] = (),
+        adapter_rank: int | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._model = model
+        self._model_name = model_name
+        self._command = command
+        self._config = dict(config)
+        self._samples = samples
+        self._adapter_rank = adapter_rank
+        self._tokenizer = model.files.tokenizer()
+        self._before = self._generate()
+        self._started = time.perf_counter()
+
+    def __call__(self, strategy: HSplitLoRAStrategy) -> None:
+        """Write the results of the finished run and log its tables."""
+        wall_seconds = time.perf_counter() - self._started
+        after = self._generate()
+        strategy.remove_adapters()
+        save_merged(self._model.segment.model, self._tokenizer, self._folder / "merged_model")
+        adapter = self._export_adapter()
+        summary = RunSummary(
+            initial_perplexity=strategy.initial_score.perplexity if strategy.initial_score else None,
+            history=tuple(strategy.history),
+            seed=strategy.training.seed,
+            versions=versions(),
+            commit=commit(),
+            command=self._command,
+            wall_seconds=wall_seconds,
+            config=self._config,
+            adapter=adapter.to_dict() if adapter else None,
+            samples=tuple(
+                {"prompt": s.prompt, "reference": s.reference, "before": before, "after": now}
+                for s, before, now in zip(self._samples, self._before, after, strict=True)
+            ),
+        )
+        summary.save(self._folder / "summary.json")
+        plot_run(summary, self._folder / "run.png")
+        report = run_report(summary)
+        (self._folder / "report.txt").write_text(report + "\n", encoding="utf-8")
+        _log.info("%s", "\n".join(["", report, "", *self._sample_lines(summary)]))
+
+    def _sample_lines(self, summary: RunSummary) -> list[str]:
+        lines = []
+        for sample in summary.samples:
+            lines += [
+                f"prompt  {sample['prompt']}",
+                f"before  {sample['before']}",
+                f"after   {sample['after']}",
+                "",
+            ]
+        return [*lines, f"Results: {self._folder}"]
+
+    def _export_adapter(self) -> AdapterExport | None:
+        total = self._model.log.total
+        matrices = {name: total.matrix(name) for name in total.names()}
+        deltas = {name: m.dense if m.dense is not None else stack(m.pieces) for name, m in matrices.items()}
+        transposed = any(not isinstance(m, torch.nn.Linear) for m in self._model.segment.linear_modules().values())
+        try:
+            return save_peft_adapter(
+                deltas,
+                self._model_name,
+                self._folder / "adapter",
+                max_rank=self._adapter_rank,
+                fan_in_fan_out=transposed,
+            )
+        except AggregationError as error:
+            _log.warning("no adapter exported: %s", error)
+            return None
+
+    def _generate(self) -> list[str]:
+        model = self._model.segment.model
+        texts = []
+        for sample in self._samples:
+            inputs = self._tokenizer(sample.prompt, return_tensors="pt").to(model.device)
+            with torch.no_grad():
+                output = model.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    max_new_tokens=MAX_NEW_TOKENS,
+                    do_sample=False,
+                    pad_token_id=self._tokenizer.eos_token_id,
+                )
+            new = output[0, inputs["input_ids"].shape[1] :]
+            texts.append(self._tokenizer.decode(new, skip_special_tokens=True).strip())
+        return texts

@@ -1,0 +1,1 @@
+"""HSplitLoRA on E2E NLG."""

@@ -1,0 +1,34 @@
+"""The server: the whole model, the shared tail, evaluation on valid.csv, results."""
+
+from flwr.app import Context
+from flwr.server import ServerApp, ServerAppComponents
+
+from e2e_nlg.e2e_data import validation_examples
+from e2e_nlg.task import batches, model_name, spread
+from hsplit_flwr.apps import server_app_components
+from hsplit_flwr.model_files import ModelFiles
+from hsplit_flwr.run_config import get, read_settings
+from hsplit_flwr.run_output import Sample
+from hsplit_flwr.text_data import prompt_text
+
+SAMPLES = 2
+
+
+def server_fn(context: Context) -> ServerAppComponents:
+    """The run that the run config describes."""
+    run_config = context.run_config
+    name = model_name(run_config)
+    held_out = validation_examples(get(run_config, "data", ""))
+    central = spread(held_out, get(run_config, "central-examples", 0))
+    return server_app_components(
+        "simulations/e2e_nlg",
+        run_config,
+        read_settings(run_config),
+        name,
+        ModelFiles.resolve(name),
+        eval_batches=batches(central, run_config, shuffle=False),
+        samples=[Sample(prompt_text(e.mr), e.ref) for e in spread(held_out, SAMPLES)],
+    )
+
+
+app = ServerApp(server_fn=server_fn)

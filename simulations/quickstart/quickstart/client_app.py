@@ -1,0 +1,23 @@
+"""A client: its part of the data and the head that its plan gives it."""
+
+from flwr.app import Context
+from flwr.client import Client
+from flwr.clientapp import ClientApp
+
+from hsplit_flwr.client import HSplitLoRAClient
+from hsplit_flwr.run_config import hosted_clients, integers
+from quickstart.task import MODEL, client_data
+
+
+def client_fn(context: Context) -> Client:
+    """The clients that this SuperNode hosts."""
+    num_clients = len(integers(context.run_config, "cuts"))
+    return HSplitLoRAClient(
+        MODEL,
+        lambda client: client_data(client, context.run_config),
+        context,
+        client_ids=hosted_clients(context.node_config, num_clients),
+    ).to_client()
+
+
+app = ClientApp(client_fn=client_fn)

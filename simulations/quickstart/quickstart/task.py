@@ -1,0 +1,49 @@
+"""The quickstart's model and data, both embedded in the library."""
+
+from functools import lru_cache
+
+from hsplit_flwr.assets import tiny_checkpoint
+from hsplit_flwr.client import ClientData
+from hsplit_flwr.model_files import ModelFiles
+from hsplit_flwr.restaurants import partition_by_slot, restaurant_examples
+from hsplit_flwr.run_config import RunConfig, get, integers
+from hsplit_flwr.text_data import Example, TextBatches
+
+MODEL = str(tiny_checkpoint())
+HELD_OUT_EVERY = 10
+
+
+def batches(examples: list[Example], run_config: RunConfig, *, shuffle: bool) -> TextBatches:
+    """`examples` as batches for training (shuffled by the run's seed) or for scoring."""
+    return TextBatches(
+        examples,
+        _tokenizer(),
+        batch_size=get(run_config, "batch-size", 8),
+        max_length=get(run_config, "max-length", 96),
+        seed=get(run_config, "seed", 0),
+        shuffle=shuffle,
+    )
+
+
+@lru_cache(maxsize=1)
+def _tokenizer():  # type: ignore[no-untyped-def]
+    return ModelFiles.resolve(MODEL).tokenizer()
+
+
+def client_data(client: str, run_config: RunConfig) -> ClientData:
+    """Non-IID part number `client` of the training set; a tenth of its meaning representations is held out."""
+    train, _ = restaurant_examples()
+    parts = partition_by_slot(
+        train,
+        slot="food",
+        num_clients=len(integers(run_config, "cuts")),
+        alpha=get(run_config, "dirichlet-alpha", 0.3),
+        seed=get(run_config, "seed", 0),
+    )
+    mine = parts[int(client)]
+    mrs = sorted({example.mr for example in mine})
+    held_out = set(mrs[::HELD_OUT_EVERY])
+    return ClientData(
+        train=batches([e for e in mine if e.mr not in held_out], run_config, shuffle=True).stream,
+        evaluate=batches([e for e in mine if e.mr in held_out], run_config, shuffle=False),
+    )

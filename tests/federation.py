@@ -1,0 +1,143 @@
+"""A federation in one process: real clients over real gRPC behind Flower's `ClientProxy`; no Ray, no SuperLink.
+
+`Node` treats its client as Flower does: built anew for every message, with a copy of the context that is kept only if
+the message was answered. `play_round` drives a strategy's hooks with Flower's own `fit_clients`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, RecordDict
+from flwr.client import Client
+from flwr.common import (
+    DisconnectRes,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetParametersIns,
+    GetParametersRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    Parameters,
+    ReconnectIns,
+)
+from flwr.server import SimpleClientManager
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.server import evaluate_clients, fit_clients
+from torch import Tensor
+
+from hsplit_flwr.client import ClientData, HSplitLoRAClient
+from hsplit_flwr.lora import LoraFactors
+from hsplit_flwr.strategy import HSplitLoRAStrategy
+
+TIMEOUT_S = 60.0
+EMPTY = Parameters(tensors=[], tensor_type="numpy.ndarray")
+Batch = dict[str, Tensor]
+Fit = Callable[[FitIns], FitRes]
+Fault = Callable[[Fit, FitIns], FitRes]
+"""What a bad node makes of a fit: (the honest fit, what it was told) -> what it answers"""
+
+
+class Node(ClientProxy):
+    """A SuperNode that hosts `clients`; with a `fault` it answers a fit in its own way."""
+
+    def __init__(
+        self,
+        cid: str,
+        clients: Sequence[str],
+        model: Path,
+        data: Callable[[str], ClientData],
+        fault: Fault | None = None,
+    ) -> None:
+        super().__init__(cid)
+        self.fault = fault
+        self.context = Context(1, int(cid), {}, RecordDict(), {})
+        self._clients = clients
+        self._model = model
+        self._data = data
+
+    def get_properties(self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None) -> GetPropertiesRes:
+        return self._answer(lambda client: client.get_properties(ins))
+
+    def get_parameters(self, ins: GetParametersIns, timeout: float | None, group_id: int | None) -> GetParametersRes:
+        raise NotImplementedError("the strategy does not ask for parameters")
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        fault = self.fault
+        return self._answer(lambda client: fault(client.fit, ins) if fault else client.fit(ins))
+
+    def evaluate(self, ins: EvaluateIns, timeout: float | None, group_id: int | None) -> EvaluateRes:
+        return self._answer(lambda client: client.evaluate(ins))
+
+    def reconnect(self, ins: ReconnectIns, timeout: float | None, group_id: int | None) -> DisconnectRes:
+        return DisconnectRes(reason="")
+
+    def _answer(self, call: Callable[[Client], Any]) -> Any:
+        context = copy.deepcopy(self.context)
+        client = HSplitLoRAClient(str(self._model), self._data, context, client_ids=self._clients)
+        answer = call(client.to_client())
+        self.context = context
+        return answer
+
+
+@dataclass
+class Played:
+    """What went over the wire in one round, and the weights after it."""
+
+    results: dict[str, FitRes]
+    """by the node's cid"""
+    tail: dict[str, LoraFactors]
+    """the tail's adapters when its last step was done"""
+    weights: dict[str, Tensor]
+    metrics: dict[str, Any]
+    federated_loss: float | None
+    central: dict[str, Any] = field(default_factory=dict)
+
+
+def manager_of(*nodes: ClientProxy) -> SimpleClientManager:
+    """Flower's client manager with `nodes` connected."""
+    manager = SimpleClientManager()
+    for node in nodes:
+        manager.register(node)
+    return manager
+
+
+def play_round(strategy: HSplitLoRAStrategy, manager: SimpleClientManager, number: int) -> Played:
+    """One round as Flower's `Server` plays it, every hook called by keyword."""
+    told = strategy.configure_fit(server_round=number, parameters=EMPTY, client_manager=manager)
+    results, failures = fit_clients(told, max_workers=8, timeout=TIMEOUT_S, group_id=number)
+    tail = strategy._tail.adapters.factors()  # gone after aggregate_fit, and the reference needs them
+    _, metrics = strategy.aggregate_fit(server_round=number, results=results, failures=failures)
+    played = Played({proxy.cid: res for proxy, res in results}, tail, weights_of(strategy), metrics, None)
+    central = strategy.evaluate(server_round=number, parameters=EMPTY)
+    played.central = central[1] if central else {}
+    asked = strategy.configure_evaluate(server_round=number, parameters=EMPTY, client_manager=manager)
+    if asked:
+        scores, missed = evaluate_clients(asked, max_workers=8, timeout=TIMEOUT_S, group_id=number)
+        played.federated_loss, _ = strategy.aggregate_evaluate(server_round=number, results=scores, failures=missed)
+    return played
+
+
+def weights_of(strategy: HSplitLoRAStrategy) -> dict[str, Tensor]:
+    """The global model's weight of every linear layer, as the layer stores it."""
+    layers = strategy.model.segment.linear_modules()
+    return {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
+
+
+def random_batches(count: int, seed: int, rows: int = 2, width: int = 10, prompt: int = 3) -> list[Batch]:
+    """Right-padded batches (rows, width); the labels of the first `prompt` positions are masked."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        input_ids = torch.randint(3, 97, (rows, width), generator=generator)
+        attention_mask = torch.ones_like(input_ids)
+        attention_mask[0, width - 2 :] = 0
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :prompt] = -100
+        batches.append({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
+    return batches
