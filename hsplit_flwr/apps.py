@@ -62,7 +62,7 @@ def server_app_components(
         service=settings.service,
         limits=settings.limits,
         eval_batches=eval_batches,
-        on_step=log_progress(settings.training),
+        on_step=log_progress(settings.training, len(settings.plans)),
     )
     return server_components(strategy, max_clients=len(settings.plans), on_end=output)
 

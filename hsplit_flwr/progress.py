@@ -5,10 +5,17 @@ from collections.abc import Callable
 
 
 class Progress:
-    """Turns steps into lines such as ``round 2/5  step 10/20  loss 3.21  1.2 k tok/s  eta 0:34``.
+    """Turns steps into lines such as ``round 2/5  step 40/100  loss 3.21  1.2 k tok/s  eta 0:34``.
 
-    At most one line per `interval_seconds`. For use from one thread (that of the tail). The time left is that
-    of the training steps to come, at the mean pace so far; evaluation and aggregation are not in it.
+    At most one line per `interval_seconds`. For use from one thread (that of the tail). Steps are counted over clients,
+    since clients may train together or in waves. The time left is that of the steps to come, at the mean pace so far;
+    evaluation and aggregation are not in it.
+
+    Args:
+        rounds: of the run.
+        steps_per_round: steps of all clients together in a round.
+        interval_seconds: shortest time between two lines.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -24,6 +31,7 @@ class Progress:
         self._interval = interval_seconds
         self._clock = clock
         self._round = 0
+        self._done = 0
         self._last_step_at = clock()
         self._last_line_at: float | None = None
         self._window_seconds = 0.0
@@ -31,33 +39,34 @@ class Progress:
         self._training_seconds = 0.0
         self._training_steps = 0
 
-    def start_round(self, number: int) -> None:
-        """Begin round `number` (from 1) now: the time since the last step is not training time."""
-        self._round = number
-        self._last_step_at = self._clock()
+    def start_round(self, number: int, seconds_ago: float = 0.0) -> None:
+        """Round `number` (from 1) began `seconds_ago`: what lies before is not training time."""
+        self._round, self._done = number, 0
+        self._last_step_at = self._clock() - seconds_ago
 
-    def step(self, step: int, loss: float, tokens: int) -> str | None:
-        """Count a finished step (from 1 in its round), `tokens` over all clients; a line if one is due."""
+    def step(self, clients: int, loss: float, tokens: int) -> str | None:
+        """Count a step that `clients` took together on `tokens`; a line if one is due."""
+        self._done += clients
         now = self._clock()
         seconds = now - self._last_step_at
         self._last_step_at = now
         self._window_seconds += seconds
         self._window_tokens += tokens
         self._training_seconds += seconds
-        self._training_steps += 1
+        self._training_steps += clients
         if self._last_line_at is not None and now - self._last_line_at < self._interval:
             return None
-        line = self._line(step, loss)
+        line = self._line(loss)
         self._last_line_at = now
         self._window_seconds, self._window_tokens = 0.0, 0
         return line
 
-    def _line(self, step: int, loss: float) -> str:
-        left = max(0, self._rounds - self._round) * self._steps + max(0, self._steps - step)
+    def _line(self, loss: float) -> str:
+        left = max(0, self._rounds - self._round) * self._steps + max(0, self._steps - self._done)
         pace = self._training_seconds / self._training_steps
         rate = self._window_tokens / self._window_seconds if self._window_seconds > 0 else 0.0
         return (
-            f"round {self._round}/{self._rounds}  step {step}/{self._steps}  loss {loss:.3g}  "
+            f"round {self._round}/{self._rounds}  step {self._done}/{self._steps}  loss {loss:.3g}  "
             f"{format_rate(rate)} tok/s  eta {format_duration(left * pace)}"
         )
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from hsplit_flwr.errors import ConfigError
 
-CLIENT_PHASES = ("load", "compute", "exchange", "wait")
-"""Where a client's time goes: reading its head, its own passes, the wire, other clients and the tail."""
-ROUND_PHASES = ("configure", "fit", "aggregate", "evaluate")
+CLIENT_PHASES = ("load", "compute", "exchange")
+"""Where a client's time goes: bringing its head up to date; its own passes; waiting for the tail (wire, others, tail)."""
+ROUND_PHASES = ("configure", "fit", "aggregate", "evaluate", "federated")
 """Where a round's time goes, as the strategy's hooks see it."""
 
 

@@ -74,9 +74,12 @@ class Roster:
         try:
             res = proxy.get_properties(GetPropertiesIns(config={}), timeout=self._wait_s, group_id=0)
             clients = json.loads(str(res.properties[CLIENTS_KEY]))
-            if not isinstance(clients, list) or not all(isinstance(c, str) for c in clients):
-                raise ValueError(f"{CLIENTS_KEY}={clients!r}")
-            return _Node(tuple(clients), int(str(res.properties[CONCURRENCY_KEY])))
+            concurrency = int(str(res.properties[CONCURRENCY_KEY]))
+            if not isinstance(clients, list) or not all(isinstance(c, str) for c in clients) or concurrency < 0:
+                raise ValueError(f"{CLIENTS_KEY}={clients!r} {CONCURRENCY_KEY}={concurrency}")
+            if len(set(clients)) < len(clients):
+                raise ValueError(f"a client twice in {CLIENTS_KEY}={clients!r}")
+            return _Node(tuple(clients), concurrency)
         except Exception as error:  # whatever a node answers must not stop the run
             _log.warning("left out node %s: expected its client ids, found %r", proxy.cid, error)
             return None

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from hsplit_flwr.server_tail import SharedTail, StepReport
 from hsplit_flwr.tail_service import ServiceConfig, TailService, Ticket
 
 _log = logging.getLogger("hsplit_flwr")
+FAILURE_CHARACTERS = 500
 FitResults = list[tuple[ClientProxy, FitRes]]
 EvaluateResults = list[tuple[ClientProxy, EvaluateRes]]
 
@@ -124,6 +126,8 @@ class HSplitLoRAStrategy(Strategy):
         self._service_config = replace(service or ServiceConfig(), activation_dtype=training.activation_dtype)
         self._service: TailService | None = None
         self._round_plans: dict[str, ClientPlan] = {}
+        self._round_nodes: dict[str, str] = {}
+        """client -> the node (cid) that was given its task"""
         self._phase_started = time.perf_counter()
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
@@ -155,12 +159,14 @@ class HSplitLoRAStrategy(Strategy):
         started = time.perf_counter()
         dropped = self._tail.close_training()
         tickets = self._close_round()
+        tail_factors = self._tail.adapters.factors()
+        self._tail.adapters.reset(self.training.seed)  # B = 0: evaluation sees the merged weights alone
         finished, refused = self._finished(results, tickets)
         stragglers = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
         self._note(
             server_round,
-            clients=tuple(self._client_record(tickets[client], res) for client, (res, _) in finished.items()),
-            failures=(*(f"{type(f).__name__}: {f}" for f in failures), *refused, *stragglers),
+            clients=tuple(record for record, _ in finished.values()),
+            failures=(*map(_describe_failure, failures), *refused, *stragglers),
         )
         tokens = {client: tickets[client].tokens for client in finished}
         if sum(tokens.values()) == 0:
@@ -170,9 +176,7 @@ class HSplitLoRAStrategy(Strategy):
         contributions = [
             Contribution(shares[client], tickets[client].cut, factors) for client, (_, factors) in finished.items()
         ]
-        increment = aggregate(contributions, self._tail.adapters.factors(), block_of, RULES[self.config.rule])
-        self.model.apply(increment)
-        self._tail.adapters.reset(self.training.seed)  # B = 0: evaluation sees the merged weights alone
+        self.model.apply(aggregate(contributions, tail_factors, block_of, RULES[self.config.rule]))
         train_loss = sum(tickets[client].nll for client in finished) / sum(tokens.values())
         self._note(server_round, train_loss=train_loss)
         self._phase(server_round, "aggregate", started)
@@ -211,11 +215,11 @@ class HSplitLoRAStrategy(Strategy):
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Federated loss and perplexity, from what the tail itself summed over the clients that finished."""
         tickets = self._close_round()
-        failed = tuple(f"evaluate: {type(failure).__name__}: {failure}" for failure in failures)
+        failed = tuple(f"evaluate: {_describe_failure(failure)}" for failure in failures)
         self._note(server_round, failures=(*self._record(server_round).failures, *failed))
-        done = {str(res.metrics.get("client")) for _, res in results}
-        scored = [ticket for client, ticket in tickets.items() if client in done and ticket.tokens]
-        self._phase(server_round, "federated_evaluate", self._phase_started)
+        done = {(str(res.metrics.get("client")), proxy.cid) for proxy, res in results}
+        scored = [ticket for c, ticket in tickets.items() if (c, self._round_nodes.get(c)) in done and ticket.tokens]
+        self._phase(server_round, "federated", self._phase_started)
         if not scored:
             return None, {}
         score = Score(sum(ticket.nll for ticket in scored), sum(ticket.tokens for ticket in scored))
@@ -238,8 +242,9 @@ class HSplitLoRAStrategy(Strategy):
         generator = random.Random(derive_seed(self.training.seed, "sample", server_round))
         return {client: known[client] for client in sorted(generator.sample(sorted(known), count))}
 
-    def _open_round(self, server_round: int, mode: Mode, clients: Iterable[str]) -> dict[str, RoundTask]:
+    def _open_round(self, server_round: int, mode: Mode, clients: Mapping[str, ClientProxy]) -> dict[str, RoundTask]:
         self._round_plans = {client: self._plan(client) for client in clients}
+        self._round_nodes = {client: proxy.cid for client, proxy in clients.items()}
         if self._service is None:
             self._service = TailService(self._tail, self.model.since, self._run, self._service_config)
             _log.info("the tail listens on %s", self._service.address)
@@ -284,20 +289,31 @@ class HSplitLoRAStrategy(Strategy):
 
     def _finished(
         self, results: FitResults, tickets: Mapping[str, Ticket]
-    ) -> tuple[dict[str, tuple[FitRes, dict[str, LoraFactors]]], list[str]]:
+    ) -> tuple[dict[str, tuple[ClientRecord, dict[str, LoraFactors]]], list[str]]:
         """The clients that did all their steps and sent usable adapters, by id, and why others are left out."""
-        finished, refused = {}, []
-        for _, res in results:
+        finished: dict[str, tuple[ClientRecord, dict[str, LoraFactors]]] = {}
+        refused: dict[str, str] = {}
+        for proxy, res in results:
             client = str(res.metrics.get("client"))
-            steps = tickets[client].steps if client in tickets else 0
+            if self._round_nodes.get(client) != proxy.cid or client in finished:
+                _log.warning(
+                    "left out a result of node %s: it names client %s, not one to come from it", proxy.cid, client
+                )
+                continue
             try:
+                adapters = self._read_adapters(res, self._round_plans[client])
+                steps = tickets[client].steps
                 if steps != self.training.local_steps:
                     raise AggregationError(f"Expected {self.training.local_steps} steps at the tail, found {steps}.")
-                finished[client] = (res, self._read_adapters(res, self._round_plans[client]))
-            except (AggregationError, ValueError, EOFError, OSError) as error:
+                finished[client] = (self._client_record(tickets[client], res), adapters)
+            except Exception as error:  # whatever a client sends must not stop the run
                 _log.warning("left out client %s: %s", client, error)
-                refused.append(f"client {client}: {error}")
-        return dict(sorted(finished.items())), refused
+                refused[client] = f"client {client}: {type(error).__name__}: {error}"
+        for client in tickets.keys() - finished.keys() - refused.keys():
+            ticket = tickets[client]
+            seen = "; ".join(ticket.errors) or f"{ticket.steps} of {self.training.local_steps} steps"
+            refused[client] = f"client {client}: no result of its own; at the tail: {seen}"
+        return dict(sorted(finished.items())), [refused[client] for client in sorted(refused)]
 
     def _read_adapters(self, res: FitRes, plan: ClientPlan) -> dict[str, LoraFactors]:
         names = plan.lora.targets(self.model.head_names(plan.cut))
@@ -345,6 +361,16 @@ class HSplitLoRAStrategy(Strategy):
     def _phase(self, server_round: int, name: str, started: float) -> None:
         seconds = {**self._record(server_round).seconds, name: time.perf_counter() - started}
         self._note(server_round, seconds=seconds)
+
+
+def _describe_failure(failure: tuple[ClientProxy, FitRes | EvaluateRes] | BaseException) -> str:
+    """Flower's word for a failure, short enough for a summary: it can hold stack traces, or a whole result."""
+    if isinstance(failure, BaseException):
+        text = f"{type(failure).__name__}: {failure}"
+    else:
+        proxy, res = failure
+        text = f"node {proxy.cid}: {res.status.code.name}: {res.status.message}"
+    return shorten(text, FAILURE_CHARACTERS, placeholder=" ...")
 
 
 def _config(task: RoundTask) -> dict[str, Scalar]:

@@ -182,7 +182,9 @@ def check_gradient(tensors: Mapping[str, Tensor], like: Tensor, dtype: torch.dty
 
 def _check_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
     if set(tensors) != expected:
-        raise ExchangeError("wrong_tensors", f"Expected the tensors {sorted(expected)}, found {_short(sorted(tensors))}.")
+        raise ExchangeError(
+            "wrong_tensors", f"Expected the tensors {sorted(expected)}, found {_short(sorted(tensors))}."
+        )
 
 
 def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:

@@ -13,9 +13,13 @@ from tests.models import tiny_model
 
 pytestmark = pytest.mark.timeout(20)
 
-LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+LEAVES = ATTENTION + MLP
 NAMES = [
-    f"model.layers.{block}.{'self_attn' if leaf in LEAVES[:4] else 'mlp'}.{leaf}" for block in range(12) for leaf in LEAVES
+    f"model.layers.{block}.{part}.{leaf}"
+    for block in range(12)
+    for part, leaves in (("self_attn", ATTENTION), ("mlp", MLP))
+    for leaf in leaves
 ]
 
 PATTERNS: dict[str, tuple[dict[str, int], dict[str, float]]] = {
@@ -125,7 +129,7 @@ def test_a_spec_survives_json_with_the_order_of_its_patterns(spec: LoraSpec) -> 
 @pytest.mark.parametrize("change", [{"use_rslora": True}, {"r": None}], ids=["one more", "one less"])
 def test_a_spec_of_other_keys_is_refused(change: dict[str, Any]) -> None:
     data = {key: value for key, value in {**LoraSpec().to_dict(), **change}.items() if value is not None}
-    with pytest.raises(ConfigError, match="Expected a LoRA spec with the keys .*found"):
+    with pytest.raises(ConfigError, match=r"Expected a LoRA spec with the keys .*found"):
         LoraSpec.from_dict(data)
 
 

@@ -40,7 +40,7 @@ def client(client_id: int, number: int) -> ClientRecord:
         loss=4.0 - number / 2,
         bytes_up=1_500_000 * (client_id + 1),
         bytes_down=250_000,
-        seconds={"load": 0.25, "compute": 12.5, "exchange": 0.004, "wait": 3.0},
+        seconds={"load": 0.25, "compute": 12.5, "exchange": 0.004},
     )
 
 
@@ -95,7 +95,7 @@ def test_summary_json_has_what_a_reader_looks_for(tmp_path: Path) -> None:
     assert [entry["round"] for entry in found["history"]] == [1, 2, 3]
     assert found["history"][1]["failures"] == ["client 7: UNAVAILABLE"]
     assert found["history"][0]["clients"][1]["bytes_up"] == 1_500_000
-    assert found["history"][0]["clients"][1]["seconds"]["wait"] == 3.0
+    assert found["history"][0]["clients"][1]["seconds"]["compute"] == 12.5
     assert found["versions"]["hsplit_flwr"] is None
     assert found["adapter"]["relative_error"] == 0.0123
     assert found["samples"][0]["generated"] == "Alimentum is cheap — très bon."
@@ -163,7 +163,7 @@ def test_describe_ranks(ranks: list[int], text: str) -> None:
 def test_round_table_has_a_row_per_round() -> None:
     header, first, second, third = cells(round_table(run_summary().history))
     assert header[:6] == ["round", "ppl central", "ppl federated", "train loss", "tokens", "failed"]
-    assert header[6:] == ["configure s", "fit s", "aggregate s", "evaluate s"]
+    assert header[6:] == ["configure s", "fit s", "aggregate s", "evaluate s", "federated s"]
     assert first == ["1", "41.500", "44.000", "3.250", "3,000", "0", "0.010", "16.0", "0.200", "4.0"]
     assert second[5] == "1"
     assert third[:3] == ["3", "10.125", "11.000"]
@@ -171,15 +171,15 @@ def test_round_table_has_a_row_per_round() -> None:
 
 def test_what_was_not_measured_is_a_dash() -> None:
     _, row = cells(round_table([RoundRecord(round=1)]))
-    assert row == ["1", "-", "-", "-", "0", "0", "-", "-", "-", "-"]
+    assert row == ["1", "-", "-", "-", "0", "0", "-", "-", "-", "-", "-"]
 
 
 def test_client_table_sums_over_rounds_in_the_order_of_ids() -> None:
     header, first, second = cells(client_table(run_summary().history))
     assert header[:9] == ["client", "cut", "rank", "rounds", "steps", "tokens", "loss", "up", "down"]
-    assert header[9:] == ["load s", "compute s", "exchange s", "wait s"]
+    assert header[9:] == ["load s", "compute s", "exchange s"]
     assert first[:9] == ["0", "2, 3", "2-4", "3", "60", "3,000", "2.500", "4.5 MB", "750.0 kB"]
-    assert first[9:] == ["0.750", "37.5", "0.012", "9.0"]
+    assert first[9:] == ["0.750", "37.5", "0.012"]
     assert second[:9] == ["1", "2, 3", "2-5", "3", "60", "6,000", "2.500", "9.0 MB", "750.0 kB"]
 
 
@@ -327,11 +327,13 @@ def test_progress_shows_rate_and_time_left() -> None:
     clock.now += 2.0
     assert progress.step(1, 3.21, 2400) == "round 1/2  step 1/20  loss 3.21  1.2 k tok/s  eta 1:18"
     clock.now += 1.0
-    assert progress.step(2, 3.0, 87) == "round 1/2  step 2/20  loss 3  87 tok/s  eta 0:57"
+    assert progress.step(1, 3.0, 87) == "round 1/2  step 2/20  loss 3  87 tok/s  eta 0:57"
     clock.now += 600.0  # aggregation and evaluation
     progress.start_round(2)
     clock.now += 1.5
     assert progress.step(20, 2.5, 150) == "round 2/2  step 20/20  loss 2.5  100 tok/s  eta 0:00"
+    progress.start_round(2, seconds_ago=2.0)  # it began before its first step was reported
+    assert progress.step(5, 2.5, 100) == "round 2/2  step 5/20  loss 2.5  50 tok/s  eta 0:04"
 
 
 def test_progress_speaks_once_per_interval_and_counts_what_it_did_not_show() -> None:
@@ -341,7 +343,7 @@ def test_progress_speaks_once_per_interval_and_counts_what_it_did_not_show() -> 
     spoken = {}
     for step in range(1, 51):
         clock.now += 1.0
-        line = progress.step(step, 3.0, 100 if step < 12 else 200)
+        line = progress.step(1, 3.0, 100 if step < 12 else 200)
         if line is not None:
             spoken[step] = line
     assert list(spoken) == [1, 11, 21, 31, 41]
