@@ -13,7 +13,7 @@ from typing import Any
 from hsplit_flwr.errors import ConfigError
 
 CLIENT_PHASES = ("load", "compute", "exchange")
-"""Where a client's time goes: bringing its head up to date; its own passes; waiting for the tail (wire, others, tail)."""
+"""Where a client's time goes: bringing its head up to date, its own passes, waiting for the tail's answers."""
 ROUND_PHASES = ("configure", "fit", "aggregate", "evaluate", "federated")
 """Where a round's time goes, as the strategy's hooks see it."""
 

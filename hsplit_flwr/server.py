@@ -63,9 +63,7 @@ def server_components(
     )
 
 
-def log_progress(
-    training: TrainingConfig, clients: int, interval_s: float = 5.0
-) -> Callable[[StepReport], None]:
+def log_progress(training: TrainingConfig, clients: int, interval_s: float = 5.0) -> Callable[[StepReport], None]:
     """An ``on_step`` that logs a line with round, step, loss, tokens/s and time left, at most every `interval_s`."""
     progress = Progress(training.rounds, clients * training.local_steps, interval_seconds=interval_s)
     current = 0

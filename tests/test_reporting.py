@@ -164,7 +164,7 @@ def test_round_table_has_a_row_per_round() -> None:
     header, first, second, third = cells(round_table(run_summary().history))
     assert header[:6] == ["round", "ppl central", "ppl federated", "train loss", "tokens", "failed"]
     assert header[6:] == ["configure s", "fit s", "aggregate s", "evaluate s", "federated s"]
-    assert first == ["1", "41.500", "44.000", "3.250", "3,000", "0", "0.010", "16.0", "0.200", "4.0"]
+    assert first == ["1", "41.500", "44.000", "3.250", "3,000", "0", "0.010", "16.0", "0.200", "4.0", "-"]
     assert second[5] == "1"
     assert third[:3] == ["3", "10.125", "11.000"]
 

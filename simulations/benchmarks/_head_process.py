@@ -88,9 +88,9 @@ def kept_for_backward(head: Segment, batch: dict[str, Tensor]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    alive = []  # so that no storage is freed and its address taken again while we count
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), note(t))[1], lambda t: t):
-        alive.append(head(batch["input_ids"], batch["attention_mask"]))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = head(batch["input_ids"], batch["attention_mask"])  # keeps its graph, and so every storage, alive
+    assert hidden.requires_grad
     return sum(kept.values())
 
 

@@ -9,8 +9,8 @@ one computes, the others wait. Columns:
 * ``ratio_to_monolithic``: median seconds of a monolithic step / median seconds of a split step (target >= 0.90)
 * ``bytes_over_payload``: bytes of both frames of a step / bytes of activations, gradient, mask and labels (<= 1.02)
 * ``exchange_ms``: what a step spends neither in the head nor in the tail: encode, transfer, check, wake up
-* ``head_peak_over_held``: growth of the head process's peak resident memory over its import baseline / bytes it must hold:
-  weights of the segment, adapters, their gradients and AdamW state, and tensors that autograd keeps (<= 1.25)
+* ``head_peak_over_held``: growth of the head process's peak resident memory over its import baseline / bytes it must
+  hold: weights of the segment, adapters, their gradients and AdamW state, and tensors that autograd keeps (<= 1.25)
 """
 
 import argparse
@@ -123,7 +123,8 @@ class SplitClient:
         self._process.wait(60)
 
     def _ask(self, word: str) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin
+        assert self._process.stdout
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -147,9 +148,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     limits = BarrierLimits(straggler_limit_s=HEAD_LIMIT_S)
     tail = SharedTail(segment, SegmentAdapters(segment, lora, names), config, limits, tail_reports.append)
     tail.open_training(["0"], concurrency=1, adapter_seed=SEED)
-    service = TailService(
-        tail, lambda have, cut: (0, True, {}), "bench", ServiceConfig(activation_dtype=setting.dtype)
-    )
+    service = TailService(tail, lambda have, cut: (0, True, {}), "bench", ServiceConfig(activation_dtype=setting.dtype))
     token = service.open_round(1, "train", {"0": setting.cut}, 0)["0"]
     plan = ClientPlan(setting.cut, lora)
     task = RoundTask("bench", 1, "0", "train", service.address, token, HEAD_LIMIT_S, 64 << 20, plan, config)
