@@ -76,4 +76,6 @@ def flwr_command(app: str, run_config: Mapping[str, Any]) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    if isinstance(value, str):  # Flower splits at either quote, TOML takes ' literally
+        return f"'{value}'" if '"' in value or "\\" in value else f'"{value}"'
+    return str(value)

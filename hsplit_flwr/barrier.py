@@ -52,7 +52,7 @@ class StepBarrier(Generic[Request]):
         self._pending: dict[str, Request] = {}
         self._gate_since = clock()
         self._gate_open = False
-        self._asked_since: float | None = None
+        self._asked_since = clock()
         self._closed = False
         self.dropped: dict[str, int] = {}
         """steps from which each straggler was dropped"""
@@ -80,8 +80,6 @@ class StepBarrier(Generic[Request]):
             self._members.discard(client)
             self._lagging.discard(client)
             untaken = self._pending.pop(client, None)
-            if not self._pending:
-                self._asked_since = None
             self._changed.notify_all()
             return untaken
 
@@ -118,7 +116,7 @@ class StepBarrier(Generic[Request]):
             return left
 
     def _seconds_to_wait(self) -> float:
-        if not self._pending or self._asked_since is None:
+        if not self._pending:
             return _POLL_S
         now = self._clock()
         if not self._gate_open:
@@ -139,5 +137,4 @@ class StepBarrier(Generic[Request]):
         self._lagging |= late
         step = [self._pending[client] for client in sorted(self._pending)]
         self._pending.clear()
-        self._asked_since = None
         return step

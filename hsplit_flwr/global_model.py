@@ -30,7 +30,7 @@ def merge_delta(segment: Segment, files: ModelFiles, delta: WeightDelta, names: 
         assert isinstance(weight, Tensor)
         merged = merge_into(
             files.read(f"{name}.weight"),
-            delta.dense(name),
+            delta.form(name),
             transposed=not isinstance(layer, nn.Linear),
             dtype=weight.dtype,
         )

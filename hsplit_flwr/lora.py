@@ -4,6 +4,7 @@ Terms are PEFT's. A *module name* is always that of the whole model (``model.lay
 also where a process holds only a segment of it.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -62,10 +63,17 @@ class LoraSpec:
         if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
             raise ConfigError(f"Expected LoRA ranks to be integers >= 0, found {ranks}. Use 0 for 'no adapter'.")
         alphas = [self.lora_alpha, *self.alpha_pattern.values()]
-        if any(not alpha > 0 for alpha in alphas):
-            raise ConfigError(f"Expected every lora_alpha to be > 0, found {alphas}.")
+        if not all(isinstance(alpha, int | float) and 0 < alpha < math.inf for alpha in alphas):
+            raise ConfigError(f"Expected every lora_alpha to be a finite number > 0, found {alphas}.")
+        for key in [*self.rank_pattern, *self.alpha_pattern]:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ConfigError(f"Expected a regular expression in a pattern, found {key!r}: {error}.") from error
         if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
             object.__setattr__(self, "target_modules", (self.target_modules,))
+        if not self.target_modules:
+            raise ConfigError(f"Expected target_modules, found none. Use {ALL_LINEAR!r}, or r=0 for no adapter.")
 
     def targets(self, module_names: Iterable[str]) -> list[str]:
         """Those of `module_names` that the spec trains (rank > 0), in the given order.

@@ -20,7 +20,7 @@ ACTIVATION_DTYPES = ("fp32", "bf16", "fp16")
 class TrainingConfig:
     """How heads and tail train: AdamW under one learning-rate schedule that spans the whole run.
 
-    Adapters and AdamW state start afresh every round (DESIGN: merge, re-initialise); the schedule does not.
+    Adapters and AdamW state start afresh every round, after the merge; the schedule does not.
     Head and tail clip their own gradients to `max_grad_norm` (0: no clipping).
     """
 
@@ -35,10 +35,11 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 1 and self.local_steps >= 1, "rounds and local_steps >= 1", self)
-        _require(self.learning_rate > 0 and math.isfinite(self.learning_rate), "learning_rate > 0", self)
-        _require(self.warmup_steps >= 0, "warmup_steps >= 0", self)
-        _require(self.weight_decay >= 0 and self.max_grad_norm >= 0, "weight_decay, max_grad_norm >= 0", self)
+        _require(_whole(self.rounds, 1) and _whole(self.local_steps, 1), "rounds and local_steps >= 1", self)
+        _require(_whole(self.warmup_steps, 0), "warmup_steps >= 0", self)
+        _require(0 < self.learning_rate < math.inf, "learning_rate > 0", self)
+        _require(0 <= self.weight_decay < math.inf, "weight_decay >= 0", self)
+        _require(0 <= self.max_grad_norm < math.inf, "max_grad_norm >= 0 (0: no clipping)", self)
         _require(self.schedule in SCHEDULES, f"schedule in {SCHEDULES}", self)
         _require(self.activation_dtype in ACTIVATION_DTYPES, f"activation_dtype in {ACTIVATION_DTYPES}", self)
 
@@ -66,7 +67,7 @@ class ClientPlan:
     lora: LoraSpec
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.cut, int) and self.cut >= 1, "a cut >= 1 (blocks held by the client)", self.cut)
+        _require(_whole(self.cut, 1), "a cut >= 1 (blocks held by the client)", self.cut)
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ class RoundTask:
                 )
             plan = ClientPlan(cut=data["plan"]["cut"], lora=LoraSpec.from_dict(data["plan"]["lora"]))
             return cls(**{**data, "plan": plan, "training": TrainingConfig(**data["training"])})
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ConfigError(f"Expected a round task of hsplit_flwr in the Flower config, found {error!r}.") from error
 
 
@@ -143,6 +146,10 @@ def plans_from_table(
         client: ClientPlan(cuts[client], LoraSpec(ranks[client], alpha_over_rank * ranks[client], targets))
         for client in cuts
     }
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _require(condition: bool, expected: str, found: object) -> None:

@@ -128,6 +128,14 @@ def hosted_clients(node_config: RunConfig, num_clients: int) -> list[str]:
     """The clients that a SuperNode hosts: node k of n hosts k, k+n, k+2n, ... of `num_clients`.
 
     With as many nodes as clients every node is one client; with fewer, a simulation still runs all clients.
+
+    Raises:
+        ConfigError: not a node among so many.
     """
     node, nodes = get(node_config, "partition-id", 0), get(node_config, "num-partitions", 1)
+    if not 0 <= node < nodes:
+        raise ConfigError(
+            f"Expected 0 <= partition-id < num-partitions, found partition-id={node} and num-partitions={nodes}. "
+            "Start each SuperNode with --node-config 'partition-id=K num-partitions=N'."
+        )
     return [str(client) for client in range(node, num_clients, nodes)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hsplit_flwr.deltas import stack
-from hsplit_flwr.errors import AggregationError
+from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.export import AdapterExport, save_merged, save_peft_adapter
 from hsplit_flwr.global_model import GlobalModel
 from hsplit_flwr.plots import plot_run
@@ -42,6 +42,9 @@ class RunOutput:
         config: the run config, for the summary.
         samples: prompts to generate from, greedily.
         adapter_rank: largest rank of the exported PEFT adapter; None: as much as exactness takes.
+
+    Raises:
+        ConfigError: the folder cannot be created.
     """
 
     def __init__(
@@ -55,7 +58,12 @@ class RunOutput:
         samples: Sequence[Sample] = (),
         adapter_rank: int | None = None,
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"Expected an output folder that can be created, found {error}. Choose another output-dir."
+            ) from error
         self._folder = folder
         self._model = model
         self._model_name = model_name

@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -44,9 +43,9 @@ from hsplit_flwr.roster import Roster
 from hsplit_flwr.segments import block_of
 from hsplit_flwr.server_tail import SharedTail, StepReport
 from hsplit_flwr.tail_service import ServiceConfig, TailService, Ticket
+from hsplit_flwr.task_proxy import TaskProxy, describe_failure
 
 _log = logging.getLogger("hsplit_flwr")
-FAILURE_CHARACTERS = 500
 FitResults = list[tuple[ClientProxy, FitRes]]
 EvaluateResults = list[tuple[ClientProxy, EvaluateRes]]
 
@@ -126,8 +125,6 @@ class HSplitLoRAStrategy(Strategy):
         self._service_config = replace(service or ServiceConfig(), activation_dtype=training.activation_dtype)
         self._service: TailService | None = None
         self._round_plans: dict[str, ClientPlan] = {}
-        self._round_nodes: dict[str, str] = {}
-        """client -> the node (cid) that was given its task"""
         self._phase_started = time.perf_counter()
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
@@ -146,7 +143,9 @@ class HSplitLoRAStrategy(Strategy):
         )
         self._phase(server_round, "configure", started)
         self._phase_started = time.perf_counter()
-        return [(proxies[client], FitIns(parameters, _config(task))) for client, task in tasks.items()]
+        return [
+            (TaskProxy(proxies[client], client), FitIns(parameters, _config(task))) for client, task in tasks.items()
+        ]
 
     def aggregate_fit(
         self,
@@ -166,7 +165,7 @@ class HSplitLoRAStrategy(Strategy):
         self._note(
             server_round,
             clients=tuple(record for record, _ in finished.values()),
-            failures=(*map(_describe_failure, failures), *refused, *stragglers),
+            failures=(*map(_reason, failures), *refused, *stragglers),
         )
         tokens = {client: tickets[client].tokens for client in finished}
         if sum(tokens.values()) == 0:
@@ -205,7 +204,10 @@ class HSplitLoRAStrategy(Strategy):
         self._phase_started = time.perf_counter()
         proxies = self._choose_clients(client_manager, server_round)
         tasks = self._open_round(server_round, "evaluate", proxies)
-        return [(proxies[client], EvaluateIns(parameters, _config(task))) for client, task in tasks.items()]
+        return [
+            (TaskProxy(proxies[client], client), EvaluateIns(parameters, _config(task)))
+            for client, task in tasks.items()
+        ]
 
     def aggregate_evaluate(
         self,
@@ -215,10 +217,10 @@ class HSplitLoRAStrategy(Strategy):
     ) -> tuple[float | None, dict[str, Scalar]]:
         """Federated loss and perplexity, from what the tail itself summed over the clients that finished."""
         tickets = self._close_round()
-        failed = tuple(f"evaluate: {_describe_failure(failure)}" for failure in failures)
+        failed = tuple(f"evaluate: {_reason(failure)}" for failure in failures)
         self._note(server_round, failures=(*self._record(server_round).failures, *failed))
-        done = {(str(res.metrics.get("client")), proxy.cid) for proxy, res in results}
-        scored = [ticket for c, ticket in tickets.items() if (c, self._round_nodes.get(c)) in done and ticket.tokens]
+        done = {proxy.client for proxy, _ in results if isinstance(proxy, TaskProxy)}
+        scored = [ticket for client, ticket in tickets.items() if client in done and ticket.tokens]
         self._phase(server_round, "federated", self._phase_started)
         if not scored:
             return None, {}
@@ -242,9 +244,8 @@ class HSplitLoRAStrategy(Strategy):
         generator = random.Random(derive_seed(self.training.seed, "sample", server_round))
         return {client: known[client] for client in sorted(generator.sample(sorted(known), count))}
 
-    def _open_round(self, server_round: int, mode: Mode, clients: Mapping[str, ClientProxy]) -> dict[str, RoundTask]:
+    def _open_round(self, server_round: int, mode: Mode, clients: Iterable[str]) -> dict[str, RoundTask]:
         self._round_plans = {client: self._plan(client) for client in clients}
-        self._round_nodes = {client: proxy.cid for client, proxy in clients.items()}
         if self._service is None:
             self._service = TailService(self._tail, self.model.since, self._run, self._service_config)
             _log.info("the tail listens on %s", self._service.address)
@@ -291,31 +292,24 @@ class HSplitLoRAStrategy(Strategy):
         self, results: FitResults, tickets: Mapping[str, Ticket]
     ) -> tuple[dict[str, tuple[ClientRecord, dict[str, LoraFactors]]], list[str]]:
         """The clients that did all their steps and sent usable adapters, by id, and why others are left out."""
-        finished: dict[str, tuple[ClientRecord, dict[str, LoraFactors]]] = {}
-        refused: dict[str, str] = {}
+        finished, refused = {}, []
         for proxy, res in results:
-            client = str(res.metrics.get("client"))
-            if self._round_nodes.get(client) != proxy.cid or client in finished:
-                _log.warning(
-                    "left out a result of node %s: it names client %s, not one to come from it", proxy.cid, client
-                )
-                continue
+            assert isinstance(proxy, TaskProxy)
+            client = proxy.client
             try:
-                adapters = self._read_adapters(res, self._round_plans[client])
-                steps = tickets[client].steps
-                if steps != self.training.local_steps:
-                    raise AggregationError(f"Expected {self.training.local_steps} steps at the tail, found {steps}.")
+                adapters = self._read_adapters(res, client, tickets[client].steps)
                 finished[client] = (self._client_record(tickets[client], res), adapters)
             except Exception as error:  # whatever a client sends must not stop the run
-                _log.warning("left out client %s: %s", client, error)
-                refused[client] = f"client {client}: {type(error).__name__}: {error}"
-        for client in tickets.keys() - finished.keys() - refused.keys():
-            ticket = tickets[client]
-            seen = "; ".join(ticket.errors) or f"{ticket.steps} of {self.training.local_steps} steps"
-            refused[client] = f"client {client}: no result of its own; at the tail: {seen}"
-        return dict(sorted(finished.items())), [refused[client] for client in sorted(refused)]
+                refused.append(describe_failure(client, f"{type(error).__name__}: {error}"))
+                _log.warning("left out %s", refused[-1])
+        return dict(sorted(finished.items())), refused
 
-    def _read_adapters(self, res: FitRes, plan: ClientPlan) -> dict[str, LoraFactors]:
+    def _read_adapters(self, res: FitRes, client: str, steps: int) -> dict[str, LoraFactors]:
+        plan = self._round_plans[client]
+        if (named := res.metrics.get("client")) != client:
+            raise AggregationError(f"Expected a result that names client {client!r}, found {named!r}.")
+        if steps != self.training.local_steps:
+            raise AggregationError(f"Expected {self.training.local_steps} steps at the tail, found {steps}.")
         names = plan.lora.targets(self.model.head_names(plan.cut))
         arrays = parameters_to_ndarrays(res.parameters)
         if len(arrays) != 2 * len(names):
@@ -363,14 +357,12 @@ class HSplitLoRAStrategy(Strategy):
         self._note(server_round, seconds=seconds)
 
 
-def _describe_failure(failure: tuple[ClientProxy, FitRes | EvaluateRes] | BaseException) -> str:
-    """Flower's word for a failure, short enough for a summary: it can hold stack traces, or a whole result."""
+def _reason(failure: tuple[ClientProxy, FitRes | EvaluateRes] | BaseException) -> str:
     if isinstance(failure, BaseException):
-        text = f"{type(failure).__name__}: {failure}"
-    else:
-        proxy, res = failure
-        text = f"node {proxy.cid}: {res.status.code.name}: {res.status.message}"
-    return shorten(text, FAILURE_CHARACTERS, placeholder=" ...")
+        return str(failure)
+    proxy, res = failure
+    assert isinstance(proxy, TaskProxy)
+    return describe_failure(proxy.client, f"{res.status.code.name}: {res.status.message}")
 
 
 def _config(task: RoundTask) -> dict[str, Scalar]:

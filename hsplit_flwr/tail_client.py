@@ -102,12 +102,13 @@ class RemoteTail:
     def fetch_delta(self, have: int) -> DeltaTensors:
         """Say hello; get what is missing between version `have` (0: nothing held) and the server's weights."""
         self._send(self._header("hello", have=have))
-        tensors: dict[str, Tensor] = {}
-        while True:
+        frame = self._receive("delta", 0)
+        tensors = dict(frame.tensors)
+        for left in reversed(range(frame.header.left)):
             frame = self._receive("delta", 0)
+            expect_header(frame.header, left=left)
             tensors |= frame.tensors
-            if frame.header.left == 0:
-                return DeltaTensors(frame.header.version, frame.header.whole, tensors)
+        return DeltaTensors(frame.header.version, frame.header.whole, tensors)
 
     def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
         """See `TailSession`."""

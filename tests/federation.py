@@ -8,7 +8,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import Context, RecordDict
@@ -38,6 +38,7 @@ from hsplit_flwr.strategy import HSplitLoRAStrategy
 TIMEOUT_S = 60.0
 EMPTY = Parameters(tensors=[], tensor_type="numpy.ndarray")
 Batch = dict[str, Tensor]
+Answer = TypeVar("Answer")
 Fit = Callable[[FitIns], FitRes]
 Fault = Callable[[Fit, FitIns], FitRes]
 """What a bad node makes of a fit: (the honest fit, what it was told) -> what it answers"""
@@ -77,7 +78,7 @@ class Node(ClientProxy):
     def reconnect(self, ins: ReconnectIns, timeout: float | None, group_id: int | None) -> DisconnectRes:
         return DisconnectRes(reason="")
 
-    def _answer(self, call: Callable[[Client], Any]) -> Any:
+    def _answer(self, call: Callable[[Client], Answer]) -> Answer:
         context = copy.deepcopy(self.context)
         client = HSplitLoRAClient(str(self._model), self._data, context, client_ids=self._clients)
         answer = call(client.to_client())

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ QUICKSTART = REPOSITORY / "simulations" / "quickstart"
 FAULTS = REPOSITORY / "tests" / "apps" / "faults"
 BIN = Path(sys.executable).parent
 POLL_S = 0.2
-Values = Mapping[str, bool | int | float | str]
+Values = Mapping[str, Any]
+"""of a run config: bool, int, float, str"""
 
 
 class FlowerHome:
@@ -55,7 +56,7 @@ class FlowerHome:
         return process, log
 
     def run(self, app: Path, run_config: Values, *arguments: str, timeout_s: float) -> str:
-        """``flwr run APP --stream``; returns the log of the finished run (AssertionError: it failed, or took longer)."""
+        """``flwr run APP --stream``; returns the log (AssertionError: the run failed, or took longer)."""
         process, log = self.start("flwr", *run_arguments(app, run_config), *arguments)
         try:
             code = process.wait(timeout_s)
@@ -79,12 +80,13 @@ class FlowerHome:
                 process.kill()
             _, left = psutil.wait_procs(left, grace_s)
             if left:
-                return left
-        return []
+                break
+        return left
 
     def _owns(self, process: psutil.Process) -> bool:
         try:
-            return process.environ().get("FLWR_HOME") == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE
+            mine: bool = process.environ().get("FLWR_HOME") == str(self.folder)
+            return mine and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False  # gone meanwhile, a zombie, or another user's
 
@@ -127,16 +129,30 @@ def free_port() -> int:
 
 
 def wait_for_port(port: int, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float) -> None:
-    """Until somebody listens on `port` (AssertionError: `process` ended before that, or it took longer)."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"{process.args} ended:\n{tail(log)}"
+    """Until somebody listens on `port` (errors as `wait_for`)."""
+
+    def listens() -> bool:
         with socket.socket() as probe:
             probe.settimeout(POLL_S)
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    wait_for(listens, f"a listener on port {port}", process, log, timeout_s)
+
+
+def wait_for_log(text: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float) -> None:
+    """Until `log` contains `text` (errors as `wait_for`)."""
+    wait_for(lambda: text in log.read_text(errors="replace"), repr(text), process, log, timeout_s)
+
+
+def wait_for(
+    condition: Callable[[], bool], what: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float
+) -> None:
+    """Until `condition` (AssertionError: `process` ended before that, or it took longer)."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, f"{process.args!r} ended before {what}:\n{tail(log)}"
+        assert time.monotonic() < deadline, f"not {what} within {timeout_s} s:\n{tail(log)}"
         time.sleep(POLL_S)
-    raise AssertionError(f"nobody listens on port {port} after {timeout_s} s:\n{tail(log)}")
 
 
 def tail(log: Path, lines: int = 60) -> str:

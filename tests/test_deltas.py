@@ -363,6 +363,14 @@ def test_an_update_on_another_version_is_refused_and_changes_nothing() -> None:
     assert (replica.names, replica.total) == (before.names, before.total)
 
 
+def test_a_replica_holds_the_modules_of_its_plan_only() -> None:
+    log = DeltaLog()
+    log.append({name: random_factors(name, 1, 0) for name in SHAPES})
+    replica = DeltaReplica()
+    replica.apply(log.since(None, SHAPES), ["h.0.q"])  # sent more than it is to hold
+    assert (replica.total.names(), replica.names) == (["h.0.q"], frozenset({"h.0.q"}))
+
+
 def test_an_update_with_unknown_keys_is_refused() -> None:
     with pytest.raises(AggregationError, match=r"start with 'add\|' or 'replace\|', found \['h\.0\.q\|A'\]"):
         DeltaUpdate.from_tensors({"h.0.q|A": torch.zeros(1, 16)}, SHAPES, base=None, version=1)

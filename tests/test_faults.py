@@ -63,10 +63,13 @@ def batch(client: str, step: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def make_tail(
-    architecture: str, limits: BarrierLimits = LIMITS, on_step: Callable[[StepReport], None] | None = None
+    architecture: str,
+    limits: BarrierLimits = LIMITS,
+    on_step: Callable[[StepReport], None] | None = None,
+    lora: LoraSpec = LORA,
 ) -> SharedTail:
     segment = segment_from_model(tiny_model(architecture), CUT)
-    return SharedTail(segment, SegmentAdapters(segment, LORA), CONFIG, limits, on_step)
+    return SharedTail(segment, SegmentAdapters(segment, lora), CONFIG, limits, on_step)
 
 
 def learned(tail: SharedTail) -> State:
@@ -139,9 +142,10 @@ def serving(
     activation_dtype: str = "fp32",
     deltas: DeltaSource = no_delta,
     on_step: Callable[[StepReport], None] | None = None,
+    lora: LoraSpec = LORA,
     **config: Any,
 ) -> Iterator[Served]:
-    tail = make_tail(architecture, limits, on_step)
+    tail = make_tail(architecture, limits, on_step, lora)
     settings = ServiceConfig(max_frame_bytes=MAX_FRAME, activation_dtype=activation_dtype, **config)
     service = TailService(tail, deltas, "run", settings)
     cuts = dict.fromkeys(clients, CUT)
@@ -464,12 +468,9 @@ def test_a_stalled_client_is_dropped_from_the_step_and_may_come_back() -> None:
 # ---------------------------------------------------------------------------------------------- poison
 
 
-@pytest.mark.parametrize(
-    ("architecture", "value"),
-    [("gpt2", 1e30), ("llama", 3e38)],
-    ids=["the-loss-is-not-finite", "the-loss-is-finite-its-gradient-is-not"],
-)
+@pytest.mark.parametrize(("architecture", "value"), [("gpt2", 1e30), ("llama", 3e38)], ids=["loss", "gradients"])
 def test_poison_in_finite_activations_harms_its_sender_alone(architecture: str, value: float) -> None:
+    """Not finite is the loss, or (LLaMA) only the gradients."""
     steps = [{"a": 0, "z": 0}, {"a": 1, "z": 1}]
     expected, replies = reference(*steps, architecture=architecture)
     with serving("a", "poison", "z", architecture=architecture, concurrency=3) as served:
@@ -491,6 +492,17 @@ def test_poison_in_finite_activations_harms_its_sender_alone(architecture: str, 
                 assert reply.loss == replies[f"{client}{number}"].loss
         tickets = served.service.close_round()
         assert tickets["poison"].tokens == 0
+
+
+def test_poison_is_refused_by_a_tail_that_trains_nothing_itself() -> None:
+    """Every rank 0: no adapter's gradient tells, but the client's tokens must not count."""
+    with serving("bad", lora=LoraSpec(0)) as served:
+        session = served.ready("bad")
+        activations, mask, labels = batch("bad", 0)
+        poison = torch.full_like(activations, 3e38)
+        error = refused(lambda: session.train_step(0, poison, mask, labels), "non_finite")
+        assert "activation gradients" in str(error)
+        assert served.service.close_round()["bad"].tokens == 0
 
 
 def test_a_batch_that_breaks_the_tail_harms_its_sender_alone(alone: State, monkeypatch: pytest.MonkeyPatch) -> None:

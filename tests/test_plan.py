@@ -80,6 +80,8 @@ JUNK = {
     "a text": '"protocol"',
     "a number": "1",
     "null": "null",
+    "nested without end": "[" * 100_000,
+    "a number of 5000 digits": '{"protocol": ' + "1" * 5000 + "}",
     "no protocol": without("protocol"),
     "no plan": without("plan"),
     "no token": without("token"),
@@ -133,9 +135,12 @@ def test_fresh_adapters_differ_by_client_and_round_only() -> None:
         ({"learning_rate": math.nan}, "learning_rate > 0"),
         ({"learning_rate": math.inf}, "learning_rate > 0"),
         ({"warmup_steps": -1}, "warmup_steps >= 0"),
-        ({"weight_decay": -0.1}, "weight_decay, max_grad_norm >= 0"),
-        ({"weight_decay": math.nan}, "weight_decay, max_grad_norm >= 0"),
-        ({"max_grad_norm": -1.0}, "weight_decay, max_grad_norm >= 0"),
+        ({"rounds": 2.5}, "rounds and local_steps >= 1, found .*rounds=2.5"),
+        ({"warmup_steps": 1.5}, "warmup_steps >= 0"),
+        ({"weight_decay": -0.1}, "weight_decay >= 0"),
+        ({"weight_decay": math.nan}, "weight_decay >= 0"),
+        ({"weight_decay": math.inf}, "weight_decay >= 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm >= 0"),
         ({"schedule": "step"}, "schedule in .*'linear', 'cosine', 'constant'.*found .*schedule='step'"),
         ({"activation_dtype": "int8"}, "activation_dtype in .*'fp32', 'bf16', 'fp16'.*found .*'int8'"),
     ],
@@ -146,7 +151,7 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None
         TrainingConfig(**changes)
 
 
-@pytest.mark.parametrize("cut", [0, -1, 1.0, "1", None])
+@pytest.mark.parametrize("cut", [0, -1, 1.0, "1", None, True])
 def test_a_plan_needs_a_cut(cut: Any) -> None:
     with pytest.raises(ConfigError, match=rf"Expected a cut >= 1 \(blocks held by the client\), found {cut}"):
         ClientPlan(cut, LoraSpec())

@@ -5,7 +5,7 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 
 from hsplit_flwr.client import HSplitLoRAClient
-from hsplit_flwr.run_config import hosted_clients, integers
+from hsplit_flwr.run_config import get, hosted_clients, integers
 from quickstart.task import MODEL, client_data
 
 
@@ -17,6 +17,8 @@ def client_fn(context: Context) -> Client:
         lambda client: client_data(client, context.run_config),
         context,
         client_ids=hosted_clients(context.node_config, num_clients),
+        dtype=get(context.run_config, "dtype", "fp32"),
+        root_certificates=get(context.run_config, "tail-root-certificates", "") or None,
     ).to_client()
 
 
