@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from hsplit_flwr.block_layout import PATCHING
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraFactors, LoraSpec, init_lora_A
 from hsplit_flwr.plan import derive_seed
@@ -89,7 +90,8 @@ def _inject(segment: Segment, spec: LoraSpec, names: list[str]) -> dict[str, nn.
         alpha_pattern={f"^{_literal(key)}": spec.scaling(name) * spec.rank(name) for key, name in local.items()},
         fan_in_fan_out=not all(isinstance(layer, nn.Linear) for layer in segment.linear_modules().values()),
     )
-    peft.inject_adapter_in_model(config, segment.model, adapter_name=ADAPTER)
+    with PATCHING:
+        peft.inject_adapter_in_model(config, segment.model, adapter_name=ADAPTER)
     layers = {name: segment.model.get_submodule(key) for key, name in local.items()}
     for layer in layers.values():
         for parameter in _pair(layer):

@@ -43,6 +43,7 @@ class StepBarrier(Generic[Request]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._to_come = set(clients)
+        self._withdrawn: set[str] = set()
         self._concurrency = max(1, concurrency)
         self._limits = limits
         self._clock = clock
@@ -72,6 +73,12 @@ class StepBarrier(Generic[Request]):
             if not self._members:
                 self._gate_since, self._gate_open = self._clock(), False
             self._members.add(client)
+            self._changed.notify_all()
+
+    def withdraw(self, client: str) -> None:
+        """Do not wait for `client` at the gate: it failed before it joined. It may still join."""
+        with self._changed:
+            self._withdrawn.add(client)
             self._changed.notify_all()
 
     def leave(self, client: str) -> Request | None:
@@ -120,7 +127,7 @@ class StepBarrier(Generic[Request]):
             return _POLL_S
         now = self._clock()
         if not self._gate_open:
-            expected = min(self._concurrency, len(self._members) + len(self._to_come))
+            expected = min(self._concurrency, len(self._members) + len(self._to_come - self._withdrawn))
             opens = self._gate_since + self._limits.start_gate_s
             if len(self._members) < expected and now < opens:
                 return opens - now

@@ -23,7 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.model_view import graft, path_to
 
-_patching = threading.Lock()
+PATCHING = threading.Lock()
+"""Held while nn.Module is patched to build on the meta device: building real modules in another thread must wait."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def block_of(name: str) -> int:
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Models built inside have parameters without storage; buffers (rotary frequencies) are computed."""
-    with _patching, init_empty_weights(include_buffers=False):  # patches nn.Module for all threads
+    with PATCHING, init_empty_weights(include_buffers=False):  # patches nn.Module for all threads
         yield
 
 

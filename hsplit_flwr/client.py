@@ -25,6 +25,7 @@ from hsplit_flwr.delta_log import DeltaReplica, DeltaUpdate
 from hsplit_flwr.deltas import WeightDelta
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.global_model import linear_shapes, merge_delta
+from hsplit_flwr.host_memory import return_freed_tensors
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.plan import Mode, RoundTask
 from hsplit_flwr.segments import Segment, load_segment
@@ -82,6 +83,7 @@ class HSplitLoRAClient(NumPyClient):
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"Expected dtype in {sorted(DTYPES)}, found {dtype!r}.")
+        return_freed_tensors()
         self._files = ModelFiles.resolve(model)
         self._data = data
         self._context = context

@@ -10,8 +10,8 @@ Row = list[str]
 
 
 def round_table(records: Sequence[RoundRecord], *, markdown: bool = False) -> str:
-    """A row per round: perplexities, training loss, tokens, failed clients and seconds by phase."""
-    header = ["round", "ppl central", "ppl federated", "train loss", "tokens", "failed"]
+    """A row per round: perplexities, training loss, tokens, incidents (failed or late clients), seconds by phase."""
+    header = ["round", "ppl central", "ppl federated", "train loss", "tokens", "incidents"]
     rows = [
         [
             str(record.round),
@@ -70,7 +70,7 @@ def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
         ["tokens trained", f"{sum(client.tokens for client in clients):,}"],
         ["bytes up", format_bytes(sum(client.bytes_up for client in clients))],
         ["bytes down", format_bytes(sum(client.bytes_down for client in clients))],
-        ["failed clients", str(sum(len(record.failures) for record in summary.history))],
+        ["incidents", str(sum(len(record.failures) for record in summary.history))],
         ["wall time", format_duration(summary.wall_seconds)],
     ]
     if summary.adapter is not None:

@@ -4,8 +4,9 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,27 @@ class RoundRecord:
     def perplexity(self) -> float | None:
         """The central perplexity, or the federated one where there is no central evaluation."""
         return self.federated_perplexity if self.central_perplexity is None else self.central_perplexity
+
+
+class Journal:
+    """The records of the rounds so far; facts about a round come in one by one."""
+
+    def __init__(self) -> None:
+        self.rounds: list[RoundRecord] = []
+
+    def record(self, number: int) -> RoundRecord:
+        """The record of round `number`, begun if it is new."""
+        if not self.rounds or self.rounds[-1].round != number:
+            self.rounds.append(RoundRecord(round=number))
+        return self.rounds[-1]
+
+    def note(self, number: int, **facts: Any) -> None:
+        """Set fields of the record of round `number`."""
+        self.rounds[-1] = replace(self.record(number), **facts)
+
+    def phase(self, number: int, name: str, started: float) -> None:
+        """Phase `name` of round `number` began at `started` (``time.perf_counter``) and ends now."""
+        self.note(number, seconds={**self.record(number).seconds, name: time.perf_counter() - started})
 
 
 @dataclass(frozen=True)

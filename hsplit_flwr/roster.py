@@ -52,13 +52,14 @@ class Roster:
                 if node:
                     self._nodes[proxy.cid] = node
         known: dict[str, ClientProxy] = {}
-        for cid, node in self._nodes.items():
+        fresh = {proxy.cid for proxy in new}
+        for cid, node in self._nodes.items():  # in the order in which they were asked
             for client in node.clients:
-                if client in known:
+                if client in known and (cid not in fresh or known[client].cid in fresh):
                     raise ConfigError(
                         f"Expected every client on one node, found {client!r} on two. Give each a client id of its own."
                     )
-                known[client] = proxies[cid]
+                known[client] = proxies[cid]  # a restarted node takes over while its old self still counts as online
         if not known:
             raise ConfigError("Expected at least one SuperNode that hosts an HSplitLoRAClient, found none.")
         return known

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from hsplit_flwr.deltas import stack
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.export import AdapterExport, save_merged, save_peft_adapter
 from hsplit_flwr.global_model import GlobalModel
@@ -116,8 +115,7 @@ class RunOutput:
 
     def _export_adapter(self) -> AdapterExport | None:
         total = self._model.log.total
-        matrices = {name: total.matrix(name) for name in total.names()}
-        deltas = {name: m.dense if m.dense is not None else stack(m.pieces) for name, m in matrices.items()}
+        deltas = {name: total.form(name) for name in total.names()}
         transposed = any(not isinstance(m, torch.nn.Linear) for m in self._model.segment.linear_modules().values())
         try:
             return save_peft_adapter(

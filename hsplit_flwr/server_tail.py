@@ -123,6 +123,11 @@ class SharedTail:
         self._barrier.join(client)
         return LocalSession(self, self._barrier, client, cut, first_step)
 
+    def withdraw(self, client: str) -> None:
+        """`client` failed before it joined: the start gate no longer waits for it. It may still join."""
+        if barrier := self._barrier:
+            barrier.withdraw(client)
+
     def scorer(self, client: str, cut: int) -> "LocalSession":
         """A session that can only score."""
         return LocalSession(self, None, client, cut, 0)

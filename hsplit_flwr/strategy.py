@@ -13,9 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
 from flwr.common import (
     EvaluateIns,
     EvaluateRes,
@@ -23,22 +21,22 @@ from flwr.common import (
     FitRes,
     Parameters,
     Scalar,
-    parameters_to_ndarrays,
 )
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
 from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.aggregation import RULES, Contribution, aggregate, check_factors, token_shares
+from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.client import TASK_KEY
 from hsplit_flwr.client_head import Batch
 from hsplit_flwr.errors import AggregationError, ConfigError
+from hsplit_flwr.fit_results import client_record, read_adapters
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes
 from hsplit_flwr.lora import LoraFactors, LoraSpec
 from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed
-from hsplit_flwr.results import CLIENT_PHASES, ClientRecord, RoundRecord, describe_ranks
+from hsplit_flwr.results import ClientRecord, Journal, RoundRecord
 from hsplit_flwr.roster import Roster
 from hsplit_flwr.segments import block_of
 from hsplit_flwr.server_tail import SharedTail, StepReport
@@ -110,12 +108,18 @@ class HSplitLoRAStrategy(Strategy):
         self.model = model
         self.training = training
         self.config = config or StrategyConfig()
-        self.history: list[RoundRecord] = []
+        self._journal = Journal()
         self.initial_score: Score | None = None
         self._plans = plans
         self._eval_batches = eval_batches
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._roster = Roster(self.config.wait_for_nodes_s)
+        limits = limits or BarrierLimits()
+        if limits.start_gate_s >= self.config.round_limit_s:
+            raise ConfigError(
+                f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
+                f"{self.config.round_limit_s}: a round must not end at its gate. Lower start_gate_s."
+            )
         for plan in plans.values() if isinstance(plans, Mapping) else [plans]:
             self._check_plan(plan)
         self._shapes = linear_shapes(model.segment)
@@ -126,6 +130,11 @@ class HSplitLoRAStrategy(Strategy):
         self._service: TailService | None = None
         self._round_plans: dict[str, ClientPlan] = {}
         self._phase_started = time.perf_counter()
+
+    @property
+    def history(self) -> list[RoundRecord]:
+        """What each round was, so far."""
+        return self._journal.rounds
 
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
         """Nothing: every client reads the base model itself, what training changed comes over the tail's stream."""
@@ -141,10 +150,11 @@ class HSplitLoRAStrategy(Strategy):
         self._tail.open_training(
             tasks, self._roster.concurrency(tasks), derive_seed(self.training.seed, "tail", server_round)
         )
-        self._phase(server_round, "configure", started)
+        self._journal.phase(server_round, "configure", started)
         self._phase_started = time.perf_counter()
         return [
-            (TaskProxy(proxies[client], client), FitIns(parameters, _config(task))) for client, task in tasks.items()
+            (TaskProxy(proxies[client], client, self._tail.withdraw), FitIns(parameters, _config(task)))
+            for client, task in tasks.items()
         ]
 
     def aggregate_fit(
@@ -154,7 +164,7 @@ class HSplitLoRAStrategy(Strategy):
         failures: list[tuple[ClientProxy, FitRes] | BaseException],
     ) -> tuple[Parameters | None, dict[str, Scalar]]:
         """Close the tail; aggregate the adapters of the clients that finished, and the tail's; merge."""
-        self._phase(server_round, "fit", self._phase_started)
+        self._journal.phase(server_round, "fit", self._phase_started)
         started = time.perf_counter()
         dropped = self._tail.close_training()
         tickets = self._close_round()
@@ -162,7 +172,7 @@ class HSplitLoRAStrategy(Strategy):
         self._tail.adapters.reset(self.training.seed)  # B = 0: evaluation sees the merged weights alone
         finished, refused = self._finished(results, tickets)
         stragglers = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
-        self._note(
+        self._journal.note(
             server_round,
             clients=tuple(record for record, _ in finished.values()),
             failures=(*map(_reason, failures), *refused, *stragglers),
@@ -177,8 +187,8 @@ class HSplitLoRAStrategy(Strategy):
         ]
         self.model.apply(aggregate(contributions, tail_factors, block_of, RULES[self.config.rule]))
         train_loss = sum(tickets[client].nll for client in finished) / sum(tokens.values())
-        self._note(server_round, train_loss=train_loss)
-        self._phase(server_round, "aggregate", started)
+        self._journal.note(server_round, train_loss=train_loss)
+        self._journal.phase(server_round, "aggregate", started)
         return None, {"train_loss": train_loss, "tokens": sum(tokens.values()), "clients": len(finished)}
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
@@ -190,8 +200,8 @@ class HSplitLoRAStrategy(Strategy):
         if server_round == 0:
             self.initial_score = score
         else:
-            self._note(server_round, central_perplexity=score.perplexity)
-            self._phase(server_round, "evaluate", started)
+            self._journal.note(server_round, central_perplexity=score.perplexity)
+            self._journal.phase(server_round, "evaluate", started)
         _log.info("round %d: central perplexity %.3f", server_round, score.perplexity)
         return score.loss, {"perplexity": score.perplexity}
 
@@ -218,14 +228,14 @@ class HSplitLoRAStrategy(Strategy):
         """Federated loss and perplexity, from what the tail itself summed over the clients that finished."""
         tickets = self._close_round()
         failed = tuple(f"evaluate: {_reason(failure)}" for failure in failures)
-        self._note(server_round, failures=(*self._record(server_round).failures, *failed))
+        self._journal.note(server_round, failures=(*self._journal.record(server_round).failures, *failed))
         done = {proxy.client for proxy, _ in results if isinstance(proxy, TaskProxy)}
         scored = [ticket for client, ticket in tickets.items() if client in done and ticket.tokens]
-        self._phase(server_round, "federated", self._phase_started)
+        self._journal.phase(server_round, "federated", self._phase_started)
         if not scored:
             return None, {}
         score = Score(sum(ticket.nll for ticket in scored), sum(ticket.tokens for ticket in scored))
-        self._note(server_round, federated_perplexity=score.perplexity)
+        self._journal.note(server_round, federated_perplexity=score.perplexity)
         return score.loss, {"perplexity": score.perplexity, "clients": len(scored)}
 
     def remove_adapters(self) -> None:
@@ -297,64 +307,16 @@ class HSplitLoRAStrategy(Strategy):
             assert isinstance(proxy, TaskProxy)
             client = proxy.client
             try:
-                adapters = self._read_adapters(res, client, tickets[client].steps)
-                finished[client] = (self._client_record(tickets[client], res), adapters)
+                if (steps := tickets[client].steps) != self.training.local_steps:
+                    raise AggregationError(f"Expected {self.training.local_steps} steps at the tail, found {steps}.")
+                plan = self._round_plans[client]
+                head_shapes = {name: self._shapes[name] for name in self.model.head_names(plan.cut)}
+                adapters = read_adapters(res, client, plan, head_shapes)
+                finished[client] = (client_record(tickets[client], res, adapters), adapters)
             except Exception as error:  # whatever a client sends must not stop the run
                 refused.append(describe_failure(client, f"{type(error).__name__}: {error}"))
                 _log.warning("left out %s", refused[-1])
         return dict(sorted(finished.items())), refused
-
-    def _read_adapters(self, res: FitRes, client: str, steps: int) -> dict[str, LoraFactors]:
-        plan = self._round_plans[client]
-        if (named := res.metrics.get("client")) != client:
-            raise AggregationError(f"Expected a result that names client {client!r}, found {named!r}.")
-        if steps != self.training.local_steps:
-            raise AggregationError(f"Expected {self.training.local_steps} steps at the tail, found {steps}.")
-        names = plan.lora.targets(self.model.head_names(plan.cut))
-        arrays = parameters_to_ndarrays(res.parameters)
-        if len(arrays) != 2 * len(names):
-            raise AggregationError(f"Expected {2 * len(names)} adapter tensors, found {len(arrays)}.")
-        adapters = {}
-        for index, name in enumerate(names):
-            A, B = arrays[2 * index], arrays[2 * index + 1]
-            d_out, d_in = self._shapes[name]
-            rank = plan.lora.rank(name)
-            if A.shape != (rank, d_in) or B.shape != (d_out, rank) or {str(A.dtype), str(B.dtype)} != {"float32"}:
-                raise AggregationError(
-                    f"Expected float32 A {(rank, d_in)} and B {(d_out, rank)} for {name}, "
-                    f"found {A.dtype} {A.shape} and {B.dtype} {B.shape}."
-                )
-            adapters[name] = LoraFactors(torch.from_numpy(A), torch.from_numpy(B), plan.lora.scaling(name))
-            check_factors(adapters[name])
-        return adapters
-
-    def _client_record(self, ticket: Ticket, res: FitRes) -> ClientRecord:
-        plan = self._round_plans[ticket.client]
-        ranks = [plan.lora.rank(name) for name in plan.lora.targets(self.model.head_names(plan.cut))]
-        return ClientRecord(
-            client_id=ticket.client,
-            cut=ticket.cut,
-            ranks=describe_ranks(ranks),
-            mean_rank=sum(ranks) / max(1, len(ranks)),
-            tokens=ticket.tokens,
-            steps=ticket.steps,
-            loss=ticket.nll / ticket.tokens if ticket.tokens else None,
-            bytes_up=ticket.bytes_up + sum(len(tensor) for tensor in res.parameters.tensors),
-            bytes_down=ticket.bytes_down,
-            seconds={phase: float(res.metrics.get(f"{phase}_s", 0.0)) for phase in CLIENT_PHASES},
-        )
-
-    def _record(self, server_round: int) -> RoundRecord:
-        if not self.history or self.history[-1].round != server_round:
-            self.history.append(RoundRecord(round=server_round))
-        return self.history[-1]
-
-    def _note(self, server_round: int, **fields: Any) -> None:
-        self.history[-1] = replace(self._record(server_round), **fields)
-
-    def _phase(self, server_round: int, name: str, started: float) -> None:
-        seconds = {**self._record(server_round).seconds, name: time.perf_counter() - started}
-        self._note(server_round, seconds=seconds)
 
 
 def _reason(failure: tuple[ClientProxy, FitRes | EvaluateRes] | BaseException) -> str:

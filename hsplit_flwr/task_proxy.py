@@ -30,11 +30,20 @@ Res = TypeVar("Res", FitRes, EvaluateRes)
 
 
 class TaskProxy(ClientProxy):
-    """`proxy` of the node that hosts `client`, for one task: Flower hands it back with the result or the failure."""
+    """`proxy` of the node that hosts `client`, for one task: Flower hands it back with the result or the failure.
 
-    def __init__(self, proxy: ClientProxy, client: str) -> None:
+    Args:
+        proxy: of the node.
+        client: whose task it is.
+        on_failure: told the client as soon as a try has failed, so that nobody waits for it.
+    """
+
+    def __init__(
+        self, proxy: ClientProxy, client: str, on_failure: Callable[[str], None] = lambda client: None
+    ) -> None:
         super().__init__(proxy.cid)
         self._proxy = proxy
+        self._on_failure = on_failure
         self.client = client
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
@@ -67,6 +76,7 @@ class TaskProxy(ClientProxy):
                 return ask(ins, left, group_id)
             except Exception as error:
                 first = first or error
+                self._on_failure(self.client)
                 if LOST_ACTOR not in str(error) or time.monotonic() + RETRY_S > give_up:
                     raise ClientFailureError(self.client, f"{type(first).__name__}: {first}") from first
             time.sleep(RETRY_S)

@@ -393,3 +393,20 @@ def test_every_request_is_taken_exactly_once_whatever_the_order(seed: int) -> No
     assert len(sent) >= 30  # most clients do not vanish
     assert all(step == sorted(set(step)) and len(step) <= 4 for step in steps)
     assert max(map(len, steps)) > 1
+
+
+def test_the_gate_does_not_wait_for_a_client_that_failed_before_it_joined() -> None:
+    """A client that raised while it loaded its data cost every other client the whole start gate, round after round."""
+    clock = Clock()
+    barrier = StepBarrier[str](["a", "b", "c"], 3, LIMITS, clock)
+    barrier.withdraw("c")
+    barrier.join("a")
+    barrier.join("b")
+    barrier.ask("a", "A")
+    barrier.ask("b", "B")
+    assert barrier.take() == ["A", "B"]
+    barrier.join("c")  # its second try got through after all
+    barrier.ask("c", "C")
+    barrier.ask("a", "A2")
+    barrier.ask("b", "B2")
+    assert barrier.take() == ["A2", "B2", "C"]

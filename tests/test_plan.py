@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_a_task_survives_json() -> None:
 def test_any_task_survives_json(
     client: str, round_: int, limit: float, rate: float, rank: int, targets: str | tuple[str, ...]
 ) -> None:
-    plan = ClientPlan(1, LoraSpec(rank, 2.0, targets, {client: rank}, {client: 0.1}))
+    plan = ClientPlan(1, LoraSpec(rank, 2.0, targets, {re.escape(client): rank}, {re.escape(client): 0.1}))
     training = replace(TRAINING, learning_rate=rate)
     task = replace(TASK, client=client, round=round_, time_limit_s=limit, plan=plan, training=training)
     assert RoundTask.from_json(task.to_json()) == task

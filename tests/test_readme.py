@@ -50,9 +50,7 @@ def test_file_tree_names_every_module_with_a_comment() -> None:
 
 
 def test_ci_runs_the_readme_command() -> None:
-    extract = (
-        r"sed -n '/<!-- command: test -->/,/```$/p' README.md | sed -n '/^```bash$/,/^```$/p' | sed '1d;$d'"
-    )
+    extract = r"sed -n '/<!-- command: test -->/,/```$/p' README.md | sed -n '/^```bash$/,/^```$/p' | sed '1d;$d'"
     assert extract in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     out = subprocess.run(["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout == fenced("command: test")
@@ -69,7 +67,7 @@ def test_every_linked_path_exists() -> None:
     assert {path for path in paths if not (ROOT / path).exists()} == set()
 
 
-DATA = '''
+DATA = """
 import itertools
 from hsplit_flwr.assets import tiny_checkpoint
 from hsplit_flwr.model_files import ModelFiles
@@ -82,13 +80,13 @@ def batches(part):
     train, held_out = restaurant_examples()
     examples = held_out[:16] if part == "held-out" else partition_by_slot(train, num_clients=2)[int(part)]
     return TextBatches(examples, ModelFiles.resolve(MODEL).tokenizer(), batch_size=4, max_length=96)
-'''
-RUN = '''
+"""
+RUN = """
 if __name__ == "__main__":
     from flwr.simulation import run_simulation
     run_simulation(server_app, client_app, num_supernodes=2,
                    backend_config={"client_resources": {"num_cpus": 1}, "init_args": {"num_cpus": 2}})
-'''
+"""
 
 
 @pytest.mark.slow

@@ -162,7 +162,7 @@ def test_describe_ranks(ranks: list[int], text: str) -> None:
 
 def test_round_table_has_a_row_per_round() -> None:
     header, first, second, third = cells(round_table(run_summary().history))
-    assert header[:6] == ["round", "ppl central", "ppl federated", "train loss", "tokens", "failed"]
+    assert header[:6] == ["round", "ppl central", "ppl federated", "train loss", "tokens", "incidents"]
     assert header[6:] == ["configure s", "fit s", "aggregate s", "evaluate s", "federated s"]
     assert first == ["1", "41.500", "44.000", "3.250", "3,000", "0", "0.010", "16.0", "0.200", "4.0", "-"]
     assert second[5] == "1"
@@ -194,7 +194,7 @@ def test_summary_table_has_totals_and_the_adapter() -> None:
     assert values["perplexity"] == "812.5 -> 10.125"
     assert (values["rounds"], values["clients"], values["tokens trained"]) == ("3", "2", "9,000")
     assert (values["bytes up"], values["bytes down"]) == ("13.5 MB", "1.5 MB")
-    assert (values["failed clients"], values["wall time"]) == ("1", "1:23")
+    assert (values["incidents"], values["wall time"]) == ("1", "1:23")
     assert values["PEFT adapter"] == "rank 64, truncated (relative error 0.012)"
     assert values["versions"] == "python 3.11.7, torch 2.13.0, hsplit_flwr -"
 

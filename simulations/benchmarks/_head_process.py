@@ -17,6 +17,7 @@ from torch import Tensor
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.client_head import train_head
 from hsplit_flwr.exchange import ScoreReply, StepReply
+from hsplit_flwr.host_memory import return_freed_tensors
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.plan import RoundTask
 from hsplit_flwr.segments import Segment, load_segment
@@ -99,7 +100,9 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     task, blocks = RoundTask.from_json(order.pop("task")), order.pop("blocks")
     setting = Setting(**order)
+    return_freed_tensors()  # as HSplitLoRAClient does
     files = ModelFiles.resolve(MODELS[setting.model]())
+    files.skeleton()  # transformers imports a model's code when it is first built: part of the baseline too
     forget_peak()
     baseline = resident_bytes("VmRSS")
     head = load_segment(files, 0, setting.cut, dtype=DTYPES[setting.dtype], device=setting.device)
@@ -112,7 +115,9 @@ def main() -> None:
         tail.fetch_delta(0)
         timed = TimedTail(tail)
         greeting = tail.bytes_up + tail.bytes_down
-        train_head(head, adapters, blocks_on_demand(batch, blocks, setting.steps), timed, task.training)
+        batches = blocks_on_demand(batch, blocks, setting.steps)
+        train_head(head, adapters, batches, timed, task.training)
+        next(batches, None)  # past its last batch, so that it reports the last block
         step_bytes = (tail.bytes_up + tail.bytes_down - greeting) / (blocks * setting.steps)
     peak = resident_bytes("VmHWM") - baseline
     adapter_bytes = sum(p.nbytes for p in adapters.parameters())

@@ -18,6 +18,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def monolithic(setting: Setting, files: ModelFiles, config: TrainingConfig) -> C
     model = AutoModelForCausalLM.from_pretrained(files.folder, dtype=dtype).to(setting.device)
     spec = peft.LoraConfig(r=setting.rank, lora_alpha=2 * setting.rank, target_modules="all-linear")
     model = peft.get_peft_model(model, spec)
-    model.train()
+    model.eval()  # no dropout, as in the split: the same work on both sides
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     batch = {k: v.to(setting.device) for k, v in random_batch(setting, model.config.vocab_size).items()}
@@ -105,6 +106,8 @@ class SplitClient:
         self._process = subprocess.Popen(
             [sys.executable, str(script), order], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self._watchdog = threading.Timer(HEAD_LIMIT_S, self._process.kill)
+        self._watchdog.start()
         self._ask("ready")
 
     def run_block(self) -> list[float]:
@@ -119,6 +122,7 @@ class SplitClient:
 
     def kill(self) -> None:
         """End the process, whatever it is doing."""
+        self._watchdog.cancel()
         self._process.kill()
         self._process.wait(60)
 
