@@ -24,14 +24,18 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The git commit this package is checked out at; None from an installed copy or without git.
+    """The git commit this package is checked out at, with ``+changes`` if tracked files differ from it.
+
+    None from an installed copy or without git.
 
     Only a checkout that tracks this very file counts: a virtual environment may lie in another repository.
     """
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None
-    return _git(here.parent, "rev-parse", "HEAD")
+    head = _git(here.parent, "rev-parse", "HEAD")
+    changed = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
+    return f"{head}+changes" if head and changed else head
 
 
 def command() -> str:

@@ -72,6 +72,7 @@ class RunOutput:
         self._adapter_rank = adapter_rank
         self._tokenizer = model.files.tokenizer()
         self._before = self._generate()
+        self._commit = commit()  # that of the code which runs, not of what is checked out when it ends
         self._started = time.perf_counter()
 
     def __call__(self, strategy: HSplitLoRAStrategy) -> None:
@@ -86,7 +87,7 @@ class RunOutput:
             history=tuple(strategy.history),
             seed=strategy.training.seed,
             versions=versions(),
-            commit=commit(),
+            commit=self._commit,
             command=self._command,
             wall_seconds=wall_seconds,
             config=self._config,

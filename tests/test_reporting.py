@@ -415,7 +415,10 @@ def test_commit_is_that_of_the_checkout_which_tracks_the_package(
     assert provenance.commit() is None  # an installed copy inside another project's repository
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-q", "-m", "ours")
-    assert provenance.commit() == git(tmp_path, "rev-parse", "HEAD")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert provenance.commit() == head
+    module.write_text("changed")
+    assert provenance.commit() == f"{head}+changes"
     monkeypatch.setenv("PATH", "")
     assert provenance.commit() is None  # no git
 
