@@ -23,6 +23,8 @@ from hsplit_flwr.wire import DTYPES, Frame, Header, check_batch, decode, encode,
 
 SERVICE, METHOD = "hsplit_flwr.Tail", "Exchange"
 DELTA_FRAME_BYTES = 4 << 20
+WILDCARDS = ("0.0.0.0", "[::]", "*", "")
+"""hosts to listen on, but not to connect to"""
 KEEPALIVE = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -113,6 +115,11 @@ class TailService:
     def _bind(self) -> str:
         config = self._config
         host = config.bind.rsplit(":", 1)[0]
+        if host in WILDCARDS and not config.advertise:
+            raise ConfigError(
+                f"Expected an address that clients can reach, found only {config.bind}. "
+                "Set advertise (run config: tail-address) to this host's name or address."
+            )
         try:
             if config.certificate and config.private_key:
                 pair = (config.private_key.read_bytes(), config.certificate.read_bytes())
