@@ -820,5 +820,5 @@ def test_a_delta_above_the_clients_limit_is_refused() -> None:
 @pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0"])
 def test_an_address_that_nobody_can_connect_to_is_a_clear_error(bind: str) -> None:
     """Clients of a deployment were told to connect to 0.0.0.0, and each found nobody there."""
-    with pytest.raises(ConfigError, match="Expected an address that clients can reach, found only .*tail-address"):
+    with pytest.raises(ConfigError, match=r"Expected an address that clients can reach, found only .*tail-address"):
         TailService(make_tail("llama"), no_delta, "run", ServiceConfig(bind=bind))
