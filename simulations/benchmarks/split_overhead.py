@@ -11,10 +11,13 @@ one computes, the others wait. Columns:
 * ``exchange_ms``: what a step spends neither in the head nor in the tail: encode, transfer, check, wake up
 * ``head_peak_over_held``: growth of the head process's peak resident memory over its import baseline / bytes it must
   hold: weights of the segment, adapters, their gradients and AdamW state, and tensors that autograd keeps (<= 1.25)
+
+The head is started as `hsplit_flwr/host_memory.py` recommends; set GLIBC_TUNABLES yourself to measure something else.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,6 +36,7 @@ from torch import Tensor
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.global_model import linear_shapes
+from hsplit_flwr.host_memory import CLIENT_TUNABLES
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.plan import ClientPlan, RoundTask, TrainingConfig
@@ -104,7 +108,11 @@ class SplitClient:
         script = Path(__file__).with_name("_head_process.py")
         order = json.dumps({"task": task.to_json(), "blocks": BLOCKS + WARM_UP, **setting.__dict__})
         self._process = subprocess.Popen(
-            [sys.executable, str(script), order], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, str(script), order],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"GLIBC_TUNABLES": CLIENT_TUNABLES, **os.environ},
         )
         self._watchdog = threading.Timer(HEAD_LIMIT_S, self._process.kill)
         self._watchdog.start()
