@@ -1,8 +1,8 @@
 """Keeps a client's memory near what its head needs, whatever glibc's allocator would make of it.
 
-torch asks for blocks that are aligned to 64 bytes. glibc (before 2.38) cuts them out of larger ones, and small objects that
-settle in the clippings keep freed tensors from growing together again: a head's process grows to 1.4 to 1.7 times what it
-holds (SmolLM2-135M, batch 8 x 64). Two remedies, both measured by `simulations/benchmarks/split_overhead.py`:
+torch asks for blocks that are aligned to 64 bytes. glibc (2.36 at least) cuts them out of larger ones, and small
+objects that settle in the clippings keep freed tensors from growing together again: a head's process grows to 1.4 to
+1.7 times what it holds (SmolLM2-135M, batch 8 x 64). Two remedies, measured by `simulations/benchmarks/split_overhead.py`:
 
 * Start the client with ``GLIBC_TUNABLES`` set to `CLIENT_TUNABLES`: clippings go back at once. Costs nothing.
 * Otherwise `return_freed_tensors` maps every large tensor on its own. Costs page faults.
