@@ -11,6 +11,7 @@ from torch import Tensor
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange import ScoreReply, TailSession
+from hsplit_flwr.host_memory import trim_heap
 from hsplit_flwr.optimisation import Optimiser
 from hsplit_flwr.plan import TrainingConfig
 from hsplit_flwr.segments import Segment
@@ -65,6 +66,7 @@ def train_head(
         if hidden.requires_grad:
             hidden.backward(reply.gradient.to(hidden.device, hidden.dtype))
             optimiser.step(first_step + step)
+        trim_heap()
         losses.append(reply.loss)
         tokens += reply.tokens
     if len(losses) < config.local_steps:

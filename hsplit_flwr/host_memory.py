@@ -2,15 +2,18 @@
 
 torch asks for blocks that are aligned to 64 bytes. glibc (2.36 at least) cuts them out of larger ones, and small
 objects that settle in the clippings keep freed tensors from growing together again: a head's process grows to 1.4 to
-1.7 times what it holds (SmolLM2-135M, batch 8 x 64). Two remedies, measured by `simulations/benchmarks/split_overhead.py`:
+1.7 times what it holds (SmolLM2-135M, batch 8 x 64). Two remedies, see `simulations/benchmarks/split_overhead.py`:
 
-* Start the client with ``GLIBC_TUNABLES`` set to `CLIENT_TUNABLES`: clippings go back at once. Costs nothing.
+* Start the client with ``GLIBC_TUNABLES`` set to `CLIENT_TUNABLES`: clippings go back at once, and `trim_heap` after
+  each step returns what the step no longer needs. Costs next to nothing.
 * Otherwise `return_freed_tensors` maps every large tensor on its own. Costs page faults.
 """
 
 import ctypes
 import os
 import sys
+from functools import lru_cache
+from typing import Any
 
 CLIENT_TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 """For the environment variable ``GLIBC_TUNABLES``, which glibc reads once, when a process starts"""
@@ -27,8 +30,19 @@ def return_freed_tensors() -> bool:
     decided = "GLIBC_TUNABLES" in os.environ or "MALLOC_MMAP_THRESHOLD_" in os.environ
     if decided or not sys.platform.startswith("linux"):
         return False
+    mallopt = _libc_function("mallopt")
+    return bool(mallopt and mallopt(M_MMAP_THRESHOLD, THRESHOLD_BYTES))
+
+
+def trim_heap() -> None:
+    """Give the free pages of the heap back to the system (`malloc_trim(3)`); nothing where there is no such thing."""
+    if trim := _libc_function("malloc_trim"):
+        trim(0)
+
+
+@lru_cache
+def _libc_function(name: str) -> Any:
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return False
-    return bool(mallopt(M_MMAP_THRESHOLD, THRESHOLD_BYTES))
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError, TypeError):  # another C library, or none to open
+        return None
