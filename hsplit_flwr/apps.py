@@ -1,6 +1,5 @@
 """A complete Flower ServerApp from a run config: what the apps in `simulations/` have in common."""
 
-import logging
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,8 +15,6 @@ from hsplit_flwr.run_output import RunOutput, Sample
 from hsplit_flwr.server import log_progress, server_components
 from hsplit_flwr.strategy import HSplitLoRAStrategy
 from hsplit_flwr.wire import DTYPES
-
-_log = logging.getLogger("hsplit_flwr")
 
 
 def server_app_components(
