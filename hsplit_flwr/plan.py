@@ -33,10 +33,16 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     activation_dtype: str = "fp32"
     seed: int = 0
+    importance_steps: int = 1
+    """the first steps of every round that also measure weight importance (`importance.py`); 0: none"""
+    importance_rows: int = 2
+    """rows of each batch that importance is measured on; 0: all"""
 
     def __post_init__(self) -> None:
         _require(_whole(self.rounds, 1) and _whole(self.local_steps, 1), "rounds and local_steps >= 1", self)
         _require(_whole(self.warmup_steps, 0), "warmup_steps >= 0", self)
+        importance = _whole(self.importance_steps, 0) and _whole(self.importance_rows, 0)
+        _require(importance, "importance_steps and importance_rows >= 0", self)
         _require(0 < self.learning_rate < math.inf, "learning_rate > 0", self)
         _require(0 <= self.weight_decay < math.inf, "weight_decay >= 0", self)
         _require(0 <= self.max_grad_norm < math.inf, "max_grad_norm >= 0 (0: no clipping)", self)
