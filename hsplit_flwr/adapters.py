@@ -59,6 +59,8 @@ class SegmentAdapters:
         """Give the segment its plain linear layers back (to save the model)."""
         for name, layer in self._layers.items():
             self._segment.model.set_submodule(self._segment.local_name(name), layer.get_base_layer())  # type: ignore[operator]
+        if self._layers:
+            del self._segment.model.peft_config  # PEFT would take the next adapters for additional ones
         self._layers = {}
 
     def factors(self) -> dict[str, LoraFactors]:

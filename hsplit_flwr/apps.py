@@ -7,14 +7,21 @@ from typing import Any
 import torch
 from flwr.server import ServerAppComponents
 
+from hsplit_flwr.budget_probe import Link, own_budget
 from hsplit_flwr.client_head import Batch
+from hsplit_flwr.costs import ModelCosts
 from hsplit_flwr.global_model import GlobalModel
 from hsplit_flwr.model_files import ModelFiles
+from hsplit_flwr.replanning import AdaptivePlanning
 from hsplit_flwr.run_config import Settings
 from hsplit_flwr.run_output import RunOutput, Sample
 from hsplit_flwr.server import log_progress, server_components
 from hsplit_flwr.strategy import HSplitLoRAStrategy
 from hsplit_flwr.wire import DTYPES
+
+
+_SERVER_LINK = {"uplink-mbps": 1000.0, "downlink-mbps": 1000.0, "latency-ms": 0.0}
+"""of no consequence: plans count the clients' links"""
 
 
 def server_app_components(
@@ -40,7 +47,8 @@ def server_app_components(
     if settings.server_threads:
         torch.set_num_threads(settings.server_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = GlobalModel(files, DTYPES[settings.dtype], device)
+    plans = settings.plans or _planning(settings, files, device)  # looks at free memory, so before the model
+    model = GlobalModel(files, DTYPES[settings.workload.dtype], device)
     output = RunOutput(
         model,
         model_name,
@@ -52,16 +60,32 @@ def server_app_components(
     )
     strategy = HSplitLoRAStrategy(
         model,
-        settings.plans,
+        plans,
         settings.training,
         tail_lora=settings.tail_lora,
+        workload=settings.workload,
         config=settings.strategy,
         service=settings.service,
         limits=settings.limits,
         eval_batches=eval_batches,
-        on_step=log_progress(settings.training, len(settings.plans)),
+        on_step=log_progress(settings.training),
     )
-    return server_components(strategy, max_clients=len(settings.plans), on_end=output)
+    return server_components(strategy, on_end=output)
+
+
+def _planning(settings: Settings, files: ModelFiles, device: str) -> AdaptivePlanning:
+    server = settings.fleet.server if settings.fleet else own_budget(_SERVER_LINK, device, _no_link)
+    return AdaptivePlanning(
+        ModelCosts(files.config, settings.workload),
+        server,
+        settings.planner,
+        settings.replan,
+        alpha_over_rank=settings.alpha_over_rank,
+    )
+
+
+def _no_link() -> Link:
+    raise AssertionError("the server's link is stated")
 
 
 def flwr_command(app: str, run_config: Mapping[str, Any]) -> str:

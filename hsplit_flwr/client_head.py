@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -12,6 +12,7 @@ from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange import ScoreReply, TailSession
 from hsplit_flwr.host_memory import trim_heap
+from hsplit_flwr.importance import ImportanceProbe, MeanImportance, sample_rows
 from hsplit_flwr.optimisation import Optimiser
 from hsplit_flwr.plan import TrainingConfig
 from hsplit_flwr.segments import Segment
@@ -32,6 +33,8 @@ class TrainReport:
     """forward, backward and optimiser of the head"""
     exchange_s: float
     """from activations out to gradient in: transfer, waiting for others, the tail's compute"""
+    importance: dict[str, float] = field(default_factory=dict)
+    """of every linear layer of the head by whole-model name (`importance.py`); empty if it was not measured"""
 
 
 def train_head(
@@ -45,13 +48,15 @@ def train_head(
     """Train `adapters` for ``config.local_steps`` steps on `batches`.
 
     The autograd graph of each step and the optimiser stay alive on the client; only activations, mask and labels go
-    out and only the activation gradient comes in. `first_step` is the run step of the round's first step.
+    out and only the activation gradient comes in. `first_step` is the run step of the round's first step. The first
+    ``config.importance_steps`` steps also measure the head's importance, which changes nothing in what is trained.
 
     Raises:
         ConfigError: the batches run out, or lack a tensor.
         ExchangeError: the tail refused a step or could not be reached.
     """
     optimiser = Optimiser(adapters.parameters(), config)
+    importance = MeanImportance()
     losses: list[float] = []
     tokens = 0
     exchange_s = 0.0
@@ -59,13 +64,16 @@ def train_head(
     for step, batch in enumerate(islice(batches, config.local_steps)):
         input_ids, mask, labels = _on_device(batch, head)
         optimiser.zero_grad()
-        hidden = head(input_ids, mask)
-        sent = time.perf_counter()
-        reply = session.train_step(step, hidden.detach(), mask, labels)
-        exchange_s += time.perf_counter() - sent
-        if hidden.requires_grad:
-            hidden.backward(reply.gradient.to(hidden.device, hidden.dtype))
-            optimiser.step(first_step + step)
+        with _probe(head, labels, step, config) as probe:
+            hidden = head(input_ids, mask)
+            sent = time.perf_counter()
+            reply = session.train_step(step, hidden.detach(), mask, labels)
+            exchange_s += time.perf_counter() - sent
+            if hidden.requires_grad:
+                hidden.backward(reply.gradient.to(hidden.device, hidden.dtype))
+                optimiser.step(first_step + step)
+        for values in probe.values():
+            importance.add(values)
         trim_heap()
         losses.append(reply.loss)
         tokens += reply.tokens
@@ -75,7 +83,16 @@ def train_head(
             "Give an endless iterable (itertools.cycle) or lower local_steps."
         )
     total_s = time.perf_counter() - started
-    return TrainReport(len(losses), tokens, tuple(losses), total_s - exchange_s, exchange_s)
+    return TrainReport(len(losses), tokens, tuple(losses), total_s - exchange_s, exchange_s, importance.mean())
+
+
+def _probe(head: Segment, labels: Tensor, step: int, config: TrainingConfig) -> ImportanceProbe:
+    """Measures this step if it is one of the round's first `importance_steps`; otherwise does nothing."""
+    if step >= config.importance_steps:
+        return ImportanceProbe(head, [], labels.shape)
+    # The gradient that comes in is that of the mean loss over the whole batch.
+    sample = sample_rows(labels, config.importance_rows)
+    return ImportanceProbe(head, [sample] if sample else [], labels.shape)
 
 
 def score_head(head: Segment, batches: Iterable[Batch], session: TailSession) -> ScoreReply:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -104,6 +105,13 @@ class LoraSpec:
         """The scaling ``lora_alpha / r`` of the adapter on `module_name`."""
         return _first_match(self.alpha_pattern, module_name, self.lora_alpha) / self.rank(module_name)
 
+    @classmethod
+    def of_ranks(cls, ranks: Mapping[str, int], alpha_over_rank: float) -> "LoraSpec":
+        """A rank for every module by its whole name, none elsewhere; alpha = `alpha_over_rank` * rank."""
+        trained = {re.escape(name): rank for name, rank in ranks.items() if rank > 0}
+        alphas = {name: alpha_over_rank * rank for name, rank in trained.items()}
+        return cls(r=0, rank_pattern=trained, alpha_pattern=alphas)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form; `from_dict` takes it back."""
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
@@ -131,9 +139,14 @@ class LoraSpec:
 
 def _first_match(pattern: Mapping[str, Number], module_name: str, default: Number) -> Number:
     for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", module_name):
+        if _ending(key).fullmatch(module_name):
             return value
     return default
+
+
+@lru_cache(maxsize=1 << 14)  # a planned client has a key per matrix, more than re's own cache holds
+def _ending(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})")
 
 
 def init_lora_A(rank: int, in_features: int, seed: int) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
 
@@ -115,3 +116,16 @@ class Absent(nn.Module):
     def forward(self, first: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
         """Activations as they are; for indices (an embedding) a zero, which adds to any activations."""
         return first if first.is_floating_point() else torch.zeros((), device=first.device)
+
+
+class CheckpointedBlock(_WrappedBlock):
+    """A block that keeps only its input for the backward pass and computes the rest again (gradient checkpointing).
+
+    transformers' own gradient checkpointing works in train mode alone, which would turn the base model's dropout on.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own output."""
+        if not torch.is_grad_enabled():
+            return self.block(*args, **kwargs)
+        return checkpoint(self.block, *args, use_reentrant=False, **kwargs)

@@ -9,11 +9,11 @@ from typing import Any, Literal, Self
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraSpec
+from hsplit_flwr.workload import ACTIVATION_DTYPES, Workload
 
 PROTOCOL_VERSION = 1
-Mode = Literal["train", "evaluate"]
+Mode = Literal["train", "evaluate", "probe"]
 SCHEDULES = ("linear", "cosine", "constant")
-ACTIVATION_DTYPES = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class RoundTask:
     max_frame_bytes: int
     plan: ClientPlan
     training: TrainingConfig
+    workload: Workload | None = None
+    """what the plan was made for; larger batches are refused"""
 
     @property
     def first_step(self) -> int:
@@ -105,7 +107,9 @@ class RoundTask:
         """The JSON text that `from_json` reads."""
         plan = {"cut": self.plan.cut, "lora": self.plan.lora.to_dict()}
         flat = {f.name: getattr(self, f.name) for f in fields(self)}
-        data = {**flat, "plan": plan, "training": asdict(self.training), "protocol": PROTOCOL_VERSION}
+        workload = asdict(self.workload) if self.workload else None
+        training = asdict(self.training)
+        data = {**flat, "plan": plan, "training": training, "workload": workload, "protocol": PROTOCOL_VERSION}
         return json.dumps(data)
 
     @classmethod
@@ -124,7 +128,9 @@ class RoundTask:
                     "Install the same hsplit_flwr version on server and clients."
                 )
             plan = ClientPlan(cut=data["plan"]["cut"], lora=LoraSpec.from_dict(data["plan"]["lora"]))
-            return cls(**{**data, "plan": plan, "training": TrainingConfig(**data["training"])})
+            workload = Workload(**data["workload"]) if data["workload"] else None
+            training = TrainingConfig(**data["training"])
+            return cls(**{**data, "plan": plan, "training": training, "workload": workload})
         except ConfigError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

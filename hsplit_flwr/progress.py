@@ -13,7 +13,6 @@ class Progress:
 
     Args:
         rounds: of the run.
-        steps_per_round: steps of all clients together in a round.
         interval_seconds: shortest time between two lines.
         clock: seconds, monotonic.
     """
@@ -21,13 +20,12 @@ class Progress:
     def __init__(
         self,
         rounds: int,
-        steps_per_round: int,
         *,
         interval_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rounds = rounds
-        self._steps = steps_per_round
+        self._steps = 0
         self._interval = interval_seconds
         self._clock = clock
         self._round = 0
@@ -39,9 +37,12 @@ class Progress:
         self._training_seconds = 0.0
         self._training_steps = 0
 
-    def start_round(self, number: int, seconds_ago: float = 0.0) -> None:
-        """Round `number` (from 1) began `seconds_ago`: what lies before is not training time."""
-        self._round, self._done = number, 0
+    def start_round(self, number: int, steps: int, seconds_ago: float = 0.0) -> None:
+        """Round `number` (from 1), of so many steps over all clients, began `seconds_ago`.
+
+        What lies before is not training time. The rounds to come are taken to have as many steps.
+        """
+        self._round, self._steps, self._done = number, steps, 0
         self._last_step_at = self._clock() - seconds_ago
 
     def step(self, clients: int, loss: float, tokens: int) -> str | None:

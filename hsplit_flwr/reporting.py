@@ -24,7 +24,7 @@ def round_table(records: Sequence[RoundRecord], *, markdown: bool = False) -> st
         ]
         for record in records
     ]
-    return _table([*header, *(f"{phase} s" for phase in ROUND_PHASES)], rows, markdown)
+    return format_table([*header, *(f"{phase} s" for phase in ROUND_PHASES)], rows, markdown)
 
 
 def client_table(records: Sequence[RoundRecord], *, markdown: bool = False) -> str:
@@ -56,7 +56,7 @@ def client_table(records: Sequence[RoundRecord], *, markdown: bool = False) -> s
                 *(format_seconds(sum(values) if values else None) for values in seconds),
             ]
         )
-    return _table([*header, *(f"{phase} s" for phase in CLIENT_PHASES)], rows, markdown)
+    return format_table([*header, *(f"{phase} s" for phase in CLIENT_PHASES)], rows, markdown)
 
 
 def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
@@ -82,7 +82,7 @@ def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
         ["commit", summary.commit or MISSING],
         ["versions", ", ".join(f"{name} {version or MISSING}" for name, version in summary.versions.items())],
     ]
-    return _table(["result", "value"], rows, markdown, left_aligned=2)
+    return format_table(["result", "value"], rows, markdown, left_aligned=2)
 
 
 def run_report(summary: RunSummary, *, markdown: bool = False) -> str:
@@ -125,7 +125,7 @@ def _each_once(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _table(header: Row, rows: Sequence[Row], markdown: bool, left_aligned: int = 0) -> str:
+def format_table(header: Row, rows: Sequence[Row], markdown: bool, left_aligned: int = 0) -> str:
     """Padded columns, the first `left_aligned` aligned to the left, the others (numbers) to the right."""
     lines = [header, *rows]
     if markdown:

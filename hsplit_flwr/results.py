@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.round_plan import RoundPlan
 
 CLIENT_PHASES = ("load", "compute", "exchange")
 """Where a client's time goes: bringing its head up to date, its own passes, waiting for the tail's answers."""
@@ -57,6 +58,14 @@ class RoundRecord:
     clients: tuple[ClientRecord, ...] = ()
     failures: tuple[str, ...] = ()
     """one line per client that failed"""
+    plan: RoundPlan | None = None
+    """the plan that this round began to follow; None where the one in force stayed, or plans are configured"""
+    plan_reasons: tuple[str, ...] = ()
+    """why it changed"""
+    drift: float | None = None
+    """of the importance profile since the plan in force, before this round: total variation distance, 0..1"""
+    importance: Mapping[str, float] = field(default_factory=dict)
+    """the importance profile after this round, by module, sum 1"""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """by phase, see `ROUND_PHASES`"""
 

@@ -2,14 +2,16 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from flwr.common import GetPropertiesIns
+from flwr.common import GetPropertiesIns, Scalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 
+from hsplit_flwr.budget_reports import BUDGETS_KEY, budgets_from_json
+from hsplit_flwr.budgets import Budget
 from hsplit_flwr.client import CLIENTS_KEY, CONCURRENCY_KEY
 from hsplit_flwr.errors import ConfigError
 
@@ -20,6 +22,8 @@ _log = logging.getLogger("hsplit_flwr")
 class _Node:
     clients: tuple[str, ...]
     concurrency: int
+    budgets: dict[str, Budget]
+    """by client; empty where they were not asked for"""
 
 
 class Roster:
@@ -27,11 +31,16 @@ class Roster:
 
     Args:
         wait_s: how long to wait for enough nodes, and for each one's answer.
+        question: node's cid -> what it is asked with, e.g. for its budgets.
     """
 
-    def __init__(self, wait_s: float) -> None:
+    def __init__(
+        self, wait_s: float, question: Callable[[str], dict[str, Scalar]] = lambda cid: {}
+    ) -> None:
         self._wait_s = wait_s
+        self._question = question
         self._nodes: dict[str, _Node] = {}
+        self._new: list[str] = []
 
     def refresh(self, client_manager: ClientManager, min_nodes: int) -> dict[str, ClientProxy]:
         """Client id -> its node's proxy, for all connected nodes that answer.
@@ -51,8 +60,9 @@ class Roster:
             for proxy, node in zip(new, pool.map(self._ask, new), strict=True):
                 if node:
                     self._nodes[proxy.cid] = node
+        self._new = [proxy.cid for proxy in new if proxy.cid in self._nodes]
         known: dict[str, ClientProxy] = {}
-        fresh = {proxy.cid for proxy in new}
+        fresh = set(self._new)
         for cid, node in self._nodes.items():  # in the order in which they were asked
             for client in node.clients:
                 if client in known and (cid not in fresh or known[client].cid in fresh):
@@ -64,6 +74,11 @@ class Roster:
             raise ConfigError("Expected at least one SuperNode that hosts an HSplitLoRAClient, found none.")
         return known
 
+    @property
+    def new_budgets(self) -> dict[str, Budget]:
+        """What the clients of the nodes that the last `refresh` asked said they can afford."""
+        return {client: b for cid in self._new for client, b in self._nodes[cid].budgets.items()}
+
     def concurrency(self, clients: Iterable[str]) -> int:
         """How many of `clients` can be under way at a time."""
         chosen = set(clients)
@@ -73,14 +88,16 @@ class Roster:
 
     def _ask(self, proxy: ClientProxy) -> _Node | None:
         try:
-            res = proxy.get_properties(GetPropertiesIns(config={}), timeout=self._wait_s, group_id=0)
+            ins = GetPropertiesIns(config=self._question(proxy.cid))
+            res = proxy.get_properties(ins, timeout=self._wait_s, group_id=0)
             clients = json.loads(str(res.properties[CLIENTS_KEY]))
             concurrency = int(str(res.properties[CONCURRENCY_KEY]))
             if not isinstance(clients, list) or not all(isinstance(c, str) for c in clients) or concurrency < 0:
                 raise ValueError(f"{CLIENTS_KEY}={clients!r} {CONCURRENCY_KEY}={concurrency}")
             if len(set(clients)) < len(clients):
                 raise ValueError(f"a client twice in {CLIENTS_KEY}={clients!r}")
-            return _Node(tuple(clients), concurrency)
+            budgets = budgets_from_json(res.properties[BUDGETS_KEY]) if ins.config else {}
+            return _Node(tuple(clients), concurrency, {c: budgets[c] for c in clients} if ins.config else {})
         except Exception as error:  # whatever a node answers must not stop the run
             _log.warning("left out node %s: expected its client ids, found %r", proxy.cid, error)
             return None

@@ -7,10 +7,14 @@ from typing import TypeVar
 
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.fleet import Fleet
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig, plans_from_table
+from hsplit_flwr.planner import PlannerConfig
+from hsplit_flwr.replanning import ReplanConfig
 from hsplit_flwr.strategy import StrategyConfig
 from hsplit_flwr.tail_service import ServiceConfig
+from hsplit_flwr.workload import Workload
 
 RunConfig = Mapping[str, bool | float | int | str]
 Value = TypeVar("Value", bound=bool | int | float | str)
@@ -21,21 +25,31 @@ class Settings:
     """All that a Flower app of this package reads from its run config, except its data."""
 
     training: TrainingConfig
-    plans: dict[str, ClientPlan]
+    workload: Workload
+    plans: dict[str, ClientPlan] | None
+    """configured ones; None: to be planned"""
     tail_lora: LoraSpec
+    """where plans are configured"""
+    planner: PlannerConfig
+    replan: ReplanConfig
+    alpha_over_rank: float
+    fleet: Fleet | None
+    """budgets by profile; None: clients state or measure their own"""
     strategy: StrategyConfig
     service: ServiceConfig
     limits: BarrierLimits
-    dtype: str
-    """of the frozen weights"""
     server_threads: int
     """torch threads of the server's process; 0: torch's default"""
     output_dir: Path
     adapter_rank: int | None
 
 
-def read_settings(run_config: RunConfig) -> Settings:
+def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     """The settings that `run_config` describes; keys that are absent take the defaults of the dataclasses.
+
+    Args:
+        run_config: Flower's.
+        folder: the app's own, where its profile file may lie.
 
     Raises:
         ConfigError: a value of the wrong type or out of range; the message names the key.
@@ -43,18 +57,33 @@ def read_settings(run_config: RunConfig) -> Settings:
     alpha_over_rank = get(run_config, "alpha-over-rank", 2.0)
     targets = get(run_config, "target-modules", "")
     tail_rank = get(run_config, "tail-rank", 8)
+    training = _training(run_config)
     spec = tuple(targets.split()) if targets else LoraSpec().target_modules
     certificate, key = get(run_config, "tail-certificate", ""), get(run_config, "tail-private-key", "")
     adapter_rank = get(run_config, "adapter-rank", 0)
     return Settings(
-        training=_training(run_config),
-        plans=plans_from_table(
-            integers(run_config, "cuts"),
-            integers(run_config, "ranks"),
-            alpha_over_rank=alpha_over_rank,
-            target_modules=targets,
+        training=training,
+        workload=Workload(
+            batch_size=get(run_config, "batch-size", 8),
+            sequence_length=get(run_config, "max-length", 96),
+            local_steps=training.local_steps,
+            dtype=get(run_config, "dtype", "fp32"),
+            activation_dtype=training.activation_dtype,
+            gradient_checkpointing=get(run_config, "gradient-checkpointing", False),
         ),
+        plans=_configured_plans(run_config, alpha_over_rank, targets),
         tail_lora=LoraSpec(tail_rank, alpha_over_rank * tail_rank, spec) if tail_rank else LoraSpec(0),
+        planner=PlannerConfig(
+            ranks=tuple(integers(run_config, "candidate-ranks", "2,4,8,16").values()),
+            tail_rank=tail_rank,
+            deadline_s=get(run_config, "deadline-s", 0.0) or None,
+        ),
+        replan=ReplanConfig(
+            drift_threshold=get(run_config, "drift-threshold", ReplanConfig.drift_threshold),
+            budget_tolerance=get(run_config, "budget-tolerance", ReplanConfig.budget_tolerance),
+        ),
+        alpha_over_rank=alpha_over_rank,
+        fleet=read_fleet(run_config, folder),
         strategy=StrategyConfig(
             rule=get(run_config, "aggregation", "noise_free"),
             min_nodes=get(run_config, "min-nodes", 1),
@@ -73,7 +102,6 @@ def read_settings(run_config: RunConfig) -> Settings:
             start_gate_s=get(run_config, "start-gate-s", 60.0),
             straggler_limit_s=get(run_config, "straggler-limit-s", 30.0),
         ),
-        dtype=get(run_config, "dtype", "fp32"),
         server_threads=get(run_config, "server-threads", 0),
         output_dir=Path(get(run_config, "output-dir", "results")).resolve(),
         adapter_rank=adapter_rank or None,
@@ -88,11 +116,43 @@ def _training(run_config: RunConfig) -> TrainingConfig:
         learning_rate=get(run_config, "learning-rate", default.learning_rate),
         warmup_steps=get(run_config, "warmup-steps", default.warmup_steps),
         schedule=get(run_config, "schedule", default.schedule),
+        importance_steps=get(run_config, "importance-steps", default.importance_steps),
+        importance_rows=get(run_config, "importance-rows", default.importance_rows),
         weight_decay=get(run_config, "weight-decay", default.weight_decay),
         max_grad_norm=get(run_config, "max-grad-norm", default.max_grad_norm),
         activation_dtype=get(run_config, "activation-dtype", default.activation_dtype),
         seed=get(run_config, "seed", default.seed),
     )
+
+
+def read_fleet(run_config: RunConfig, folder: Path) -> Fleet | None:
+    """The budgets that the run config names under ``profiles``; None without the key, or where plans are configured.
+
+    A relative path counts from the app's `folder`, if it is there, else from where the process was started.
+
+    Raises:
+        ConfigError: not a profile file.
+    """
+    name = get(run_config, "profiles", "")
+    if not name or get(run_config, "cuts", ""):
+        return None
+    path = folder / name
+    return Fleet.from_toml(path if path.exists() else name, seed=get(run_config, "seed", 0))
+
+
+def count_clients(run_config: RunConfig, node_config: RunConfig, folder: Path) -> int:
+    """How many clients there are: as many as configured cuts, else as profiles, else as SuperNodes."""
+    if get(run_config, "cuts", ""):
+        return len(integers(run_config, "cuts"))
+    fleet = read_fleet(run_config, folder)
+    return len(fleet.profiles) if fleet else get(node_config, "num-partitions", 1)
+
+
+def _configured_plans(run_config: RunConfig, alpha_over_rank: float, targets: str) -> dict[str, ClientPlan] | None:
+    if not get(run_config, "cuts", ""):
+        return None
+    cuts, ranks = integers(run_config, "cuts"), integers(run_config, "ranks")
+    return plans_from_table(cuts, ranks, alpha_over_rank=alpha_over_rank, target_modules=targets)
 
 
 def get(run_config: RunConfig, key: str, default: Value) -> Value:
@@ -109,18 +169,18 @@ def get(run_config: RunConfig, key: str, default: Value) -> Value:
     return value
 
 
-def integers(run_config: RunConfig, key: str) -> dict[str, int]:
-    """Client id ("0", "1", ...) -> its number in a list such as ``"2,4,6"``.
+def integers(run_config: RunConfig, key: str, default: str = "") -> dict[str, int]:
+    """Position ("0", "1", ...) -> the number there in a list such as ``"2,4,6"``.
 
     Raises:
         ConfigError: the key is missing or not such a list.
     """
-    text = str(run_config.get(key, ""))
+    text = str(run_config.get(key, default))
     try:
         return {str(client): int(part) for client, part in enumerate(text.split(","))}
     except ValueError:
         raise ConfigError(
-            f"Expected {key} as one integer per client, such as '2,4,6', found {text!r}. Set it in the run config."
+            f"Expected {key} as integers with commas, such as '2,4,6', found {text!r}. Set it in the run config."
         ) from None
 
 

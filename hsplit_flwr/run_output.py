@@ -12,6 +12,8 @@ import torch
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.export import AdapterExport, save_merged, save_peft_adapter
 from hsplit_flwr.global_model import GlobalModel
+from hsplit_flwr.plan_plots import plot_budgets, plot_importance
+from hsplit_flwr.plan_report import plan_history, plan_table
 from hsplit_flwr.plots import plot_run
 from hsplit_flwr.provenance import commit, versions
 from hsplit_flwr.reporting import run_report
@@ -99,9 +101,21 @@ class RunOutput:
         )
         summary.save(self._folder / "summary.json")
         plot_run(summary, self._folder / "run.png")
-        report = run_report(summary)
+        report = "\n\n".join([run_report(summary), *self._plan_sections(strategy)])
         (self._folder / "report.txt").write_text(report + "\n", encoding="utf-8")
         _log.info("%s", "\n".join(["", report, "", *self._sample_lines(summary)]))
+
+    def _plan_sections(self, strategy: HSplitLoRAStrategy) -> list[str]:
+        """The plan in force at the end and how it came to be; pictures of importance and budgets."""
+        planning = strategy.planning
+        if planning is None or planning.in_force is None:
+            return []
+        plan = planning.in_force
+        cuts = {client: planned.cut for client, planned in plan.clients.items()}
+        source = "measured in this run" if planning.history.updates else "all equal: nothing measured"
+        plot_importance(planning.profile, cuts, self._folder / "importance.png", source)
+        plot_budgets(plan, planning.costs, planning.made_with, self._folder / "budgets.png")
+        return [f"Plans\n{plan_history(strategy.history)}", f"Last plan\n{plan_table(plan)}"]
 
     def _sample_lines(self, summary: RunSummary) -> list[str]:
         lines = []

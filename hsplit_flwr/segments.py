@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from hsplit_flwr.block_layout import BlockLayout, block_of, build_skeleton, find_layout
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.model_view import Absent, EntryBlock, ExitBlock, LastBlockDone, graft, set_view_config
+from hsplit_flwr.model_view import Absent, CheckpointedBlock, EntryBlock, ExitBlock, LastBlockDone, graft, set_view_config
 
 __all__ = ["Segment", "block_of", "load_segment", "segment_from_model"]
 
@@ -39,6 +39,8 @@ class Segment(nn.Module):
         self.start = start
         self.stop = stop
         self.num_blocks = layout.num_blocks
+        self.gradient_checkpointing = False
+        """compute each block's activations again in the backward pass instead of keeping them"""
         self._layout = layout
         self._linear_names = [
             self.global_name(name)
@@ -112,6 +114,8 @@ class Segment(nn.Module):
         """The model with blocks first..stop-1 only, fed from `smashed_BTH` and ended after the last one."""
         held = self.model.get_submodule(self._layout.blocks)
         blocks: list[nn.Module] = list(held.children())[first - self.start :]
+        if self.gradient_checkpointing:
+            blocks = [CheckpointedBlock(block) for block in blocks]
         replacements: dict[str, nn.Module] = {}
         if smashed_BTH is not None:
             blocks[0] = EntryBlock(blocks[0], smashed_BTH)

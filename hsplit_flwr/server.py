@@ -63,9 +63,9 @@ def server_components(
     )
 
 
-def log_progress(training: TrainingConfig, clients: int, interval_s: float = 5.0) -> Callable[[StepReport], None]:
+def log_progress(training: TrainingConfig, interval_s: float = 5.0) -> Callable[[StepReport], None]:
     """An ``on_step`` that logs a line with round, step, loss, tokens/s and time left, at most every `interval_s`."""
-    progress = Progress(training.rounds, clients * training.local_steps, interval_seconds=interval_s)
+    progress = Progress(training.rounds, interval_seconds=interval_s)
     current = 0
 
     def on_step(report: StepReport) -> None:
@@ -73,7 +73,7 @@ def log_progress(training: TrainingConfig, clients: int, interval_s: float = 5.0
         round_ = 1 + report.step // training.local_steps
         if round_ != current:
             current = round_
-            progress.start_round(round_, report.compute_s)
+            progress.start_round(round_, report.round_clients * training.local_steps, report.compute_s)
         line = progress.step(len(report.clients), report.loss, report.tokens)
         if line:
             _log.info("%s", line)

@@ -3,6 +3,7 @@
 One step's objective is the token-weighted mean loss over the clients in the step, J = sum_i S_i / sum_i n_i, with S_i
 the summed loss and n_i the target tokens of client i. The tail takes one AdamW step on J; client i gets the gradient
 of its own mean loss S_i / n_i. Clients of equal cut and length run as one batch; groups accumulate, then one step.
+In its first steps of a round the importance of the tail's weights is measured too, on each client's rows apart.
 """
 
 import threading
@@ -21,6 +22,7 @@ from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.barrier import BarrierLimits, StepBarrier
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange import ScoreReply, StepReply
+from hsplit_flwr.importance import ImportanceProbe, MeanImportance, SampledRows, sample_rows
 from hsplit_flwr.optimisation import Optimiser
 from hsplit_flwr.plan import TrainingConfig
 from hsplit_flwr.segments import Segment
@@ -38,6 +40,8 @@ class StepReport:
     tokens: int
     compute_s: float
     """the tail's own forward, backward and optimiser step"""
+    round_clients: int
+    """clients that were given this round's task"""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class _Request:
     activations: Tensor
     attention_mask: Tensor
     labels: Tensor
+    measured: bool = False
+    """the tail's importance is measured on it"""
     reply: "Future[StepReply]" = field(default_factory=Future)
 
 
@@ -91,6 +97,8 @@ class SharedTail:
         self._optimiser: Optimiser | None = None
         self._barrier: StepBarrier[_Request] | None = None
         self._worker: threading.Thread | None = None
+        self._importance: dict[str, MeanImportance] = {}
+        self._round_clients = 0
 
     @property
     def device(self) -> torch.device:
@@ -101,8 +109,11 @@ class SharedTail:
         """Start a training round: fresh adapters and optimiser, a barrier over `clients`."""
         self.close_training()
         self.adapters.reset(adapter_seed)
+        self._importance = defaultdict(MeanImportance)
         self._optimiser = Optimiser(self.adapters.parameters(), self._config)
-        self._barrier = StepBarrier(clients, concurrency, self._limits)
+        members = list(clients)
+        self._round_clients = len(members)
+        self._barrier = StepBarrier(members, concurrency, self._limits)
         self._worker = threading.Thread(target=self._run_steps, args=(self._barrier,), name="tail-steps", daemon=True)
         self._worker.start()
 
@@ -115,6 +126,15 @@ class SharedTail:
         dropped = self._barrier.dropped
         self._barrier = self._worker = None
         return dropped
+
+    def importance(self) -> dict[str, dict[str, float]]:
+        """Client id -> whole-model module name -> importance, from the client's cut on (`importance.py`).
+
+        Of the round that `close_training` ended, on the rows of that client alone; clients whose first steps held no
+        target tokens are missing.
+        """
+        means = {client: importance.mean() for client, importance in self._importance.items()}
+        return {client: mean for client, mean in means.items() if mean}
 
     def join(self, client: str, cut: int, first_step: int) -> "LocalSession":
         """`client` enters the open training round with a head of `cut` blocks; its step 0 is run step `first_step`."""
@@ -185,16 +205,19 @@ class SharedTail:
     def _train(self, requests: list[_Request]) -> tuple[dict[str, StepReply], StepReport]:
         assert self._optimiser is not None
         started = time.perf_counter()
-        replies = self._accumulate_all(requests)
+        replies, importance = self._accumulate_all(requests)
         total = sum(reply.tokens for reply in replies.values())
         loss = sum(r.loss * r.tokens for r in replies.values()) / max(1, total)
         run_step = max(request.run_step for request in requests)
         if total:
             self._optimiser.step(run_step)
-        return replies, StepReport(run_step, tuple(replies), loss, total, time.perf_counter() - started)
+        for client, values in importance.items():  # only now: a step that failed is taken again
+            self._importance[client].add(values)
+        compute_s = time.perf_counter() - started
+        return replies, StepReport(run_step, tuple(replies), loss, total, compute_s, self._round_clients)
 
-    def _accumulate_all(self, requests: list[_Request]) -> dict[str, StepReply]:
-        """The gradients of one step's objective in the tail's adapters, and every client's reply."""
+    def _accumulate_all(self, requests: list[_Request]) -> tuple[dict[str, StepReply], dict[str, dict[str, float]]]:
+        """The gradients of one step's objective in the tail's adapters; every client's reply and importance."""
         assert self._optimiser is not None
         self._optimiser.zero_grad()
         total = sum(target_tokens(request.labels) for request in requests)
@@ -202,11 +225,28 @@ class SharedTail:
         for request in requests:
             groups[request.cut, request.labels.shape[1]].append(request)
         replies: dict[str, StepReply] = {}
+        importance: dict[str, dict[str, float]] = {}
         for key in sorted(groups):
-            replies |= self._accumulate(groups[key], total)
+            samples = self._samples(groups[key], total)
+            entry, length = key
+            shape = (sum(len(r.labels) for r in groups[key]), length)
+            with ImportanceProbe(self.segment, list(samples.values()), shape, entry) as probe:
+                replies |= self._accumulate(groups[key], total)
+            importance |= dict(zip(samples, probe.values(), strict=True))
         gradients = [p.grad for p in self.adapters.parameters() if p.grad is not None]
         _require_finite("adapter gradients", torch.nn.utils.get_total_norm(gradients))
-        return replies
+        return replies, importance
+
+    def _samples(self, group: list[_Request], total: int) -> dict[str, SampledRows]:
+        """The rows of a group's batch on which each client's importance is measured in this step."""
+        samples: dict[str, SampledRows] = {}
+        start = 0
+        for request in group:
+            sample = sample_rows(request.labels, self._config.importance_rows, start, total)
+            if request.measured and sample:
+                samples[request.client] = sample
+            start += len(request.labels)
+        return samples
 
     def _accumulate(self, group: list[_Request], total: int) -> Mapping[str, StepReply]:
         """Forward and backward for clients of one cut and length; tail gradients add up over groups."""
@@ -252,7 +292,9 @@ class LocalSession:
         if self._barrier is None:
             raise ExchangeError("wrong_kind", "Expected evaluate frames in an evaluation round, found a train frame.")
         self._expect_step(step)
-        request = _Request(self._client, self._cut, self._first_step + step, activations, attention_mask, labels)
+        run_step = self._first_step + step
+        measured = step < self._tail._config.importance_steps
+        request = _Request(self._client, self._cut, run_step, activations, attention_mask, labels, measured)
         self._barrier.ask(self._client, request)
         try:
             return request.reply.result(self._tail._limits.step_limit_s)

@@ -13,6 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from flwr.common import (
     EvaluateIns,
@@ -29,19 +30,23 @@ from flwr.server.strategy import Strategy
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
 from hsplit_flwr.barrier import BarrierLimits
-from hsplit_flwr.client import TASK_KEY
+from hsplit_flwr.client import PROBE_KEY, TASK_KEY
 from hsplit_flwr.client_head import Batch
 from hsplit_flwr.errors import AggregationError, ConfigError
-from hsplit_flwr.fit_results import client_record, read_adapters
+from hsplit_flwr.fit_results import client_record, read_budget, read_trained, require_accepted
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes
 from hsplit_flwr.lora import LoraFactors, LoraSpec
 from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed
+from hsplit_flwr.plan_book import PlanBook, Plans
+from hsplit_flwr.plan_report import plan_table
+from hsplit_flwr.replanning import AdaptivePlanning
 from hsplit_flwr.results import ClientRecord, Journal, RoundRecord
 from hsplit_flwr.roster import Roster
 from hsplit_flwr.segments import block_of
 from hsplit_flwr.server_tail import SharedTail, StepReport
 from hsplit_flwr.tail_service import ServiceConfig, TailService, Ticket
 from hsplit_flwr.task_proxy import TaskProxy, describe_failure
+from hsplit_flwr.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
 FitResults = list[tuple[ClientProxy, FitRes]]
@@ -73,14 +78,24 @@ class StrategyConfig:
             raise ConfigError(f"Expected min_nodes >= 1 and limits > 0 s, found {self}.")
 
 
+class _Finished(NamedTuple):
+    """What a client that finished its round brought."""
+
+    record: ClientRecord
+    adapters: dict[str, LoraFactors]
+    importance: dict[str, float]
+
+
 class HSplitLoRAStrategy(Strategy):
     """Heterogeneous split LoRA as a Flower strategy.
 
     Args:
         model: the global model; the strategy merges every round's update into it.
-        plans: client id -> its cut and adapters, or one plan for all.
+        plans: chosen from budgets and importance (`AdaptivePlanning`), or configured: client id -> its cut and
+            adapters, or one plan for all.
         training: shared by heads and tail.
-        tail_lora: the tail's adapters (default: rank 8 on every linear layer).
+        tail_lora: the tail's adapters where plans are configured (default: rank 8 on every linear layer).
+        workload: the largest batches where plans are configured (default: any); planning has its own.
         config: rounds, sampling, evaluation.
         service: address, TLS and limits of the tail's gRPC service.
         limits: waiting times of the step barrier.
@@ -94,10 +109,11 @@ class HSplitLoRAStrategy(Strategy):
     def __init__(
         self,
         model: GlobalModel,
-        plans: Mapping[str, ClientPlan] | ClientPlan,
+        plans: Plans,
         training: TrainingConfig,
         *,
         tail_lora: LoraSpec | None = None,
+        workload: Workload | None = None,
         config: StrategyConfig | None = None,
         service: ServiceConfig | None = None,
         limits: BarrierLimits | None = None,
@@ -110,22 +126,18 @@ class HSplitLoRAStrategy(Strategy):
         self.config = config or StrategyConfig()
         self._journal = Journal()
         self.initial_score: Score | None = None
-        self._plans = plans
+        self._book = PlanBook(plans, tail_lora, workload, training, model.num_blocks)
         self._eval_batches = eval_batches
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
-        self._roster = Roster(self.config.wait_for_nodes_s)
+        self._roster = Roster(self.config.wait_for_nodes_s, self._question)
         limits = limits or BarrierLimits()
         if limits.start_gate_s >= self.config.round_limit_s:
             raise ConfigError(
                 f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
                 f"{self.config.round_limit_s}: a round must not end at its gate. Lower start_gate_s."
             )
-        for plan in plans.values() if isinstance(plans, Mapping) else [plans]:
-            self._check_plan(plan)
         self._shapes = linear_shapes(model.segment)
-        names = [name for name in self._shapes if block_of(name) >= 1]  # block 0 is always a head's
-        adapters = SegmentAdapters(model.segment, tail_lora or LoraSpec(), names)
-        self._tail = SharedTail(model.segment, adapters, training, limits, on_step)
+        self._tail = SharedTail(model.segment, self._tail_adapters(), training, limits, on_step)
         self._service_config = replace(service or ServiceConfig(), activation_dtype=training.activation_dtype)
         self._service: TailService | None = None
         self._round_plans: dict[str, ClientPlan] = {}
@@ -136,6 +148,11 @@ class HSplitLoRAStrategy(Strategy):
         """What each round was, so far."""
         return self._journal.rounds
 
+    @property
+    def planning(self) -> AdaptivePlanning | None:
+        """What chooses cuts and ranks; None where they are configured."""
+        return self._book.adaptive
+
     def initialize_parameters(self, client_manager: ClientManager) -> Parameters:
         """Nothing: every client reads the base model itself, what training changed comes over the tail's stream."""
         return Parameters(tensors=[], tensor_type="numpy.ndarray")
@@ -145,7 +162,9 @@ class HSplitLoRAStrategy(Strategy):
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Open the tail for a training round and give every client its task."""
         started = time.perf_counter()
-        proxies = self._choose_clients(client_manager, server_round)
+        known = self._roster.refresh(client_manager, self.config.min_nodes)
+        self._settle_plans(server_round, known)
+        proxies = self._sample(known, server_round)
         tasks = self._open_round(server_round, "train", proxies)
         self._tail.open_training(
             tasks, self._roster.concurrency(tasks), derive_seed(self.training.seed, "tail", server_round)
@@ -153,7 +172,7 @@ class HSplitLoRAStrategy(Strategy):
         self._journal.phase(server_round, "configure", started)
         self._phase_started = time.perf_counter()
         return [
-            (TaskProxy(proxies[client], client, self._tail.withdraw), FitIns(parameters, _config(task)))
+            (TaskProxy(proxies[client], client, self._tail.withdraw), FitIns(parameters, {TASK_KEY: task.to_json()}))
             for client, task in tasks.items()
         ]
 
@@ -171,10 +190,11 @@ class HSplitLoRAStrategy(Strategy):
         tail_factors = self._tail.adapters.factors()
         self._tail.adapters.reset(self.training.seed)  # B = 0: evaluation sees the merged weights alone
         finished, refused = self._finished(results, tickets)
+        self._observe_budgets(results)
         stragglers = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
         self._journal.note(
             server_round,
-            clients=tuple(record for record, _ in finished.values()),
+            clients=tuple(done.record for done in finished.values()),
             failures=(*map(_reason, failures), *refused, *stragglers),
         )
         tokens = {client: tickets[client].tokens for client in finished}
@@ -183,9 +203,12 @@ class HSplitLoRAStrategy(Strategy):
             return None, {}
         shares = token_shares(tokens)
         contributions = [
-            Contribution(shares[client], tickets[client].cut, factors) for client, (_, factors) in finished.items()
+            Contribution(shares[client], tickets[client].cut, done.adapters) for client, done in finished.items()
         ]
         self.model.apply(aggregate(contributions, tail_factors, block_of, RULES[self.config.rule]))
+        heads = {client: done.importance for client, done in finished.items()}
+        self._book.observe_importance(heads, self._tail.importance(), shares, self._shapes)
+        self._journal.note(server_round, importance=self._book.history.profile)
         train_loss = sum(tickets[client].nll for client in finished) / sum(tokens.values())
         self._journal.note(server_round, train_loss=train_loss)
         self._journal.phase(server_round, "aggregate", started)
@@ -212,10 +235,10 @@ class HSplitLoRAStrategy(Strategy):
         if not self.config.federated_evaluation:
             return []
         self._phase_started = time.perf_counter()
-        proxies = self._choose_clients(client_manager, server_round)
+        proxies = self._sample(self._roster.refresh(client_manager, self.config.min_nodes), server_round)
         tasks = self._open_round(server_round, "evaluate", proxies)
         return [
-            (TaskProxy(proxies[client], client), EvaluateIns(parameters, _config(task)))
+            (TaskProxy(proxies[client], client), EvaluateIns(parameters, {TASK_KEY: task.to_json()}))
             for client, task in tasks.items()
         ]
 
@@ -248,71 +271,91 @@ class HSplitLoRAStrategy(Strategy):
             self._service.stop()
         self._tail.close_training()
 
-    def _choose_clients(self, client_manager: ClientManager, server_round: int) -> dict[str, ClientProxy]:
-        known = self._roster.refresh(client_manager, self.config.min_nodes)
-        count = max(1, round(self.config.fraction_clients * len(known)))
+    def _question(self, cid: str) -> dict[str, Scalar]:
+        """What node `cid` is asked with: a way to measure its link, if plans depend on budgets."""
+        if self._book.adaptive is None:
+            return {}
+        token = self._open_service().open_probe(cid)
+        return {PROBE_KEY: self._task(0, "probe", cid, token, ClientPlan(1, LoraSpec(0))).to_json()}
+
+    def _settle_plans(self, server_round: int, known: Iterable[str]) -> None:
+        """The plan in force, or a new one for heads and tail."""
+        decision = self._book.settle(known, self._roster.new_budgets)
+        if decision is None:
+            return
+        self._journal.note(server_round, drift=decision.drift, plan_reasons=decision.reasons)
+        if decision.reasons:
+            _log.info("round %d: new plan: %s\n%s", server_round, "; ".join(decision.reasons), plan_table(decision.plan))
+            self._journal.note(server_round, plan=decision.plan)
+            self._tail.adapters.remove()  # nothing is lost: they are merged and empty between rounds
+            self._tail.adapters = self._tail_adapters()
+
+    def _tail_adapters(self) -> SegmentAdapters:
+        names = [name for name in self._shapes if block_of(name) >= 1]  # block 0 is always a head's
+        return SegmentAdapters(self.model.segment, self._book.tail_lora, names)
+
+    def _sample(self, known: Mapping[str, ClientProxy], server_round: int) -> dict[str, ClientProxy]:
+        able = sorted(filter(self._book.takes_part, known))
+        count = min(len(able), max(1, round(self.config.fraction_clients * len(able))))
         generator = random.Random(derive_seed(self.training.seed, "sample", server_round))
-        return {client: known[client] for client in sorted(generator.sample(sorted(known), count))}
+        return {client: known[client] for client in sorted(generator.sample(able, count))}
 
     def _open_round(self, server_round: int, mode: Mode, clients: Iterable[str]) -> dict[str, RoundTask]:
-        self._round_plans = {client: self._plan(client) for client in clients}
+        plans = self._round_plans = {client: self._book.plan(client) for client in clients}
+        cuts = {client: plan.cut for client, plan in plans.items()}
+        first_step = (server_round - 1) * self.training.local_steps
+        tokens = self._open_service().open_round(server_round, mode, cuts, first_step)
+        return {client: self._task(server_round, mode, client, tokens[client], plans[client]) for client in plans}
+
+    def _open_service(self) -> TailService:
         if self._service is None:
             self._service = TailService(self._tail, self.model.since, self._run, self._service_config)
             _log.info("the tail listens on %s", self._service.address)
-        cuts = {client: plan.cut for client, plan in self._round_plans.items()}
-        first_step = (server_round - 1) * self.training.local_steps
-        tokens = self._service.open_round(server_round, mode, cuts, first_step)
-        return {
-            client: RoundTask(
-                run=self._run,
-                round=server_round,
-                client=client,
-                mode=mode,
-                address=self._service.address,
-                token=tokens[client],
-                time_limit_s=self.config.round_limit_s,
-                max_frame_bytes=self._service_config.max_frame_bytes,
-                plan=plan,
-                training=self.training,
-            )
-            for client, plan in self._round_plans.items()
-        }
+        return self._service
+
+    def _task(self, server_round: int, mode: Mode, client: str, token: str, plan: ClientPlan) -> RoundTask:
+        return RoundTask(
+            run=self._run,
+            round=server_round,
+            client=client,
+            mode=mode,
+            address=self._open_service().address,
+            token=token,
+            time_limit_s=self.config.round_limit_s,
+            max_frame_bytes=self._service_config.max_frame_bytes,
+            plan=plan,
+            training=self.training,
+            workload=self._book.workload,
+        )
 
     def _close_round(self) -> dict[str, Ticket]:
         return self._service.close_round() if self._service else {}
 
-    def _plan(self, client: str) -> ClientPlan:
-        if isinstance(self._plans, ClientPlan):
-            return self._plans
-        if client not in self._plans:
-            raise ConfigError(
-                f"Expected a client among the planned {sorted(self._plans)}, found {client!r}. "
-                "Add a plan for it, or give one plan for all."
-            )
-        return self._plans[client]
-
-    def _check_plan(self, plan: ClientPlan) -> None:
-        if not 1 <= plan.cut < self.model.num_blocks:
-            raise ConfigError(
-                f"Expected a cut in 1..{self.model.num_blocks - 1} for this model of {self.model.num_blocks} blocks, "
-                f"found {plan.cut}."
-            )
+    def _observe_budgets(self, results: FitResults) -> None:
+        for proxy, res in results:
+            assert isinstance(proxy, TaskProxy)
+            try:
+                self._book.observe_budget(proxy.client, read_budget(res, proxy.client))
+            except ConfigError as error:
+                _log.warning("client %s: its budget stays as it was: %s", proxy.client, error)
 
     def _finished(
         self, results: FitResults, tickets: Mapping[str, Ticket]
-    ) -> tuple[dict[str, tuple[ClientRecord, dict[str, LoraFactors]]], list[str]]:
+    ) -> tuple[dict[str, _Finished], list[str]]:
         """The clients that did all their steps and sent usable adapters, by id, and why others are left out."""
         finished, refused = {}, []
         for proxy, res in results:
             assert isinstance(proxy, TaskProxy)
             client = proxy.client
             try:
+                require_accepted(res)
                 if (steps := tickets[client].steps) != self.training.local_steps:
                     raise AggregationError(f"Expected {self.training.local_steps} steps at the tail, found {steps}.")
                 plan = self._round_plans[client]
                 head_shapes = {name: self._shapes[name] for name in self.model.head_names(plan.cut)}
-                adapters = read_adapters(res, client, plan, head_shapes)
-                finished[client] = (client_record(tickets[client], res, adapters), adapters)
+                adapters, importance = read_trained(res, client, plan, head_shapes)
+                record = client_record(tickets[client], res, adapters)
+                finished[client] = _Finished(record, adapters, importance)
             except Exception as error:  # whatever a client sends must not stop the run
                 refused.append(describe_failure(client, f"{type(error).__name__}: {error}"))
                 _log.warning("left out %s", refused[-1])
@@ -325,7 +368,3 @@ def _reason(failure: tuple[ClientProxy, FitRes | EvaluateRes] | BaseException) -
     proxy, res = failure
     assert isinstance(proxy, TaskProxy)
     return describe_failure(proxy.client, f"{res.status.code.name}: {res.status.message}")
-
-
-def _config(task: RoundTask) -> dict[str, Scalar]:
-    return {TASK_KEY: task.to_json()}

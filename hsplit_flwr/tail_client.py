@@ -20,6 +20,7 @@ from hsplit_flwr.wire import (
     decode,
     encode,
     expect_header,
+    probe_filler,
 )
 
 _METHOD = "/hsplit_flwr.Tail/Exchange"
@@ -110,6 +111,11 @@ class RemoteTail:
             tensors |= frame.tensors
         return DeltaTensors(frame.header.version, frame.header.whole, tensors)
 
+    def probe(self, bytes_up: int, bytes_down: int) -> None:
+        """Send so many bytes and get so many back; only with a task to ``probe``."""
+        self._send(self._header("probe", left=bytes_down), probe_filler(bytes_up))
+        self._receive("probe", 0)
+
     def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
         """See `TailSession`."""
         batch = batch_tensors(activations, attention_mask, labels, self._dtype)
@@ -125,9 +131,9 @@ class RemoteTail:
         header, _ = self._receive("score", step)
         return ScoreReply(header.nll, header.tokens)
 
-    def _header(self, kind: str, step: int = 0, have: int = 0) -> Header:
+    def _header(self, kind: str, **numbers: int) -> Header:
         task = self._task
-        return Header(kind, task.run, task.round, task.client, task.plan.cut, step=step, have=have)
+        return Header(kind, task.run, task.round, task.client, task.plan.cut, **numbers)  # type: ignore[arg-type]
 
     def _send(self, header: Header, tensors: dict[str, Tensor] | None = None) -> None:
         frame = encode(header, tensors)

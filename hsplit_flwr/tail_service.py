@@ -19,10 +19,11 @@ from torch import Tensor
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.plan import Mode
 from hsplit_flwr.server_tail import LocalSession, SharedTail
-from hsplit_flwr.wire import DTYPES, Frame, Header, check_batch, decode, encode, expect_header
+from hsplit_flwr.wire import DTYPES, Frame, Header, check_batch, decode, encode, expect_header, probe_filler
 
 SERVICE, METHOD = "hsplit_flwr.Tail", "Exchange"
 DELTA_FRAME_BYTES = 4 << 20
+MAX_PROBES, MAX_PROBE_BYTES = 64, 16 << 20
 WILDCARDS = ("0.0.0.0", "[::]", "*", "")
 """hosts to listen on, but not to connect to"""
 KEEPALIVE = [
@@ -147,6 +148,13 @@ class TailService:
             }
         return tokens
 
+    def open_probe(self, node: str) -> str:
+        """Admit a node that measures its link, until the next round opens; returns its one-time token."""
+        token = secrets.token_urlsafe(32)
+        with self._lock:
+            self._tickets[token] = Ticket(node, 0, "probe", 1, 0)
+        return token
+
     def close_round(self) -> dict[str, Ticket]:
         """Void the tokens and end the streams that are still open; returns what each client did."""
         with self._lock:
@@ -167,6 +175,9 @@ class TailService:
         ticket: Ticket | None = None
         try:
             ticket = self._admit(token, context)
+            if ticket.mode == "probe":
+                yield from self._echo(frames, ticket)
+                return
             hello = self._next_frame(frames, ticket)
             if hello is None:
                 return
@@ -216,6 +227,15 @@ class TailService:
 
     def _check_header(self, header: Header, ticket: Ticket, kind: str) -> None:
         expect_header(header, kind=kind, run=self._run, round=ticket.round, client=ticket.client, cut=ticket.cut)
+
+    def _echo(self, frames: Iterator[bytes], ticket: Ticket) -> Iterator[bytes]:
+        """Answers as large as a probe asks for, up to a frame's limit."""
+        for _ in range(MAX_PROBES):
+            if (frame := self._next_frame(frames, ticket)) is None:
+                return
+            self._check_header(frame.header, ticket, "probe")
+            wanted = min(frame.header.left, MAX_PROBE_BYTES)
+            yield self._counted(encode(self._reply_header("probe", ticket), probe_filler(wanted)), ticket)
 
     def _session(self, ticket: Ticket) -> LocalSession:
         if ticket.mode == "train":

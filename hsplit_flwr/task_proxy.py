@@ -19,6 +19,8 @@ from flwr.common import (
 )
 from flwr.server.client_proxy import ClientProxy
 
+from hsplit_flwr.client import REFUSED_KEY
+
 LOST_ACTOR = "ray.exceptions.Actor"
 """in the reason of a message that a dead actor was given"""
 RETRY_S = 1.0
@@ -47,12 +49,15 @@ class TaskProxy(ClientProxy):
         self.client = client
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
-        """As the node's proxy; an exception is named after the client.
+        """As the node's proxy; an exception is named after the client. A client that refuses its task counts as failed.
 
         Raises:
             ClientFailureError: the node raised, died or did not answer in time.
         """
-        return self._ask(self._proxy.fit, ins, timeout, group_id)
+        res = self._ask(self._proxy.fit, ins, timeout, group_id)
+        if REFUSED_KEY in res.metrics:
+            self._on_failure(self.client)
+        return res
 
     def evaluate(self, ins: EvaluateIns, timeout: float | None, group_id: int | None) -> EvaluateRes:
         """As the node's proxy; raises as `fit`."""

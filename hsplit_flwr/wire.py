@@ -1,7 +1,8 @@
 """The contract between a head and the tail: tensors <-> verified bytes. No gRPC, no model.
 
 A frame is one safetensors buffer (https://huggingface.co/docs/safetensors#format). Its ``__metadata__`` holds one
-JSON header under the key ``hsplit``: protocol, kind, run, round, client, cut, step, and the kind's own numbers.
+JSON header under the key ``hsplit``: protocol, kind, run, round, client, cut, step, and the kind's own numbers. It is
+padded, so that a frame's size depends on the shapes of its tensors alone.
 
     head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none)
     tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come)
@@ -9,6 +10,8 @@ JSON header under the key ``hsplit``: protocol, kind, run, round, client, cut, s
     tail -> head   gradient  gradient (B,T,H) of the client's own mean loss; header `loss`, `tokens`
     head -> tail   evaluate  as `train`
     tail -> head   score     no tensors; header `nll` (sum over tokens, nats), `tokens`
+    head -> tail   probe     filler (n,) uint8; header `left`: bytes of filler wanted back (measures the link)
+    tail -> head   probe     filler (left,) uint8
 
 Shapes: B batch, T sequence, H hidden. Nothing here trusts its input: a frame is refused by size before it is parsed,
 by header before its tensors are used, and by name, dtype, shape and finiteness before a model sees it.
@@ -30,9 +33,11 @@ from torch import Tensor
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.plan import PROTOCOL_VERSION
 
-KINDS = ("hello", "delta", "train", "gradient", "evaluate", "score")
+KINDS = ("hello", "delta", "train", "gradient", "evaluate", "score", "probe")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_HEADER_BYTES = 1 << 20
+HEADER_CHARACTERS = 512
+"""headers are padded to it with spaces, so that the digits of a loss do not change a frame's size"""
 _LENGTH = struct.Struct("<Q")
 
 
@@ -66,7 +71,7 @@ class Frame(NamedTuple):
 def encode(header: Header, tensors: Mapping[str, Tensor] | None = None) -> bytes:
     """One frame. Tensors are sent in their own dtype and moved to the CPU."""
     dense = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
-    frame: bytes = save_tensors(dense, metadata={"hsplit": json.dumps(asdict(header))})
+    frame: bytes = save_tensors(dense, metadata={"hsplit": json.dumps(asdict(header)).ljust(HEADER_CHARACTERS)})
     return frame
 
 
@@ -165,6 +170,11 @@ def check_batch(tensors: Mapping[str, Tensor], *, dtype: torch.dtype, hidden_siz
         raise ExchangeError("wrong_mask", f"Expected an attention mask of 0 and 1, found {int(mask.max())}.")
     if ((labels != -100) & ((labels < 0) | (labels >= vocab_size))).any():
         raise ExchangeError("wrong_labels", f"Expected labels to be -100 or in 0..{vocab_size - 1}, found others.")
+
+
+def probe_filler(size: int) -> dict[str, Tensor]:
+    """The tensors of a ``probe`` frame: `size` bytes of nothing."""
+    return {"filler": torch.zeros(size, dtype=torch.uint8)}
 
 
 def check_gradient(tensors: Mapping[str, Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:

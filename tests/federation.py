@@ -1,51 +1,36 @@
-"""A federation in one process: real clients over real gRPC behind Flower's `ClientProxy`; no Ray, no SuperLink.
+"""Rounds of a federation in one process (`local_federation.py`), one by one, and nodes that misbehave.
 
-`Node` treats its client as Flower does: built anew for every message, with a copy of the context that is kept only if
-the message was answered. `play_round` drives a strategy's hooks with Flower's own `fit_clients`.
+`play_round` drives a strategy's hooks with Flower's own `fit_clients`.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from flwr.app import Context, RecordDict
-from flwr.client import Client
-from flwr.common import (
-    DisconnectRes,
-    EvaluateIns,
-    EvaluateRes,
-    FitIns,
-    FitRes,
-    GetParametersIns,
-    GetParametersRes,
-    GetPropertiesIns,
-    GetPropertiesRes,
-    Parameters,
-    ReconnectIns,
-)
+from flwr.common import FitIns, FitRes, Parameters
 from flwr.server import SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.server import evaluate_clients, fit_clients
 from torch import Tensor
 
-from hsplit_flwr.client import ClientData, HSplitLoRAClient
+from hsplit_flwr.budgets import Budget
+from hsplit_flwr.client import ClientData
+from hsplit_flwr.local_federation import LocalNode
 from hsplit_flwr.lora import LoraFactors
 from hsplit_flwr.strategy import HSplitLoRAStrategy
 
 TIMEOUT_S = 60.0
 EMPTY = Parameters(tensors=[], tensor_type="numpy.ndarray")
 Batch = dict[str, Tensor]
-Answer = TypeVar("Answer")
 Fit = Callable[[FitIns], FitRes]
 Fault = Callable[[Fit, FitIns], FitRes]
 """What a bad node makes of a fit: (the honest fit, what it was told) -> what it answers"""
 
 
-class Node(ClientProxy):
-    """A SuperNode that hosts `clients`; with a `fault` it answers a fit in its own way."""
+class Node(LocalNode):
+    """A node that, with a `fault`, answers a fit in its own way."""
 
     def __init__(
         self,
@@ -54,36 +39,15 @@ class Node(ClientProxy):
         model: Path,
         data: Callable[[str], ClientData],
         fault: Fault | None = None,
+        budgets: Callable[[str, int], Budget] | None = None,
+        node_config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(cid)
+        super().__init__(cid, clients, model, data, budgets=budgets, node_config=node_config)
         self.fault = fault
-        self.context = Context(1, int(cid), {}, RecordDict(), {})
-        self._clients = clients
-        self._model = model
-        self._data = data
-
-    def get_properties(self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None) -> GetPropertiesRes:
-        return self._answer(lambda client: client.get_properties(ins))
-
-    def get_parameters(self, ins: GetParametersIns, timeout: float | None, group_id: int | None) -> GetParametersRes:
-        raise NotImplementedError("the strategy does not ask for parameters")
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
         fault = self.fault
         return self._answer(lambda client: fault(client.fit, ins) if fault else client.fit(ins))
-
-    def evaluate(self, ins: EvaluateIns, timeout: float | None, group_id: int | None) -> EvaluateRes:
-        return self._answer(lambda client: client.evaluate(ins))
-
-    def reconnect(self, ins: ReconnectIns, timeout: float | None, group_id: int | None) -> DisconnectRes:
-        return DisconnectRes(reason="")
-
-    def _answer(self, call: Callable[[Client], Answer]) -> Answer:
-        context = copy.deepcopy(self.context)
-        client = HSplitLoRAClient(str(self._model), self._data, context, client_ids=self._clients)
-        answer = call(client.to_client())
-        self.context = context
-        return answer
 
 
 @dataclass

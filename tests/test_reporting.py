@@ -322,24 +322,24 @@ class Clock:
 
 def test_progress_shows_rate_and_time_left() -> None:
     clock = Clock()
-    progress = Progress(rounds=2, steps_per_round=20, interval_seconds=0.0, clock=clock)
-    progress.start_round(1)
+    progress = Progress(rounds=2, interval_seconds=0.0, clock=clock)
+    progress.start_round(1, 20)
     clock.now += 2.0
     assert progress.step(1, 3.21, 2400) == "round 1/2  step 1/20  loss 3.21  1.2 k tok/s  eta 1:18"
     clock.now += 1.0
     assert progress.step(1, 3.0, 87) == "round 1/2  step 2/20  loss 3  87 tok/s  eta 0:57"
     clock.now += 600.0  # aggregation and evaluation
-    progress.start_round(2)
+    progress.start_round(2, 20)
     clock.now += 1.5
     assert progress.step(20, 2.5, 150) == "round 2/2  step 20/20  loss 2.5  100 tok/s  eta 0:00"
-    progress.start_round(2, seconds_ago=2.0)  # it began before its first step was reported
+    progress.start_round(2, 20, seconds_ago=2.0)  # it began before its first step was reported
     assert progress.step(5, 2.5, 100) == "round 2/2  step 5/20  loss 2.5  50 tok/s  eta 0:04"
 
 
 def test_progress_speaks_once_per_interval_and_counts_what_it_did_not_show() -> None:
     clock = Clock()
-    progress = Progress(rounds=1, steps_per_round=100, interval_seconds=10.0, clock=clock)
-    progress.start_round(1)
+    progress = Progress(rounds=1, interval_seconds=10.0, clock=clock)
+    progress.start_round(1, 100)
     spoken = {}
     for step in range(1, 51):
         clock.now += 1.0
@@ -353,8 +353,8 @@ def test_progress_speaks_once_per_interval_and_counts_what_it_did_not_show() -> 
 
 
 def test_progress_survives_a_clock_that_stands_still_and_more_steps_than_planned() -> None:
-    progress = Progress(rounds=1, steps_per_round=2, interval_seconds=0.0, clock=Clock())
-    progress.start_round(1)
+    progress = Progress(rounds=1, interval_seconds=0.0, clock=Clock())
+    progress.start_round(1, 2)
     assert progress.step(3, math.nan, 10) == "round 1/1  step 3/2  loss nan  0 tok/s  eta 0:00"
 
 

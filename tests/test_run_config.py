@@ -13,12 +13,15 @@ from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig
-from hsplit_flwr.run_config import get, hosted_clients, integers, read_settings
+from hsplit_flwr.replanning import ReplanConfig
+from hsplit_flwr.run_config import count_clients, get, hosted_clients, integers, read_settings
 from hsplit_flwr.strategy import StrategyConfig
 from hsplit_flwr.tail_service import ServiceConfig
+from hsplit_flwr.workload import Workload
 
 SIMULATIONS = Path(__file__).parent.parent / "simulations"
 APPS = ["quickstart", "e2e_nlg"]
+HERE = Path(__file__).parent
 EXPERIMENTS = sorted((SIMULATIONS / "e2e_nlg" / "experiments").glob("*.toml"))
 SMALLEST = {"cuts": "1,3", "ranks": "2,4"}
 
@@ -33,14 +36,15 @@ def app_config(app: str) -> dict[str, Any]:
 
 
 def test_what_is_absent_takes_the_defaults_of_the_dataclasses() -> None:
-    settings = read_settings(SMALLEST)
+    settings = read_settings(SMALLEST, HERE)
     assert settings.training == TrainingConfig()
     assert settings.strategy == StrategyConfig()
     assert settings.service == ServiceConfig()
     assert settings.limits == BarrierLimits()
     assert settings.tail_lora == LoraSpec()
     assert settings.plans == {"0": ClientPlan(1, LoraSpec(2, 4.0)), "1": ClientPlan(3, LoraSpec(4, 8.0))}
-    assert (settings.dtype, settings.server_threads, settings.adapter_rank) == ("fp32", 0, None)
+    assert (settings.workload, settings.server_threads, settings.adapter_rank) == (Workload(sequence_length=96), 0, None)
+    assert settings.fleet is None
 
 
 def test_every_key_arrives() -> None:
@@ -75,9 +79,24 @@ def test_every_key_arrives() -> None:
             "server-threads": 2,
             "output-dir": "somewhere",
             "adapter-rank": 16,
-        }
+            "batch-size": 3,
+            "max-length": 50,
+            "gradient-checkpointing": True,
+            "candidate-ranks": "1,3",
+            "deadline-s": 12,
+            "drift-threshold": 0.5,
+            "budget-tolerance": 0.3,
+            "importance-steps": 2,
+            "importance-rows": 0,
+        },
+        HERE,
     )
-    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9)
+    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0)
+    assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", True)
+    assert (settings.planner.ranks, settings.planner.tail_rank, settings.planner.deadline_s) == ((1, 3), 6, 12.0)
+    assert settings.replan == ReplanConfig(0.5, 0.3)
+    assert settings.alpha_over_rank == 0.5
+    assert settings.plans
     assert settings.plans["1"] == ClientPlan(3, LoraSpec(4, 2.0, ("q_proj", "v_proj")))
     assert settings.tail_lora == LoraSpec(6, 3.0, ("q_proj", "v_proj"))
     assert settings.strategy == StrategyConfig("svd", 3, 0.5, False, 90.0)
@@ -89,28 +108,43 @@ def test_every_key_arrives() -> None:
         private_key=Path("tls/key.pem"),
     )
     assert settings.limits == BarrierLimits(start_gate_s=1.0, straggler_limit_s=2.5)
-    assert (settings.dtype, settings.server_threads, settings.adapter_rank) == ("bf16", 2, 16)
+    assert (settings.server_threads, settings.adapter_rank) == (2, 16)
     assert settings.output_dir == Path.cwd() / "somewhere"  # where Flower puts the app must not matter
 
 
 def test_a_tail_without_adapters() -> None:
-    tail = read_settings({**SMALLEST, "tail-rank": 0}).tail_lora
+    tail = read_settings({**SMALLEST, "tail-rank": 0}, HERE).tail_lora
     assert tail.targets(["h.1.q", "h.1.v"]) == []
 
 
 @pytest.mark.parametrize("app", APPS)
 def test_the_apps_configs_are_settings(app: str) -> None:
-    settings = read_settings(app_config(app))
-    assert sorted(settings.plans) == ["0", "1", "2", "3", "4"]
-    assert len({plan.cut for plan in settings.plans.values()}) == 5
-    assert len({plan.lora.r for plan in settings.plans.values()}) == 5
+    settings = read_settings(app_config(app), SIMULATIONS / app / app)
+    assert settings.plans is None
+    assert settings.fleet
+    assert settings.fleet.client_ids == ("0", "1", "2", "3", "4")
+    assert len({budget.memory_bytes for budget in settings.fleet.budgets(1).values()}) == 5
+
+
+def test_clients_are_counted_by_cuts_profiles_or_nodes() -> None:
+    folder = SIMULATIONS / "quickstart" / "quickstart"
+    assert count_clients(SMALLEST, {"num-partitions": 7}, HERE) == 2
+    assert count_clients({"profiles": "devices.toml"}, {"num-partitions": 7}, folder) == 5
+    assert count_clients({}, {"num-partitions": 7}, HERE) == 7
+
+
+def test_configured_cuts_put_profiles_out_of_force() -> None:
+    settings = read_settings({**SMALLEST, "profiles": "no-such-file.toml"}, HERE)
+    assert settings.fleet is None
+    with pytest.raises(ConfigError, match="no-such-file.toml"):
+        read_settings({"profiles": "no-such-file.toml"}, HERE)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: str(path.stem))
 def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> None:
     config, changes = app_config("e2e_nlg"), tomllib.loads(experiment.read_text())
     assert changes.keys() <= config.keys()
-    read_settings({**config, **changes})
+    read_settings({**config, **changes}, SIMULATIONS / "e2e_nlg" / "e2e_nlg")
 
 
 @pytest.mark.parametrize(
@@ -128,8 +162,7 @@ def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> N
         ({"aggregation": "mean"}, "Expected an aggregation rule among .*found 'mean'"),
         ({"fraction-clients": 0.0}, "Expected 0 < fraction_clients <= 1, found 0.0"),
         ({"start-gate-s": 0}, "Expected waiting times > 0 s"),
-        ({"cuts": "1,x"}, "Expected cuts as one integer per client, such as '2,4,6', found '1,x'"),
-        ({"cuts": ""}, "Expected cuts as one integer per client"),
+        ({"cuts": "1,x"}, "Expected cuts as integers with commas, such as '2,4,6', found '1,x'"),
         ({"cuts": "1,2,3"}, "Expected cuts and ranks for the same clients"),
         ({"cuts": "0,2"}, "Expected a cut >= 1"),
         ({"ranks": "-1,2"}, "Expected LoRA ranks to be integers >= 0"),
@@ -137,12 +170,12 @@ def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> N
 )
 def test_bad_values_name_what_is_expected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_settings({**SMALLEST, **change})
+        read_settings({**SMALLEST, **change}, HERE)
 
 
 def test_a_missing_table_is_named() -> None:
-    with pytest.raises(ConfigError, match="Expected ranks as one integer per client"):
-        read_settings({"cuts": "1,2"})
+    with pytest.raises(ConfigError, match="Expected ranks as integers with commas"):
+        read_settings({"cuts": "1,2"}, HERE)
 
 
 # --- values ---

@@ -133,6 +133,9 @@ def client_updates(client: str, res: FitRes) -> dict[str, Array]:
                 rank = 4 if client == "1" and name.endswith("h.0.attn.c_attn") else plan.lora.r
                 assert A.shape[0] == rank
                 updates[name] = plan.lora.lora_alpha / rank * (B @ A)
+    importance = next(arrays)
+    assert importance.shape == (plan.cut * len(LEAVES),)
+    assert (importance > 0).all()
     assert next(arrays, None) is None
     return updates
 
@@ -297,6 +300,17 @@ def first_tensor(change: Callable[[Array], bytes]) -> Fault:
     return fault
 
 
+def importance(values: Array) -> Fault:
+    """A fault that sends something else as the importance of its eight layers."""
+
+    def fault(fit: Fit, ins: FitIns) -> FitRes:
+        res = fit(ins)
+        res.parameters.tensors[-1] = stored(values)
+        return res
+
+    return fault
+
+
 def with_nan(array: Array) -> bytes:
     array[0, 0] = math.nan
     return stored(array)
@@ -363,7 +377,12 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "empty": (first_tensor(lambda a: b""), "client 1"),
     "archive": (first_tensor(zipped), "client 1"),
     "huge-header": (first_tensor(lambda a: header_of(1 << 40, 1 << 20)), "MemoryError"),
-    "wrong-count": (too_few_tensors, "Expected 16 adapter tensors, found 15"),
+    "wrong-count": (too_few_tensors, "Expected 16 adapter tensors and importance, found 16 tensors"),
+    "importance-of-fewer": (importance(np.ones(7, np.float32)), "importance of 8 linear layers, found float32 (7,)"),
+    "importance-in-float64": (importance(np.ones(8)), "importance of 8 linear layers, found float64"),
+    "importance-nan": (importance(np.full(8, np.nan, np.float32)), "Expected finite importance >= 0"),
+    "importance-negative": (importance(np.full(8, -1, np.float32)), "Expected finite importance >= 0"),
+    "importance-nothing": (importance(np.zeros(8, np.float32)), "not all of it 0"),
     "other-name": (lying_about(client="2"), "names client '1', found '2'"),
     "unknown-name": (lying_about(client="77"), "names client '1', found '77'"),
     "no-name": (nameless, "names client '1', found None"),

@@ -371,3 +371,9 @@ def test_bad_gradients_are_refused(tensors: dict[str, Tensor], code: str) -> Non
 def test_a_good_gradient_passes_unchanged() -> None:
     gradient = torch.randn(2, 3, HIDDEN, dtype=torch.float16)
     assert check_gradient({"gradient": gradient}, torch.zeros(2, 3, HIDDEN), torch.float16) is gradient
+
+
+def test_the_numbers_of_a_header_do_not_change_the_size_of_a_frame() -> None:
+    tensors = {"x": torch.zeros(2, 3)}
+    sizes = {len(encode(replace(HEADER, loss=loss, step=step), tensors)) for loss in (0.0, 1 / 3) for step in (0, 999)}
+    assert len(sizes) == 1

@@ -1,24 +1,27 @@
-"""A client: its part of E2E NLG and the head that its plan gives it."""
+"""A client: its part of E2E NLG, its budget and the head that its plan gives it."""
 
 from flwr.app import Context
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 
-from e2e_nlg.task import client_data, model_name
+from e2e_nlg.task import FOLDER, client_data, model_name
 from hsplit_flwr.client import HSplitLoRAClient
-from hsplit_flwr.run_config import get, hosted_clients, integers
+from hsplit_flwr.run_config import count_clients, get, hosted_clients, read_fleet
 
 
 def client_fn(context: Context) -> Client:
     """The clients that this SuperNode hosts."""
     run_config = context.run_config
+    num_clients = count_clients(run_config, context.node_config, FOLDER)
+    fleet = read_fleet(run_config, FOLDER)
     return HSplitLoRAClient(
         model_name(run_config),
-        lambda client: client_data(client, run_config),
+        lambda client: client_data(client, num_clients, run_config),
         context,
-        client_ids=hosted_clients(context.node_config, len(integers(run_config, "cuts"))),
+        client_ids=hosted_clients(context.node_config, num_clients),
         dtype=get(run_config, "dtype", "fp32"),
         root_certificates=get(run_config, "tail-root-certificates", "") or None,
+        budgets=fleet.budget if fleet else None,
     ).to_client()
 
 

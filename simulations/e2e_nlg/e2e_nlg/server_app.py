@@ -4,7 +4,7 @@ from flwr.app import Context
 from flwr.server import ServerApp, ServerAppComponents
 
 from e2e_nlg.e2e_data import validation_examples
-from e2e_nlg.task import batches, model_name, spread
+from e2e_nlg.task import FOLDER, batches, model_name, spread
 from hsplit_flwr.apps import server_app_components
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.run_config import get, read_settings
@@ -23,7 +23,7 @@ def server_fn(context: Context) -> ServerAppComponents:
     return server_app_components(
         "simulations/e2e_nlg",
         run_config,
-        read_settings(run_config),
+        read_settings(run_config, FOLDER),
         name,
         ModelFiles.resolve(name),
         eval_batches=batches(central, run_config, shuffle=False),

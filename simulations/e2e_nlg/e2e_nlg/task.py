@@ -11,9 +11,10 @@ from e2e_nlg.e2e_data import client_examples, validation_examples
 from hsplit_flwr.client import ClientData
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.run_config import RunConfig, get, integers
+from hsplit_flwr.run_config import RunConfig, get
 from hsplit_flwr.text_data import Example, TextBatches
 
+FOLDER = Path(__file__).parent
 SMOLLM2 = "smollm2"
 
 
@@ -58,9 +59,9 @@ def spread(examples: Sequence[Example], count: int) -> list[Example]:
     return list(examples[:: max(1, len(examples) // count)][:count]) if count else list(examples)
 
 
-def client_data(client: str, run_config: RunConfig) -> ClientData:
-    """Part number `client` of train.csv to train on, and of valid.csv (every n-th example) to score."""
-    data, clients = get(run_config, "data", ""), len(integers(run_config, "cuts"))
+def client_data(client: str, clients: int, run_config: RunConfig) -> ClientData:
+    """Part number `client` of `clients` of train.csv to train on, and of valid.csv (every n-th example) to score."""
+    data = get(run_config, "data", "")
     train = client_examples(
         data,
         int(client),

@@ -1,24 +1,26 @@
-"""A client: its part of the data and the head that its plan gives it."""
+"""A client: its part of the data, its budget and the head that its plan gives it."""
 
 from flwr.app import Context
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 
 from hsplit_flwr.client import HSplitLoRAClient
-from hsplit_flwr.run_config import get, hosted_clients, integers
-from quickstart.task import MODEL, client_data
+from hsplit_flwr.run_config import count_clients, get, hosted_clients, read_fleet
+from quickstart.task import FOLDER, MODEL, client_data
 
 
 def client_fn(context: Context) -> Client:
     """The clients that this SuperNode hosts."""
-    num_clients = len(integers(context.run_config, "cuts"))
+    num_clients = count_clients(context.run_config, context.node_config, FOLDER)
+    fleet = read_fleet(context.run_config, FOLDER)
     return HSplitLoRAClient(
         MODEL,
-        lambda client: client_data(client, context.run_config),
+        lambda client: client_data(client, num_clients, context.run_config),
         context,
         client_ids=hosted_clients(context.node_config, num_clients),
         dtype=get(context.run_config, "dtype", "fp32"),
         root_certificates=get(context.run_config, "tail-root-certificates", "") or None,
+        budgets=fleet.budget if fleet else None,
     ).to_client()
 
 

@@ -9,7 +9,7 @@ from hsplit_flwr.restaurants import restaurant_examples
 from hsplit_flwr.run_config import read_settings
 from hsplit_flwr.run_output import Sample
 from hsplit_flwr.text_data import prompt_text
-from quickstart.task import MODEL, batches
+from quickstart.task import FOLDER, MODEL, batches
 
 CENTRAL_EXAMPLES = 200
 SAMPLES = 2
@@ -22,7 +22,7 @@ def server_fn(context: Context) -> ServerAppComponents:
     return server_app_components(
         "simulations/quickstart",
         context.run_config,
-        read_settings(context.run_config),
+        read_settings(context.run_config, FOLDER),
         MODEL,
         ModelFiles.resolve(MODEL),
         eval_batches=batches(held_out[:CENTRAL_EXAMPLES], context.run_config, shuffle=False),

@@ -1,14 +1,16 @@
 """The quickstart's model and data, both embedded in the library."""
 
 from functools import lru_cache
+from pathlib import Path
 
 from hsplit_flwr.assets import tiny_checkpoint
 from hsplit_flwr.client import ClientData
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.restaurants import partition_by_slot, restaurant_examples
-from hsplit_flwr.run_config import RunConfig, get, integers
+from hsplit_flwr.run_config import RunConfig, get
 from hsplit_flwr.text_data import Example, TextBatches
 
+FOLDER = Path(__file__).parent
 MODEL = str(tiny_checkpoint())
 HELD_OUT_EVERY = 10
 
@@ -30,13 +32,13 @@ def _tokenizer():  # type: ignore[no-untyped-def]
     return ModelFiles.resolve(MODEL).tokenizer()
 
 
-def client_data(client: str, run_config: RunConfig) -> ClientData:
-    """Non-IID part number `client` of the training set; a tenth of its meaning representations is held out."""
+def client_data(client: str, num_clients: int, run_config: RunConfig) -> ClientData:
+    """Non-IID part number `client` of `num_clients` of the training set; a tenth of its meaning representations is held out."""
     train, _ = restaurant_examples()
     parts = partition_by_slot(
         train,
         slot="food",
-        num_clients=len(integers(run_config, "cuts")),
+        num_clients=num_clients,
         alpha=get(run_config, "dirichlet-alpha", 0.3),
         seed=get(run_config, "seed", 0),
     )

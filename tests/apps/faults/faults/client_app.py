@@ -32,7 +32,7 @@ def faulty(batches: Iterable[Batch], client: str, fault: str, stall_s: float) ->
 
 def faulty_data(client: str, run_config: RunConfig) -> ClientData:
     """The quickstart's data, with the fault of this client in round 1."""
-    data = client_data(client, run_config)
+    data = client_data(client, len(integers(run_config, "cuts")), run_config)
     faults = dict(pair.split(":") for pair in get(run_config, "faults", "").split())
     if client not in faults:
         return data

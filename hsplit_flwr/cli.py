@@ -1,0 +1,235 @@
+"""The command ``hsplit-flwr``: what a federation would do, before anyone trains.
+
+``hsplit-flwr plan --model NAME --profiles FILE`` plans cuts and ranks for the devices of a profile file (`fleet.py`),
+prints the plan as a table and, with ``--output``, writes ``plan.json``, ``importance.png`` and ``budgets.png``. The
+model's config suffices; no weights are read.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hsplit_flwr.errors import ConfigError, HSplitError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from hsplit_flwr.costs import ModelCosts
+    from hsplit_flwr.planner import PlannerConfig
+
+PROGRAM = "hsplit-flwr"
+USER_ERROR = 2
+UNIFORM = "uniform (nothing measured yet: every matrix counts the same)"
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Errors on one line, without the usage before them."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, or 2 for what the user can mend (one line on stderr)."""
+    options = _parser().parse_args(arguments)
+    try:
+        _plan(options)
+    except HSplitError as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _OneLineParser(prog=PROGRAM, description="Heterogeneous split LoRA fine-tuning with Flower.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    plan = commands.add_parser(
+        "plan",
+        help="who gets which blocks and ranks, what it costs, what limits it",
+        description="Plan cuts and ranks for the devices of a profile file, from the model's config alone.",
+        formatter_class=_Defaults,
+    )
+    required = plan.add_argument_group("required")
+    required.add_argument("--model", required=True, help="name on the hub, folder, .gguf file or path of a config.json")
+    required.add_argument("--profiles", required=True, type=Path, metavar="FILE", help="TOML file of the devices")
+    work = plan.add_argument_group("what a step is")
+    work.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per client and step")
+    work.add_argument("--sequence-length", type=int, default=64, metavar="N", help="tokens per row, padding included")
+    work.add_argument("--local-steps", type=int, default=20, metavar="N", help="steps per round")
+    work.add_argument("--dtype", default="fp32", help="of the frozen weights: fp32, bf16 or fp16")
+    work.add_argument("--activation-dtype", default="fp32", metavar="DTYPE", help="on the wire: fp32, bf16 or fp16")
+    work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
+    choice = plan.add_argument_group("how to plan")
+    choice.add_argument("--ranks", type=_whole_numbers, default="2,4,8,16", help="candidate ranks, besides 0")
+    choice.add_argument("--tail-rank", type=int, default=8, metavar="N", help="mean rank of the tail's adapters")
+    choice.add_argument("--deadline-s", type=float, metavar="S", help="the longest a round may take, in seconds")
+    choice.add_argument("--importance", type=Path, metavar="FILE", help="summary.json of a run, or JSON by module")
+    choice.add_argument("--exact", action="store_true", help="the exact optimum by integer programming; slow for many")
+    choice.add_argument("--round", type=int, default=1, metavar="N", help="the round whose budgets hold")
+    choice.add_argument("--seed", type=int, default=0, metavar="N", help="of the budgets' fluctuations")
+    plan.add_argument("--output", type=Path, metavar="DIR", help="also write plan.json, importance.png and budgets.png")
+    return parser
+
+
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 2,4,8, found {text!r}") from None
+
+
+def _plan(options: argparse.Namespace) -> None:
+    # Imports here, not above: --help should not wait for torch, nor a misspelt profile file for transformers.
+    from hsplit_flwr.fleet import Fleet
+
+    if options.round < 1:
+        raise ConfigError(f"Expected --round as a whole number >= 1, found {options.round}.")
+    fleet = Fleet.from_toml(options.profiles, seed=options.seed)
+    budgets = fleet.budgets(options.round)
+
+    from hsplit_flwr.costs import ModelCosts, Workload
+    from hsplit_flwr.plan_report import plan_table
+    from hsplit_flwr.planner import PlannerConfig, plan, plan_exact
+
+    workload = Workload(
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        local_steps=options.local_steps,
+        dtype=options.dtype,
+        activation_dtype=options.activation_dtype,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    config = PlannerConfig(ranks=options.ranks, tail_rank=options.tail_rank, deadline_s=options.deadline_s)
+    costs = ModelCosts(read_config(options.model), workload)
+    importance, source = _importance(options.importance, costs)
+    made = (plan_exact if options.exact else plan)(costs, importance, budgets, fleet.server, config)
+
+    print(_heading(options, costs, config, source))
+    print(f"\n{plan_table(made)}")
+    if options.output:
+        content = {
+            "model": options.model,
+            "profiles": str(options.profiles),
+            "round": options.round,
+            "seed": options.seed,
+            "workload": asdict(workload),
+            "planner": {**asdict(config), "exact": options.exact},
+            "importance": {"source": source, "by_module": dict(importance)},
+            "budgets": {client: asdict(budget) for client, budget in budgets.items()},
+            "server": asdict(fleet.server),
+            "plan": asdict(made),
+        }
+        cuts = {client: planned.cut for client, planned in made.clients.items()}
+        written = _write(options.output, content)
+        from hsplit_flwr.plan_plots import plot_budgets, plot_importance
+
+        plot_importance(importance, cuts, written / "importance.png", source.split(" (")[0])
+        plot_budgets(made, costs, budgets, written / "budgets.png")
+        print(f"\nWritten to {written}: plan.json, importance.png, budgets.png")
+
+
+def _heading(options: argparse.Namespace, costs: "ModelCosts", config: "PlannerConfig", source: str) -> str:
+    work = costs.workload
+    deadline = "no deadline" if config.deadline_s is None else f"deadline {config.deadline_s:g} s"
+    checkpointing = ", gradient checkpointing" if work.gradient_checkpointing else ""
+    lines = {
+        "model": f"{options.model}, {costs.num_blocks} blocks, {len(costs.matrices)} matrices in them, {work.dtype}",
+        "step": f"{work.batch_size} x {work.sequence_length} tokens per client, {work.activation_dtype} on the wire"
+        f"{checkpointing}; {work.local_steps} steps a round",
+        "ranks": f"0, {', '.join(map(str, config.ranks))}; tail {config.tail_rank} on average; {deadline}",
+        "planner": "exact (integer programming)" if options.exact else "greedy",
+        "importance": source,
+        "budgets": f"{options.profiles}, round {options.round}",
+    }
+    return "\n".join(f"{name + ':':11} {text}" for name, text in lines.items())
+
+
+def read_config(name: str) -> "PretrainedConfig":
+    """The config of a model of the hub, a folder, a ``.gguf`` file or a ``config.json``; no weights are read.
+
+    Raises:
+        ConfigError: none is found there.
+    """
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path if path.exists() else name}
+    if path.suffix == ".gguf":
+        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(**where)
+    # transformers and the hub's client raise OSError, ValueError, KeyError and more of their own for "no model there".
+    except Exception as error:
+        raise ConfigError(
+            f"Expected a model's config under {name!r}, found none ({str(error).splitlines()[0]:.200}). Give a folder, "
+            "a .gguf file, a config.json or a name on the hub."
+        ) from error
+    return config
+
+
+def read_importance(path: Path) -> dict[str, float]:
+    """Module name -> importance, from the last round of a run's ``summary.json`` or from a plain JSON object.
+
+    Raises:
+        ConfigError: neither of the two.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Expected importance as JSON in {path}, found: {error}.") from error
+    if isinstance(data, dict) and isinstance(data.get("history"), list):
+        rounds = (record for record in data["history"] if isinstance(record, dict))
+        measured = [record["importance"] for record in rounds if record.get("importance")]
+        if not measured:
+            raise ConfigError(f"Expected a run that measured importance in {path}, found none. Set importance-steps=1.")
+        data = measured[-1]
+    if not isinstance(data, dict) or not data or not all(_is_importance(value) for value in data.values()):
+        raise ConfigError(
+            f"Expected numbers >= 0 by module name in {path}, found something else. "
+            'Take the summary.json of a run, or write {"model.layers.0.mlp.up_proj": 1.5, ...}.'
+        )
+    return {str(name): float(value) for name, value in data.items()}
+
+
+def _is_importance(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _importance(path: Path | None, costs: "ModelCosts") -> tuple[Mapping[str, float], str]:
+    """Importance by module and where it comes from."""
+    names = [matrix.name for matrix in costs.matrices]
+    if path is None:
+        return dict.fromkeys(names, 1.0), UNIFORM
+    found = read_importance(path)
+    if set(found) != set(names):
+        unknown, missing = sorted(set(found) - set(names)), sorted(set(names) - set(found))
+        raise ConfigError(
+            f"Expected importance for the {len(names)} matrices of the model in {path}, found {len(unknown)} others "
+            f"({', '.join(unknown[:2]) or 'none'}) and {len(missing)} missing ({', '.join(missing[:2]) or 'none'}). "
+            "Take it from a run of the same model."
+        )
+    return {name: found[name] for name in names}, f"measured ({path})"
+
+
+def _write(folder: Path, content: Mapping[str, Any]) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"Expected a folder to write into at {folder}, found: {error}.") from error
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())

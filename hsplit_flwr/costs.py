@@ -1,0 +1,138 @@
+"""What a plan costs, from a model's config alone: bytes held, FLOPs per step, bytes on the wire.
+
+`ModelCosts` runs one step on fake tensors (`step_trace`) and adds up its parts (`memory_model`, `flops`, `wire_costs`).
+Beside what a given plan costs it has the coefficients of a linear form, ``base(cut) + sum of rank * per_rank``, for
+planners: exact where every matrix of the head has an adapter, an upper bound where some have rank 0.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PretrainedConfig
+
+from hsplit_flwr import wire_costs
+from hsplit_flwr.block_layout import build_skeleton, find_layout
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.flops import FlopModel
+from hsplit_flwr.memory_model import MemoryEstimate, MemoryModel
+from hsplit_flwr.model_shapes import Matrix, matrices_of, weight_bytes
+from hsplit_flwr.step_trace import trace_step
+from hsplit_flwr.wire import DTYPES
+from hsplit_flwr.workload import Workload
+
+__all__ = ["Matrix", "MemoryEstimate", "ModelCosts", "Workload"]
+
+Floats = NDArray[np.float64]
+
+
+class ModelCosts:
+    """The costs of heads and tails of one model. Nothing of the model but its config is needed.
+
+    Ranks are given by whole-model module name; a name that is missing has rank 0.
+
+    Args:
+        config: of a decoder-only causal language model.
+        workload: the batches, and how they are trained on.
+
+    Raises:
+        UnsupportedModelError: the model cannot be cut, or its costs depend on its weights.
+    """
+
+    def __init__(self, config: PretrainedConfig, workload: Workload) -> None:
+        self.workload = workload
+        self.hidden_size = int(config.get_text_config().hidden_size)
+        skeleton = build_skeleton(config, DTYPES[workload.dtype])
+        layout = find_layout(skeleton)
+        self.num_blocks = layout.num_blocks
+        self.matrices: tuple[Matrix, ...] = matrices_of(skeleton, layout)
+        """every linear layer of the blocks, in the order of the model"""
+        self._by_name = {matrix.name: matrix for matrix in self.matrices}
+        weights = weight_bytes(skeleton, layout)
+        trace = trace_step(skeleton, layout, workload)
+        tokens = workload.batch_size * workload.sequence_length
+        self._memory = MemoryModel(trace, weights, self.matrices, workload, self.hidden_size)
+        self._flops = FlopModel(trace, self.matrices, tokens, workload.gradient_checkpointing)
+        self.step_bytes_up = wire_costs.step_bytes_up(workload, self.hidden_size)
+        """one frame of activations, mask and labels"""
+        self.step_bytes_down = wire_costs.step_bytes_down(workload, self.hidden_size)
+        """one frame of the activations' gradient"""
+        self.hello_bytes = wire_costs.hello_bytes()
+        """what a client sends at the start of a round"""
+
+    def head_memory(self, cut: int, ranks: Mapping[str, int]) -> MemoryEstimate:
+        """Peak of a client that trains blocks 0..cut-1, above its idle process with all libraries imported."""
+        self._check(cut, ranks)
+        return self._memory.head(cut, ranks)
+
+    def head_flops(self, cut: int, ranks: Mapping[str, int]) -> float:
+        """FLOPs of one step of a head, forward and backward."""
+        self._check(cut, ranks)
+        return self._flops.head(cut, ranks)
+
+    def tail_memory(self, cuts: Sequence[int], ranks: Mapping[str, int]) -> MemoryEstimate:
+        """Peak of the server in a step of clients with these cuts; it holds the whole model."""
+        for cut in cuts:
+            self._check(cut, ranks)
+        return self._memory.tail(cuts, ranks)
+
+    def tail_flops(self, cut: int, ranks: Mapping[str, int]) -> float:
+        """FLOPs of the tail for one client's batch that enters before block `cut`."""
+        self._check(cut, ranks)
+        return self._flops.tail(cut, ranks)
+
+    def adapter_bytes(self, cut: int, ranks: Mapping[str, int]) -> int:
+        """The arrays A and B that a client returns at the end of a round."""
+        self._check(cut, ranks)
+        return wire_costs.array_bytes(
+            shape
+            for matrix in self.matrices
+            if matrix.block < cut and (rank := ranks.get(matrix.name, 0))
+            for shape in ((rank, matrix.d_in), (matrix.d_out, rank))
+        )
+
+    def head_base_bytes(self, cut: int) -> int:
+        """Memory of a head with adapters everywhere, of ranks near 0."""
+        return self.head_memory(cut, {}).total_bytes
+
+    @property
+    def rank_bytes(self) -> Floats:
+        """Per matrix of `matrices`: a head's memory for one unit of rank."""
+        return self._memory.rank_bytes
+
+    def head_base_flops(self, cut: int) -> float:
+        """FLOPs of a head's step with adapters everywhere, of ranks near 0."""
+        self._check(cut, {})
+        return self._flops.head(cut, None)
+
+    @property
+    def rank_flops(self) -> Floats:
+        """Per matrix of `matrices`: FLOPs of one unit of rank in a head's step."""
+        return self._flops.per_rank(in_head=True)
+
+    def tail_base_bytes(self, cuts: Sequence[int]) -> int:
+        """Memory of the server at ranks near 0."""
+        return self.tail_memory(cuts, {}).total_bytes
+
+    def tail_rank_bytes(self, cuts: Sequence[int]) -> Floats:
+        """Per matrix of `matrices`: the server's memory for one unit of rank, in a step of clients with these cuts."""
+        return self._memory.tail_rank_bytes(cuts)
+
+    def tail_base_flops(self, cut: int) -> float:
+        """FLOPs of the tail for one client's batch at ranks near 0."""
+        return self.tail_flops(cut, {})
+
+    @property
+    def tail_rank_flops(self) -> Floats:
+        """Per matrix of `matrices`: FLOPs of one unit of rank in the tail, for one client's batch."""
+        return self._flops.per_rank(in_head=False)
+
+    def _check(self, cut: int, ranks: Mapping[str, int]) -> None:
+        if not 1 <= cut < self.num_blocks:
+            raise ConfigError(
+                f"Expected a cut in 1..{self.num_blocks - 1}, found {cut}. Each side of a cut holds a block."
+            )
+        if unknown := sorted(ranks.keys() - self._by_name.keys()):
+            raise ConfigError(
+                f"Expected ranks by whole-model module names such as {self.matrices[0].name!r}, found {unknown[:3]}."
+            )

@@ -1,0 +1,74 @@
+"""A plan as plain-text or Markdown tables: who gets what, what it costs, what limits it."""
+
+from collections.abc import Sequence
+
+from hsplit_flwr.reporting import MISSING, format_bytes, format_seconds, format_table
+from hsplit_flwr.results import RoundRecord, client_order, describe_ranks
+from hsplit_flwr.round_plan import PlannedClient, PlannedTail, RoundPlan
+
+TAIL = "tail"
+HEADER = ["client", "cut", "ranks", "adapted", "memory", "budget", "use %", "step s", "round s", "limited by"]
+
+
+def plan_table(plan: RoundPlan, *, markdown: bool = False) -> str:
+    """A row per client and one for the tail, then the totals, then every client that is left out and why.
+
+    *ranks*: lowest to highest rank in the head (0: some matrices without an adapter); *adapted*: matrices with an
+    adapter, of those in the head; *memory*: predicted, against the *budget*; *step s*: one step alone, with the tail's
+    time for all clients; *limited by*: what keeps the client from more.
+    """
+    clients = [plan.clients[client] for client in sorted(plan.clients, key=client_order)]
+    rows = [_client_row(client) for client in clients] + [_tail_row(plan.tail)]
+    parts = [format_table(HEADER, rows, markdown), _totals(plan)]
+    if plan.left_out:
+        bullet = "- " if markdown else "  "
+        lines = [f"{bullet}client {c}: {plan.left_out[c]}" for c in sorted(plan.left_out, key=client_order)]
+        gap = "\n\n" if markdown else "\n"
+        parts.append(f"Left out:{gap}" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def plan_history(records: Sequence[RoundRecord], *, markdown: bool = False) -> str:
+    """A row per round: whether it began to follow a new plan, how far importance had drifted, and why."""
+    rows = [
+        [
+            str(record.round),
+            "new" if record.plan_reasons else "kept",
+            MISSING if record.drift is None else f"{record.drift:.3f}",
+            "; ".join(record.plan_reasons) or MISSING,
+        ]
+        for record in records
+    ]
+    return format_table(["round", "plan", "drift", "why"], rows, markdown, left_aligned=4)
+
+
+def _client_row(client: PlannedClient) -> list[str]:
+    return [
+        client.client,
+        str(client.cut),
+        *_ranks(client),
+        *_memory(client),
+        format_seconds(client.step_s),
+        format_seconds(client.round_s),
+        client.limited_by,
+    ]
+
+
+def _tail_row(tail: PlannedTail) -> list[str]:
+    return [TAIL, "-", *_ranks(tail), *_memory(tail), format_seconds(tail.step_s), "-", "-"]
+
+
+def _ranks(part: PlannedClient | PlannedTail) -> list[str]:
+    ranks = part.ranks.values()
+    return [describe_ranks(ranks), f"{sum(rank > 0 for rank in ranks)}/{len(ranks)}"]
+
+
+def _memory(part: PlannedClient | PlannedTail) -> list[str]:
+    use = part.memory_bytes / part.memory_budget_bytes
+    return [format_bytes(part.memory_bytes), format_bytes(part.memory_budget_bytes), f"{100 * use:.1f}"]
+
+
+def _totals(plan: RoundPlan) -> str:
+    everyone = len(plan.clients) + len(plan.left_out)
+    taking_part = f"{len(plan.clients):,} of {everyone:,} clients take part"
+    return f"{taking_part}; a round takes {format_seconds(plan.round_s)} s; value of the plan {plan.value:.4g}"

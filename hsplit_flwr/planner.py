@@ -1,0 +1,196 @@
+"""Budgets and importance in, cuts and ranks out: adaptive rank and split configuration (HSplitLoRA, arXiv:2505.02795).
+
+Choose, for every client i, a cut s_i in 1..L-1 and, for the matrices m of blocks below s_i, ranks r_im that are 0 or a
+candidate, to
+
+    maximise    sum_i sum_{m in head(s_i)} I_m g(r_im)              I: importance, sum 1; g: `plan_problem.gain`
+
+    subject to  head_base_bytes(s_i) + sum_m r_im rank_bytes_m  <=  memory_i                                 every i
+                steps * (head_flops(s_i, r_i) / compute_i + up / uplink_i + down / downlink_i + 2 latency_i + t)
+                    + 4 sum_m r_im (d_in + d_out) / uplink_i  <=  deadline                                   every i
+                t = sum_i tail_flops(s_i) / server compute
+                weights + tail adapters with optimiser state + sum_i activations(s_i)  <=  server memory
+
+The tail serves the clients of a step one after another, so t couples them: a deeper cut of one gives all others time.
+The server's memory counts every client's activations at once; in truth only clients of equal cut run as one batch, so
+the sum errs on the safe side. The tail's own ranks follow from `tail_rank` and the importance alone: they maximise
+sum_m I_m g(r_m) over the blocks from 1 on, subject to sum_m r_m (d_in + d_out) <= tail_rank sum_m (d_in + d_out).
+
+As many clients as possible take part (`plan_participants`); the objective comes second. With the same clients taking
+part, more of any budget or a later deadline never gives a lower objective (`plan_greedy` says how far that goes). The
+paper's own formulation is not public text to us; this one is ours.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hsplit_flwr import plan_exact as exact
+from hsplit_flwr import plan_greedy as greedy
+from hsplit_flwr.budgets import Budget
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.plan_limits import limits
+from hsplit_flwr.plan_participants import participants
+from hsplit_flwr.plan_problem import Ints, Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
+from hsplit_flwr.round_plan import PlannedClient, PlannedTail, RoundPlan
+
+if TYPE_CHECKING:
+    from hsplit_flwr.costs import ModelCosts
+
+Solver = Callable[[Problem, Ints], Solution]
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """What the planner may choose from, and by when a round must be over."""
+
+    ranks: tuple[int, ...] = (2, 4, 8, 16)
+    """candidates for every matrix, besides 0 (no adapter)"""
+    tail_rank: int = 8
+    """mean rank of the tail's adapters, weighted by what a unit of rank costs; spread by importance"""
+    deadline_s: float | None = None
+    """for a round: all steps and the adapters' upload; None: no deadline"""
+
+    def __post_init__(self) -> None:
+        whole = all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in self.ranks)
+        if not (self.ranks and whole and len(set(self.ranks)) == len(self.ranks)):
+            raise ConfigError(
+                f"Expected at least one candidate rank, whole, >= 1 and no two equal, found {self.ranks}."
+            )
+        if not (isinstance(self.tail_rank, int) and self.tail_rank >= 0):
+            raise ConfigError(f"Expected tail_rank as a whole number >= 0, found {self.tail_rank!r}.")
+        if self.deadline_s is not None and not 0 < self.deadline_s < np.inf:
+            raise ConfigError(f"Expected deadline_s > 0 and finite, or None, found {self.deadline_s!r}.")
+
+
+def plan(
+    costs: "ModelCosts",
+    importance: Mapping[str, float],
+    clients: Mapping[str, Budget],
+    server: Budget,
+    config: PlannerConfig,
+) -> RoundPlan:
+    """A plan near the optimum, for any number of clients; the same for the same input in any order.
+
+    Args:
+        costs: of the model and the workload.
+        importance: whole-model module name -> I_m >= 0, for all of `costs.matrices`; any scale.
+        clients: client id -> budget.
+        server: its memory and compute; its links are not looked at.
+        config: candidates, tail rank, deadline.
+
+    Raises:
+        ConfigError: no clients, importance that is not complete, finite and >= 0, or a server with too little memory.
+    """
+    return plan_problem(_problem(costs, importance, clients, server, config), greedy.solve)
+
+
+def plan_exact(
+    costs: "ModelCosts",
+    importance: Mapping[str, float],
+    clients: Mapping[str, Budget],
+    server: Budget,
+    config: PlannerConfig,
+    *,
+    time_limit_s: float = 60.0,
+    gap: float = 1e-4,
+) -> RoundPlan:
+    """The optimal plan (up to `gap`, relative) for the same clients as in `plan`, for few clients.
+
+    Raises:
+        ConfigError: as in `plan`, or not solved within `time_limit_s`.
+    """
+    problem = _problem(costs, importance, clients, server, config)
+    return plan_problem(problem, exact_solver(time_limit_s=time_limit_s, gap=gap))
+
+
+def exact_solver(*, time_limit_s: float = 60.0, gap: float = 1e-4) -> Solver:
+    """For `plan_problem`."""
+    return lambda problem, _: exact.solve(problem, time_limit_s=time_limit_s, gap=gap)
+
+
+def plan_problem(problem: Problem, solver: Solver) -> RoundPlan:
+    """The plan that `solver` finds for the clients of `problem` that can take part.
+
+    Raises:
+        ConfigError: the server's memory is too small; whatever `solver` raises.
+    """
+    stay, least_load, left_out = participants(problem)
+    served = problem.restricted(stay)
+    if len(stay):
+        solution = solver(served, least_load)
+    else:
+        solution = Solution(np.zeros(0, int), np.zeros((0, len(problem.names)), np.int8))
+    return _round_plan(served, solution, left_out)
+
+
+def _problem(
+    costs: "ModelCosts",
+    importance: Mapping[str, float],
+    clients: Mapping[str, Budget],
+    server: Budget,
+    config: PlannerConfig,
+) -> Problem:
+    if not clients:
+        raise ConfigError("Expected at least one client's budget, found none. Wait for clients to report theirs.")
+    return Problem.from_costs(
+        costs,
+        importance,
+        clients,
+        server,
+        ranks=config.ranks,
+        tail_rank=config.tail_rank,
+        deadline_s=config.deadline_s,
+    )
+
+
+def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str]) -> RoundPlan:
+    blocks, steps = tail_blocks(problem, solution), problem.local_steps
+    server_step = problem.server_step_s(blocks, problem.num_clients)
+    whole, upload = own_seconds(problem, solution)
+    value, memory = values(problem, solution), needed_bytes(problem, solution)
+    found = limits(problem, solution)
+    ranks = _RankTables(problem)
+    clients = {
+        name: PlannedClient(
+            client=name,
+            cut=int(solution.cuts[i]),
+            ranks=ranks.of(solution, i),
+            memory_bytes=round(memory[i]),
+            memory_budget_bytes=round(problem.memory[i]),
+            step_s=float((whole[i] - upload[i]) / steps + server_step),
+            round_s=float(whole[i] + steps * server_step),
+            limited_by=found[i],
+            value=float(value[i]),
+        )
+        for i, name in enumerate(problem.clients)
+    }
+    tail_ranks = zip(problem.names, problem.tail_ranks.tolist(), problem.block, strict=True)
+    tail = PlannedTail(
+        ranks={name: rank for name, rank, block in tail_ranks if block >= 1},
+        memory_bytes=round(problem.server_bytes(blocks, problem.num_clients)),
+        memory_budget_bytes=round(problem.server_memory),
+        step_s=server_step,
+    )
+    slowest = max((client.round_s for client in clients.values()), default=0.0)
+    return RoundPlan(clients, dict(left_out), tail, sum(client.value for client in clients.values()), slowest)
+
+
+class _RankTables:
+    """Ranks by module name; equal heads share one mapping, as there are few different ones among many clients."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._known: dict[bytes, dict[str, int]] = {}
+
+    def of(self, solution: Solution, client: int) -> dict[str, int]:
+        """Of one client, for all matrices of its head."""
+        problem, cut, levels = self._problem, solution.cuts[client], solution.levels[client]
+        key = bytes([*int(cut).to_bytes(4, "little"), *levels.tobytes()])
+        if key not in self._known:
+            held = int(np.searchsorted(problem.block, cut))
+            ranks = problem.levels[levels[:held]].astype(int).tolist()
+            self._known[key] = dict(zip(problem.names[:held], ranks, strict=True))
+        return self._known[key]

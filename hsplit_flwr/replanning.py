@@ -1,0 +1,161 @@
+"""When to plan anew: the plan in force, what it was made for, and why it changes.
+
+A plan stays in force until the importance profile has drifted past a threshold since it was made, a budget has changed,
+or clients came or went: a new plan costs every client whose cut changes the whole delta of its new head, and the
+comparison of rounds. Nothing learnt is lost by it: what a round trained is merged before the next plan.
+
+Follows HSplitLoRA (arXiv:2505.02795), adaptive rank and split configuration; the thresholds are ours.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+from hsplit_flwr.budgets import Budget
+from hsplit_flwr.costs import ModelCosts
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.importance_history import ImportanceHistory, drift
+from hsplit_flwr.planner import PlannerConfig, plan
+from hsplit_flwr.results import client_order
+from hsplit_flwr.round_plan import RoundPlan
+
+Profile = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ReplanConfig:
+    """What is worth a new plan."""
+
+    drift_threshold: float = 0.1
+    """of the importance profile since the plan in force, as total variation distance in [0, 1]"""
+    budget_tolerance: float = 0.1
+    """relative change of any figure of a budget that is let pass, as long as the client's head still fits"""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.drift_threshold <= 1 and 0 <= self.budget_tolerance < 1):
+            raise ConfigError(f"Expected drift_threshold in [0, 1] and budget_tolerance in [0, 1), found {self}.")
+
+
+@dataclass(frozen=True)
+class PlanDecision:
+    """Which plan a round follows, and why."""
+
+    plan: RoundPlan
+    reasons: tuple[str, ...]
+    """of the change; empty where the plan in force stays"""
+    drift: float
+    """of the importance profile since the plan that was in force"""
+
+
+class AdaptivePlanning:
+    """Plans from budgets and importance, kept or renewed round by round.
+
+    Args:
+        costs: of the model under the run's workload.
+        server: the server's budget.
+        planner: candidate ranks, deadline.
+        replan: thresholds.
+        alpha_over_rank: LoRA's scaling, alpha / r, of every adapter.
+        importance: module name -> importance known before training (of an earlier run); default: all equal.
+
+    Raises:
+        ConfigError: `importance` is not of this model.
+    """
+
+    def __init__(
+        self,
+        costs: ModelCosts,
+        server: Budget,
+        planner: PlannerConfig | None = None,
+        replan: ReplanConfig | None = None,
+        *,
+        alpha_over_rank: float = 2.0,
+        importance: Profile | None = None,
+    ) -> None:
+        self.costs = costs
+        self.alpha_over_rank = alpha_over_rank
+        self.history = ImportanceHistory()
+        self._server = server
+        self._planner = planner or PlannerConfig()
+        self._replan = replan or ReplanConfig()
+        self._uniform = {matrix.name: 1 / len(costs.matrices) for matrix in costs.matrices}
+        if importance is not None and importance.keys() != self._uniform.keys():
+            raise ConfigError(
+                f"Expected importance for the {len(self._uniform)} linear layers of the model, found "
+                f"{len(importance)} names, {len(importance.keys() - self._uniform.keys())} of them unknown. "
+                "Take it from a run of the same model."
+            )
+        if importance is not None:
+            self.history.update(importance)
+        self._budgets: dict[str, Budget] = {}
+        self.in_force: RoundPlan | None = None
+        """the plan that rounds follow now"""
+        self._made_for: Profile = {}
+        self.made_with: dict[str, Budget] = {}
+        """the budgets it was made for"""
+
+    @property
+    def profile(self) -> Profile:
+        """Importance by module, sum 1; all equal before anything was measured."""
+        return self.history.profile or self._uniform
+
+    def observe_budget(self, client: str, budget: Budget) -> None:
+        """`client` says what it can afford from now on."""
+        self._budgets[client] = budget
+
+    def observe_importance(self, profile: Profile) -> None:
+        """The merged importance of a round."""
+        self.history.update(profile)
+
+    def decide(self, clients: Iterable[str]) -> PlanDecision:
+        """The plan of a round with `clients`: the one in force, or a new one and why.
+
+        Raises:
+            ConfigError: a client without a budget, or a server that cannot hold its part.
+        """
+        ids = sorted(clients, key=client_order)
+        missing = [client for client in ids if client not in self._budgets]
+        if missing:
+            raise ConfigError(
+                f"Expected a budget from every client, found none from {missing}. "
+                "State it (node config: memory-gb, gflops, uplink-mbps, downlink-mbps) or let the client measure it."
+            )
+        budgets = {client: self._budgets[client] for client in ids}
+        moved = drift(self._made_for, self.profile) if self.in_force else 0.0
+        reasons = self._reasons(budgets, moved)
+        if self.in_force is None or reasons:
+            self.in_force = plan(self.costs, self.profile, budgets, self._server, self._planner)
+            self._made_for, self.made_with = dict(self.profile), budgets
+        return PlanDecision(self.in_force, reasons, moved)
+
+    def _reasons(self, budgets: Mapping[str, Budget], moved: float) -> tuple[str, ...]:
+        if self.in_force is None:
+            return ("first plan",)
+        reasons = []
+        if moved > self._replan.drift_threshold:
+            reasons.append(f"importance drifted by {moved:.3f} (threshold {self._replan.drift_threshold:g})")
+        before = self.made_with
+        if came := sorted(budgets.keys() - before.keys(), key=client_order):
+            reasons.append(f"new clients: {', '.join(came)}")
+        if went := sorted(before.keys() - budgets.keys(), key=client_order):
+            reasons.append(f"clients gone: {', '.join(went)}")
+        for client in (c for c in budgets if c in before):
+            if change := self._change(client, before[client], budgets[client]):
+                reasons.append(change)
+        return tuple(reasons)
+
+    def _change(self, client: str, before: Budget, now: Budget) -> str | None:
+        """What changed of a client's budget, if it matters."""
+        assert self.in_force is not None
+        planned = self.in_force.clients.get(client)
+        if planned and planned.memory_bytes > now.memory_bytes:
+            return (
+                f"client {client}: its head needs {planned.memory_bytes:,} bytes, its memory is now "
+                f"{now.memory_bytes:,} bytes"
+            )
+        then, new = asdict(before), asdict(now)
+        changed = [
+            f"{name} {then[name]:,.6g} -> {new[name]:,.6g}"
+            for name in then
+            if abs(new[name] - then[name]) > self._replan.budget_tolerance * max(abs(then[name]), abs(new[name]))
+        ]
+        return f"client {client}: {', '.join(changed)}" if changed else None
