@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplit_flwr.heap_model import extrapolate, heap_excess
 from hsplit_flwr.importance import TILE_BYTES
 from hsplit_flwr.model_shapes import Matrix, WeightBytes
-from hsplit_flwr.step_trace import StepTrace
+from hsplit_flwr.step_trace import TRACED_RANK, StepTrace
 from hsplit_flwr.wire import DTYPES
 from hsplit_flwr.workload import Workload
 
@@ -72,11 +73,13 @@ class MemoryModel:
         self._frame_bytes = self._tokens * hidden_size * DTYPES[workload.activation_dtype].itemsize
         self._trace = trace
         self._rank_one = np.zeros(len(trace.blocks), np.int64)
-        np.add.at(self._rank_one, [matrix.block for matrix in matrices], 4 * self._tokens)
+        np.add.at(self._rank_one, [matrix.block for matrix in matrices], 4 * self._tokens * TRACED_RANK)
         kept = 0 if workload.gradient_checkpointing else self._rank_one
         grown = np.array([block.grown for block in trace.blocks]) - kept
         self._alive = trace.prelude.grown + np.concatenate([[0], np.cumsum(grown)])
         """after the forward pass of a head of so many blocks, adapters of rank 0"""
+        known = [heap_excess(trace.head_events(cut, self._hidden_bytes)) for cut in range(1, trace.num_run + 1)]
+        self._heap_excess = extrapolate(known, len(trace.blocks))
         self._tile = min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))
 
     @property
@@ -109,7 +112,7 @@ class MemoryModel:
         backward = max(alive[b + 1] + blocks[b].backward_peak for b in range(cut)) + self._hidden_bytes + self._tile
         exchange = alive[cut] + self._hidden_bytes + FRAME_COPIES * self._frame_bytes
         peak = max(forward, backward, exchange) - alive[cut]
-        return int(peak) + self._tokens * TOKEN_BYTES + RUNTIME_BYTES
+        return int(peak) + self._heap_excess[cut - 1] + self._tokens * TOKEN_BYTES + RUNTIME_BYTES
 
     def tail(self, cuts: Sequence[int], ranks: Mapping[str, int]) -> MemoryEstimate:
         """The whole model, with adapters of these ranks, training one step for clients of these cuts."""

@@ -14,7 +14,8 @@ from scipy.sparse import coo_array
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.plan_participants import tolerances
-from hsplit_flwr.plan_problem import Floats, Problem, Solution
+from hsplit_flwr.plan_problem import Problem, Solution
+from hsplit_flwr.plan_ranks import Floats
 
 
 def solve(problem: Problem, *, time_limit_s: float, gap: float) -> Solution:

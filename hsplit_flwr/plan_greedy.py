@@ -15,7 +15,8 @@ import numpy as np
 
 from hsplit_flwr.plan_heads import HeadFamily
 from hsplit_flwr.plan_participants import ROUNDING
-from hsplit_flwr.plan_problem import Floats, Ints, Problem, Solution
+from hsplit_flwr.plan_problem import Problem, Solution
+from hsplit_flwr.plan_ranks import Floats, Ints
 from hsplit_flwr.plan_sharing import share, upper_bounds
 
 EVALUATIONS = 16_000_000

@@ -13,20 +13,10 @@ from numpy.typing import NDArray
 
 from hsplit_flwr.budgets import Budget
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.plan_ranks import Floats, Ints, gain, spread_ranks
 
 if TYPE_CHECKING:
     from hsplit_flwr.costs import ModelCosts
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-
-def gain(rank: float) -> float:
-    """g(r), what an adapter of rank r is worth on a matrix of importance 1: log2(1 + r).
-
-    Concave with g(0) = 0, so that every further unit of rank is worth less. Ours; the paper's is not public text.
-    """
-    return math.log2(1 + rank)
 
 
 @dataclass(frozen=True)
@@ -55,6 +45,8 @@ class Problem:
     """(C,) memory of a head without adapters"""
     head_flops: Floats
     """(C,) per step"""
+    round_bytes_up: Floats
+    """(C,) upload per round whatever the ranks: the stream's first frame, headers of the adapters' arrays"""
     step_bytes_up: float
     step_bytes_down: float
     local_steps: int
@@ -105,6 +97,7 @@ class Problem:
         """(n,) seconds of a round with a head of `cut` without adapters, the server's compute left out."""
         transfer = self.step_bytes_up / self.uplink + self.step_bytes_down / self.downlink + 2 * self.latency
         seconds: Floats = self.local_steps * (self.head_flops[cut - 1] / self.flops_per_s + transfer)
+        seconds += self.round_bytes_up[cut - 1] / self.uplink
         return seconds
 
     def server_step_s(self, tail_blocks: float, clients: int) -> float:
@@ -160,6 +153,7 @@ class Problem:
             rank_wire_bytes=4 * size,
             head_bytes=np.array([costs.head_base_bytes(cut) for cut in cuts], float),
             head_flops=np.array([costs.head_base_flops(cut) for cut in cuts]),
+            round_bytes_up=costs.hello_bytes + _array_headers(costs),
             step_bytes_up=costs.step_bytes_up,
             step_bytes_down=costs.step_bytes_down,
             local_steps=costs.workload.local_steps,
@@ -222,54 +216,20 @@ def tail_blocks(problem: Problem, solution: Solution) -> int:
 
 
 def own_seconds(problem: Problem, solution: Solution) -> tuple[Floats, Floats]:
-    """(n,) a round's seconds of each client without the server's compute, and the adapter upload that is in them."""
+    """(n,) a round's seconds of each client without the server's compute, and of those what is outside of its steps."""
     ranks = problem.levels[solution.levels]
     transfer = problem.step_bytes_up / problem.uplink + problem.step_bytes_down / problem.downlink
     flops = problem.head_flops[solution.cuts - 1] + ranks @ problem.rank_flops
     steps: Floats = problem.local_steps * (flops / problem.flops_per_s + transfer + 2 * problem.latency)
-    upload: Floats = ranks @ problem.rank_wire_bytes / problem.uplink
+    upload: Floats = (problem.round_bytes_up[solution.cuts - 1] + ranks @ problem.rank_wire_bytes) / problem.uplink
     return steps + upload, upload
 
 
-def spread_ranks(importance: Floats, size: Floats, ranks: Sequence[int], budget: float) -> Ints:
-    """(M,) ranks that maximise sum I_m g(r_m) subject to sum r_m size_m <= `budget`, greedily.
-
-    Steps of rank in order of gain per parameter, as long as they fit.
-
-    Args:
-        importance: (M,); matrices of importance 0 stay at rank 0.
-        size: (M,) cost of a unit of rank.
-        ranks: candidates besides 0.
-        budget: in units of `size`.
-    """
-    levels = np.array((0, *sorted(ranks)))
-    chosen = np.zeros(len(size), int)
-    for matrix, level in rank_steps(importance, size, ranks):
-        step = (levels[level] - levels[level - 1]) * size[matrix]
-        if chosen[matrix] == level - 1 and step <= budget:
-            chosen[matrix] = level
-            budget -= step
-    result: Ints = levels[chosen]
-    return result
-
-
-def rank_steps(importance: Floats, cost: Floats, ranks: Sequence[int]) -> Ints:
-    """(steps, 2) pairs (matrix, level): all steps from one rank to the next worth having, best gain per cost first.
-
-    As g is concave, a matrix's own steps come in order. Ties go to the earlier matrix of the model.
-
-    Args:
-        importance: (M,).
-        cost: (M,) of a unit of rank.
-        ranks: (R,) candidates besides 0; level k is the k-th smallest.
-    """
-    levels = np.array((0, *sorted(ranks)), float)
-    slope = np.diff([gain(rank) for rank in levels]) / np.diff(levels)
-    assert (np.diff(slope) < 0).all(), "g must be strictly concave"
-    ratio = (importance[:, None] * slope / cost[:, None]).ravel()
-    order = np.argsort(-ratio, kind="stable")
-    order = order[ratio[order] > 0]
-    return np.stack([order // len(slope), order % len(slope) + 1], axis=1)
+def _array_headers(costs: "ModelCosts") -> Floats:
+    """(C,) bytes beside the numbers, if every matrix of a head has an adapter."""
+    ones = dict.fromkeys((matrix.name for matrix in costs.matrices), 1)
+    numbers = np.cumsum(np.bincount([m.block for m in costs.matrices], [4 * m.sides for m in costs.matrices]))
+    return np.array([costs.adapter_bytes(cut, ones) - numbers[cut - 1] for cut in range(1, costs.num_blocks)])
 
 
 def _affine(by_cut: Sequence[float] | Floats) -> tuple[float, float]:

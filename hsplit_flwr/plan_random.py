@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 
 from hsplit_flwr.plan_participants import participants
-from hsplit_flwr.plan_problem import Problem, spread_ranks
+from hsplit_flwr.plan_problem import Problem
+from hsplit_flwr.plan_ranks import spread_ranks
 
 Tight = Literal["memory", "deadline", "both", "none"]
 TOKENS = 512
@@ -64,6 +65,7 @@ def random_problem(
         rank_wire_bytes=4 * size * vary[2],
         head_bytes=4 * 8000.0 * hidden + depth * (4 * weights + block_activations),
         head_flops=depth * block_flops,
+        round_bytes_up=depth * matrices * 256,
         step_bytes_up=4 * TOKENS * hidden,
         step_bytes_down=4 * TOKENS * hidden,
         local_steps=20,

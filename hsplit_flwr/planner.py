@@ -3,7 +3,7 @@
 Choose, for every client i, a cut s_i in 1..L-1 and, for the matrices m of blocks below s_i, ranks r_im that are 0 or a
 candidate, to
 
-    maximise    sum_i sum_{m in head(s_i)} I_m g(r_im)              I: importance, sum 1; g: `plan_problem.gain`
+    maximise    sum_i sum_{m in head(s_i)} I_m g(r_im)              I: importance, sum 1; g: `plan_ranks.gain`
 
     subject to  head_base_bytes(s_i) + sum_m r_im rank_bytes_m  <=  memory_i                                 every i
                 steps * (head_flops(s_i, r_i) / compute_i + up / uplink_i + down / downlink_i + 2 latency_i + t)
@@ -33,7 +33,8 @@ from hsplit_flwr.budgets import Budget
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.plan_limits import limits
 from hsplit_flwr.plan_participants import participants
-from hsplit_flwr.plan_problem import Ints, Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
+from hsplit_flwr.plan_problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
+from hsplit_flwr.plan_ranks import Ints
 from hsplit_flwr.round_plan import PlannedClient, PlannedTail, RoundPlan
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """One training step of a model without weights: what each block keeps, needs for a moment and computes.
 
 The step runs on fake tensors (`torch._subclasses.FakeTensorMode`): shapes and kernels are the CPU's, memory is not
-touched. All linear layers carry an adapter of rank 1, so that every matrix's part can be told from the rest. Blocks that
-are built alike cost alike: only the first ones up to one of each kind are run.
+touched. All linear layers carry an adapter of rank 1, so that every matrix's part can be told from the rest. Blocks
+built alike cost alike: only the first few are run, one of each kind at least.
 """
 
 import weakref
@@ -24,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.block_layout import BlockLayout, block_of
 from hsplit_flwr.errors import UnsupportedModelError
+from hsplit_flwr.heap_model import Event, StepEvents
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.segments import Segment
 from hsplit_flwr.workload import Workload
@@ -32,6 +33,9 @@ aten = torch.ops.aten
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_BACKWARD = 2.5
 """scores and output forward; scores again and four gradients backward, as `torch.utils.flop_counter` counts them"""
+TRACED_RANK = 8
+LEAST_RUN = 4
+"""blocks that are run, so that trends over blocks show"""
 EARLIER = 1
 """the mark of what depends on adapters of earlier blocks; the j-th matrix of a block marks with ``2 << j``"""
 
@@ -58,6 +62,9 @@ class BlockTrace:
     operations: tuple[Operation, ...]
     input_marks: tuple[int, ...]
     """what each matrix's input depends on"""
+    forward_events: tuple[Event, ...]
+    """allocations in order"""
+    backward_events: tuple[Event, ...]
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,21 @@ class StepTrace:
     """one per block of the whole model"""
     postlude: BlockTrace
     """final norm, LM head and loss"""
+    num_run: int
+    """blocks that were run: the first ones. The others repeat one of their kind"""
+    gradients: frozenset[int]
+    """storages of the adapters' gradients in the events"""
+
+    def head_events(self, cut: int, gradient_bytes: int) -> StepEvents:
+        """The allocations of a head of `cut` blocks, at most `num_run`, with a gradient of that size coming in."""
+        sections = (self.prelude, *self.blocks[:cut])
+        forward = [event for section in sections for event in section.forward_events]
+        backward = [event for section in reversed(sections) for event in section.backward_events]
+        kept = {event.key for event in forward if event.nbytes}
+        kept -= {event.key for event in (*forward, *backward) if not event.nbytes}
+        unwound = [Event(key, 0) for key in kept]  # only what comes after this head would have used them
+        events = (*forward, *unwound, Event(0, gradient_bytes), *backward)
+        return StepEvents(events, self.gradients.intersection(event.key for event in backward))
 
 
 def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workload) -> StepTrace:
@@ -80,18 +102,19 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
     kinds = _block_kinds(skeleton, layout)
     later = range(1, layout.num_blocks)
     num_run = max((kinds.index(kinds[b], 1) + 1 for b in later), default=1)
+    num_run = min(layout.num_blocks, max(num_run, LEAST_RUN))
     blocks = list(skeleton.get_submodule(layout.blocks).children())[:num_run]
     skeleton.set_submodule(layout.blocks, nn.ModuleList(blocks))
     segment = Segment(skeleton, replace(layout, num_blocks=num_run), 0, num_run)
     segment.gradient_checkpointing = workload.gradient_checkpointing
-    adapters = SegmentAdapters(segment, LoraSpec(1, 1.0))
+    adapters = SegmentAdapters(segment, LoraSpec(TRACED_RANK, 1.0))
     recorder = _Recorder(num_run)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with fake:
             _fill_with_fakes(segment.model)
             for parameter in adapters.parameters():  # their gradients are counted apart, for their real ranks
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+                parameter.register_post_accumulate_grad_hook(recorder.drop_gradient)
             _run(segment, blocks, recorder, workload)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UnsupportedModelError(
@@ -104,6 +127,8 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
         prelude=traces[0],
         blocks=tuple(run[b] if b < num_run else run[kinds.index(kinds[b], 1)] for b in range(layout.num_blocks)),
         postlude=traces[-1],
+        num_run=num_run,
+        gradients=frozenset(recorder.gradients),
     )
 
 
@@ -128,10 +153,6 @@ def _fill_with_fakes(model: nn.Module) -> None:
                 module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
 def _run(segment: Segment, blocks: list[nn.Module], recorder: "_Recorder", workload: Workload) -> None:
     input_ids = torch.zeros(workload.batch_size, workload.sequence_length, dtype=torch.int64)
     attention_mask, labels = torch.ones_like(input_ids), torch.zeros_like(input_ids)
@@ -153,7 +174,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._section = 0
         self._backward = False
         self._live = 0
-        self._alive: set[int] = set()
+        self._alive: dict[int, int] = {}
+        """key of a storage -> its number in the events"""
+        self._followed = 0
+        self._events: dict[tuple[bool, int], list[Event]] = defaultdict(list)
+        self.gradients: set[int] = set()
         self._live_before = [0]
         self._peaks: dict[tuple[bool, int], int] = defaultdict(int)
         self._marks: dict[int, int] = {}
@@ -171,6 +196,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 backward_peak=self._peaks[True, s] - before[s + 1],
                 operations=tuple(self._operations[s]),
                 input_marks=tuple(self._input_marks[s]),
+                forward_events=tuple(self._events[False, s]),
+                backward_events=tuple(self._events[True, s]),
             )
             for s in range(self._num_sections)
         ]
@@ -244,6 +271,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._backward = True
         self._start(self._num_sections - 1)
 
+    def drop_gradient(self, parameter: Tensor) -> None:
+        """A gradient of an adapter has come; its bytes are counted apart, for the real rank."""
+        assert parameter.grad is not None
+        self.gradients.add(self._alive[_key(parameter.grad)])
+        parameter.grad = None
+
     def _start(self, section: int) -> None:
         self._section = section
         self._note_peak()
@@ -272,13 +305,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storage, key = tensor.untyped_storage(), _key(tensor)
         if key in self._alive:
             return
-        self._alive.add(key)
+        self._followed += 1
+        self._alive[key] = self._followed
+        self._events[self._backward, self._section].append(Event(self._followed, storage.nbytes()))
         self._live += storage.nbytes()
         self._note_peak()
         weakref.finalize(storage, self._release, key, storage.nbytes())
 
     def _release(self, key: int, nbytes: int) -> None:
-        self._alive.discard(key)
+        number = self._alive.pop(key)
+        if number not in self.gradients:
+            self._events[self._backward, self._section].append(Event(number, 0))
         self._marks.pop(key, None)
         self._live -= nbytes
 

@@ -15,8 +15,9 @@ from hsplit_flwr.costs import ModelCosts, Workload
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.plan_greedy import solve
 from hsplit_flwr.plan_participants import participants
-from hsplit_flwr.plan_problem import Problem, gain, spread_ranks
+from hsplit_flwr.plan_problem import Problem
 from hsplit_flwr.plan_random import Tight, random_problem
+from hsplit_flwr.plan_ranks import gain, spread_ranks
 from hsplit_flwr.plan_sharing import share, upper_bounds
 from hsplit_flwr.planner import PlannerConfig, Solver, exact_solver, plan, plan_exact, plan_problem
 from hsplit_flwr.round_plan import RoundPlan
@@ -71,9 +72,9 @@ def check(problem: Problem, found: RoundPlan, tolerance: float = ROUNDING) -> No
         flops = problem.head_flops[client.cut - 1] + sum(rank[m] * problem.rank_flops[m] for m in held)
         transfer = problem.step_bytes_up / problem.uplink[i] + problem.step_bytes_down / problem.downlink[i]
         step = flops / problem.flops_per_s[i] + transfer + 2 * problem.latency[i] + server_step
-        upload = sum(rank[m] * problem.rank_wire_bytes[m] for m in held) / problem.uplink[i]
+        upload = sum(rank[m] * problem.rank_wire_bytes[m] for m in held) + problem.round_bytes_up[client.cut - 1]
         assert client.step_s == pytest.approx(step, rel=ROUNDING)
-        assert client.round_s == pytest.approx(problem.local_steps * step + upload, rel=ROUNDING)
+        assert client.round_s == pytest.approx(problem.local_steps * step + upload / problem.uplink[i], rel=ROUNDING)
         assert client.round_s <= problem.deadline_s * (1 + tolerance)
         value = sum(problem.importance[m] * gain(rank[m]) for m in held)
         assert client.value == pytest.approx(value, rel=ROUNDING)
@@ -120,7 +121,7 @@ def brute_force(problem: Problem) -> float:
     return best
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_plans_satisfy_all_constraints_and_are_near_the_optimum(seed: int) -> None:
     problem = small_problem(seed)
     found, optimal = plan_problem(problem, solve), plan_problem(problem, exact_solver(gap=1e-6))
@@ -142,7 +143,7 @@ def test_exact_matches_brute_force(tight: Tight, seed: int) -> None:
 
 @pytest.mark.parametrize("tight", TIGHTNESS)
 def test_many_clients_on_a_deep_model(tight: Tight) -> None:
-    problem = random_problem(1, clients=200, blocks=32, tight=tight)
+    problem = random_problem(1, clients=60, blocks=32, tight=tight)
     check(problem, plan_problem(problem, solve))
 
 
@@ -183,7 +184,7 @@ def assert_no_worse(worse: Problem, better: Problem, solver: Solver, tolerance: 
         assert after.value >= before.value * (1 - tolerance)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 9), st.floats(1.0, 3.0), st.sampled_from(sorted(BETTER)))
 def test_more_of_any_budget_is_never_worse(seed: int, client: int, factor: float, what: str) -> None:
     before = small_problem(seed)
@@ -191,7 +192,7 @@ def test_more_of_any_budget_is_never_worse(seed: int, client: int, factor: float
     assert_no_worse(before, after, solve, ROUNDING)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 99), st.floats(1.0, 3.0), st.sampled_from(sorted(BETTER)))
 def test_more_of_any_budget_is_never_worse_with_many_clients(seed: int, client: int, factor: float, what: str) -> None:
     before = random_problem(seed, clients=60, blocks=8, matrices=10, tight=TIGHTNESS[seed % 4])
@@ -199,7 +200,7 @@ def test_more_of_any_budget_is_never_worse_with_many_clients(seed: int, client: 
     assert_no_worse(before, after, solve, ROUNDING)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 9), st.floats(1.0, 3.0), st.sampled_from(sorted(BETTER)))
 def test_more_of_any_budget_is_never_worse_exactly(seed: int, client: int, factor: float, what: str) -> None:
     before = random_problem(seed, clients=3, blocks=4, matrices=2, tight=TIGHTNESS[seed % 4], ranks=(2, 8))
@@ -207,7 +208,7 @@ def test_more_of_any_budget_is_never_worse_exactly(seed: int, client: int, facto
     assert_no_worse(before, after, exact_solver(gap=1e-7), SOLVER_ROUNDING)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(30))
 def test_as_many_clients_as_possible_take_part(seed: int) -> None:
     problem = random_problem(seed, clients=5, blocks=4, matrices=2, tight="both")
     rng = np.random.default_rng(seed)
@@ -297,9 +298,9 @@ def test_figures_are_those_of_the_cost_model(
         assert client.memory_bytes >= costs.head_memory(client.cut, client.ranks).total_bytes
         transfer = costs.step_bytes_up / budget.uplink_bytes_per_s + costs.step_bytes_down / budget.downlink_bytes_per_s
         step = costs.head_flops(client.cut, client.ranks) / budget.flops_per_s + transfer + 2 * budget.latency_s
-        upload = costs.adapter_bytes(client.cut, client.ranks) / budget.uplink_bytes_per_s
-        expected = steps * (step + found.tail.step_s) + upload
-        assert client.round_s == pytest.approx(expected, rel=0.01)
+        upload = costs.adapter_bytes(client.cut, client.ranks) + costs.hello_bytes
+        expected = steps * (step + found.tail.step_s) + upload / budget.uplink_bytes_per_s
+        assert expected * (1 - ROUNDING) <= client.round_s <= expected * 1.01
     assert found.round_s == max(client.round_s for client in found.clients.values())
 
 
@@ -352,7 +353,7 @@ def test_only_what_is_tight_limits(tight: Tight) -> None:
 def test_more_of_what_limits_nearly_always_helps() -> None:
     """Not always: what a better head misses most need not be all that it misses."""
     helped = []
-    for seed in range(20):
+    for seed in range(8):
         problem = random_problem(seed, clients=3, blocks=5, matrices=3, tight="both")
         for name, client in plan_problem(problem, solve).clients.items():
             i = problem.clients.index(name)

@@ -56,13 +56,13 @@ def main() -> None:
     workload = Workload(**order["workload"])
     warm_up, task = (RoundTask.from_json(order[key]) for key in ("warm_up", "task"))
     return_freed_tensors()  # as HSplitLoRAClient does; leaves GLIBC_TUNABLES alone where it is set
-    files = ModelFiles.resolve(MODELS[order["model"]]())
-    train_round(files, warm_up, replace(workload, batch_size=1, sequence_length=4))
+    path = MODELS[order["model"]]()
+    train_round(ModelFiles.resolve(path), warm_up, replace(workload, batch_size=1, sequence_length=4))
     gc.collect()
     trim_heap()
     forget_peak()
     baseline = resident_bytes("VmRSS")
-    train_round(files, task, workload)
+    train_round(ModelFiles.resolve(path), task, workload)
     print(json.dumps({"peak_bytes": resident_bytes("VmHWM") - baseline, "baseline_bytes": baseline}), flush=True)
 
 
