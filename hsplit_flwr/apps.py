@@ -7,18 +7,17 @@ from typing import Any
 import torch
 from flwr.server import ServerAppComponents
 
-from hsplit_flwr.budget_probe import Link, own_budget
+from hsplit_flwr.budgets.probe import Link, own_budget
 from hsplit_flwr.client_head import Batch
 from hsplit_flwr.costs import ModelCosts
 from hsplit_flwr.global_model import GlobalModel
 from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.replanning import AdaptivePlanning
+from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.run_config import Settings
 from hsplit_flwr.run_output import RunOutput, Sample
 from hsplit_flwr.server import log_progress, server_components
 from hsplit_flwr.strategy import HSplitLoRAStrategy
 from hsplit_flwr.wire import DTYPES
-
 
 _SERVER_LINK = {"uplink-mbps": 1000.0, "downlink-mbps": 1000.0, "latency-ms": 0.0}
 """of no consequence: plans count the clients' links"""

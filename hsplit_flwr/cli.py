@@ -1,8 +1,8 @@
 """The command ``hsplit-flwr``: what a federation would do, before anyone trains.
 
-``hsplit-flwr plan --model NAME --profiles FILE`` plans cuts and ranks for the devices of a profile file (`fleet.py`),
-prints the plan as a table and, with ``--output``, writes ``plan.json``, ``importance.png`` and ``budgets.png``. The
-model's config suffices; no weights are read.
+``hsplit-flwr plan --model NAME --profiles FILE`` plans cuts and ranks for the devices of a profile file
+(`budgets/fleet.py`), prints the plan as a table and, with ``--output``, writes ``plan.json``, ``importance.png`` and
+``budgets.png``. The model's config suffices; no weights are read.
 """
 
 import argparse
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from hsplit_flwr.costs import ModelCosts
-    from hsplit_flwr.planner import PlannerConfig
+    from hsplit_flwr.planning.planner import PlannerConfig
 
 PROGRAM = "hsplit-flwr"
 USER_ERROR = 2
@@ -91,7 +91,7 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 def _plan(options: argparse.Namespace) -> None:
     # Imports here, not above: --help should not wait for torch, nor a misspelt profile file for transformers.
-    from hsplit_flwr.fleet import Fleet
+    from hsplit_flwr.budgets.fleet import Fleet
 
     if options.round < 1:
         raise ConfigError(f"Expected --round as a whole number >= 1, found {options.round}.")
@@ -99,8 +99,8 @@ def _plan(options: argparse.Namespace) -> None:
     budgets = fleet.budgets(options.round)
 
     from hsplit_flwr.costs import ModelCosts, Workload
-    from hsplit_flwr.plan_report import plan_table
-    from hsplit_flwr.planner import PlannerConfig, plan, plan_exact
+    from hsplit_flwr.planning.planner import PlannerConfig, plan, plan_exact
+    from hsplit_flwr.planning.report import plan_table
 
     workload = Workload(
         batch_size=options.batch_size,
@@ -132,7 +132,7 @@ def _plan(options: argparse.Namespace) -> None:
         }
         cuts = {client: planned.cut for client, planned in made.clients.items()}
         written = _write(options.output, content)
-        from hsplit_flwr.plan_plots import plot_budgets, plot_importance
+        from hsplit_flwr.planning.plots import plot_budgets, plot_importance
 
         plot_importance(importance, cuts, written / "importance.png", source.split(" (")[0])
         plot_budgets(made, costs, budgets, written / "budgets.png")

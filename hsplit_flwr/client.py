@@ -21,9 +21,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 from flwr.client import NumPyClient
 
 from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.budget_probe import Link, measure_link
-from hsplit_flwr.budget_reports import BUDGETS_KEY, budgets_to_json
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.budgets.kept import KeptBudget
+from hsplit_flwr.budgets.probe import Link, measure_link
+from hsplit_flwr.budgets.reports import BUDGETS_KEY, budgets_to_json
 from hsplit_flwr.client_head import Batch, score_head, train_head
 from hsplit_flwr.costs import ModelCosts
 from hsplit_flwr.delta_log import DeltaReplica, DeltaUpdate
@@ -31,7 +32,6 @@ from hsplit_flwr.deltas import WeightDelta
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.global_model import linear_shapes, merge_delta
 from hsplit_flwr.host_memory import return_freed_tensors
-from hsplit_flwr.kept_budget import KeptBudget
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.plan import Mode, RoundTask
 from hsplit_flwr.reporting import format_bytes
@@ -79,7 +79,7 @@ class HSplitLoRAClient(NumPyClient):
         device: ``auto`` takes a GPU if this process was given one.
         root_certificates: PEM file of the authority behind the tail's certificate; None: no TLS.
         budgets: (client id, round) -> what that client can afford in that round; default: what the node's config
-            states, and measurements for the rest (`budget_probe.py`). A head beyond it is refused.
+            states, and measurements for the rest (`budgets/probe.py`). A head beyond it is refused.
     """
 
     def __init__(

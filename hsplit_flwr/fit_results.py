@@ -8,8 +8,8 @@ from flwr.common import FitRes, parameters_to_ndarrays
 from flwr.common.typing import NDArray
 
 from hsplit_flwr.aggregation import check_factors
-from hsplit_flwr.budget_reports import BUDGETS_KEY, budgets_from_json
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.budgets.reports import BUDGETS_KEY, budgets_from_json
 from hsplit_flwr.client import REFUSED_KEY
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora import LoraFactors
@@ -17,14 +17,11 @@ from hsplit_flwr.plan import ClientPlan
 from hsplit_flwr.results import CLIENT_PHASES, ClientRecord, describe_ranks
 from hsplit_flwr.tail_service import Ticket
 
-
 Trained = tuple[dict[str, LoraFactors], dict[str, float]]
 """adapters and importance, both by whole-model module name"""
 
 
-def read_trained(
-    res: FitRes, client: str, plan: ClientPlan, head_shapes: Mapping[str, tuple[int, int]]
-) -> Trained:
+def read_trained(res: FitRes, client: str, plan: ClientPlan, head_shapes: Mapping[str, tuple[int, int]]) -> Trained:
     """The adapters of a client's head, and the importance of its linear layers ({} if it measured none).
 
     Args:
@@ -42,7 +39,9 @@ def read_trained(
     names = plan.lora.targets(head_shapes)
     arrays = parameters_to_ndarrays(res.parameters)
     if len(arrays) != 2 * len(names) + 1:
-        raise AggregationError(f"Expected {2 * len(names)} adapter tensors and importance, found {len(arrays)} tensors.")
+        raise AggregationError(
+            f"Expected {2 * len(names)} adapter tensors and importance, found {len(arrays)} tensors."
+        )
     *arrays, importance = arrays
     adapters = {}
     for name, A, B in zip(names, arrays[::2], arrays[1::2], strict=True):
@@ -60,8 +59,8 @@ def read_trained(
 
 def require_accepted(res: FitRes) -> None:
     """Raises `AggregationError` with the client's reason if it refused its task."""
-    if reason := res.metrics.get(REFUSED_KEY):
-        raise AggregationError(f"refused: {reason}")
+    if (reason := res.metrics.get(REFUSED_KEY)) is not None:
+        raise AggregationError(f"refused: {reason if isinstance(reason, str) else repr(reason)}")
 
 
 def _read_importance(values: NDArray, names: list[str]) -> dict[str, float]:

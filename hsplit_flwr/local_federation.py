@@ -26,7 +26,7 @@ from flwr.common import (
 )
 from flwr.server.client_proxy import ClientProxy
 
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.client import ClientData, HSplitLoRAClient
 from hsplit_flwr.server import HSplitLoRAServer
 from hsplit_flwr.strategy import HSplitLoRAStrategy

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.round_plan import RoundPlan
+from hsplit_flwr.planning.round_plan import RoundPlan
 
 CLIENT_PHASES = ("load", "compute", "exchange")
 """Where a client's time goes: bringing its head up to date, its own passes, waiting for the tail's answers."""

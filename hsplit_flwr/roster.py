@@ -10,8 +10,8 @@ from flwr.common import GetPropertiesIns, Scalar
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 
-from hsplit_flwr.budget_reports import BUDGETS_KEY, budgets_from_json
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.budgets.reports import BUDGETS_KEY, budgets_from_json
 from hsplit_flwr.client import CLIENTS_KEY, CONCURRENCY_KEY
 from hsplit_flwr.errors import ConfigError
 
@@ -34,9 +34,7 @@ class Roster:
         question: node's cid -> what it is asked with, e.g. for its budgets.
     """
 
-    def __init__(
-        self, wait_s: float, question: Callable[[str], dict[str, Scalar]] = lambda cid: {}
-    ) -> None:
+    def __init__(self, wait_s: float, question: Callable[[str], dict[str, Scalar]] = lambda cid: {}) -> None:
         self._wait_s = wait_s
         self._question = question
         self._nodes: dict[str, _Node] = {}

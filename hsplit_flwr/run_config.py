@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from hsplit_flwr.barrier import BarrierLimits
+from hsplit_flwr.budgets.fleet import Fleet
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.fleet import Fleet
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig, plans_from_table
-from hsplit_flwr.planner import PlannerConfig
-from hsplit_flwr.replanning import ReplanConfig
+from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.planning.replanning import ReplanConfig
 from hsplit_flwr.strategy import StrategyConfig
 from hsplit_flwr.tail_service import ServiceConfig
 from hsplit_flwr.workload import Workload

@@ -12,8 +12,8 @@ import torch
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.export import AdapterExport, save_merged, save_peft_adapter
 from hsplit_flwr.global_model import GlobalModel
-from hsplit_flwr.plan_plots import plot_budgets, plot_importance
-from hsplit_flwr.plan_report import plan_history, plan_table
+from hsplit_flwr.planning.plots import plot_budgets, plot_importance
+from hsplit_flwr.planning.report import plan_history, plan_table
 from hsplit_flwr.plots import plot_run
 from hsplit_flwr.provenance import commit, versions
 from hsplit_flwr.reporting import run_report

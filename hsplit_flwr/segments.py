@@ -19,7 +19,15 @@ from transformers.pytorch_utils import Conv1D
 from hsplit_flwr.block_layout import BlockLayout, block_of, build_skeleton, find_layout
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.model_view import Absent, CheckpointedBlock, EntryBlock, ExitBlock, LastBlockDone, graft, set_view_config
+from hsplit_flwr.model_view import (
+    Absent,
+    CheckpointedBlock,
+    EntryBlock,
+    ExitBlock,
+    LastBlockDone,
+    graft,
+    set_view_config,
+)
 
 __all__ = ["Segment", "block_of", "load_segment", "segment_from_model"]
 

@@ -37,9 +37,9 @@ from hsplit_flwr.fit_results import client_record, read_budget, read_trained, re
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes
 from hsplit_flwr.lora import LoraFactors, LoraSpec
 from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed
-from hsplit_flwr.plan_book import PlanBook, Plans
-from hsplit_flwr.plan_report import plan_table
-from hsplit_flwr.replanning import AdaptivePlanning
+from hsplit_flwr.planning.plan_book import PlanBook, Plans
+from hsplit_flwr.planning.replanning import AdaptivePlanning
+from hsplit_flwr.planning.report import plan_table
 from hsplit_flwr.results import ClientRecord, Journal, RoundRecord
 from hsplit_flwr.roster import Roster
 from hsplit_flwr.segments import block_of
@@ -285,7 +285,9 @@ class HSplitLoRAStrategy(Strategy):
             return
         self._journal.note(server_round, drift=decision.drift, plan_reasons=decision.reasons)
         if decision.reasons:
-            _log.info("round %d: new plan: %s\n%s", server_round, "; ".join(decision.reasons), plan_table(decision.plan))
+            _log.info(
+                "round %d: new plan: %s\n%s", server_round, "; ".join(decision.reasons), plan_table(decision.plan)
+            )
             self._journal.note(server_round, plan=decision.plan)
             self._tail.adapters.remove()  # nothing is lost: they are merged and empty between rounds
             self._tail.adapters = self._tail_adapters()
@@ -339,9 +341,7 @@ class HSplitLoRAStrategy(Strategy):
             except ConfigError as error:
                 _log.warning("client %s: its budget stays as it was: %s", proxy.client, error)
 
-    def _finished(
-        self, results: FitResults, tickets: Mapping[str, Ticket]
-    ) -> tuple[dict[str, _Finished], list[str]]:
+    def _finished(self, results: FitResults, tickets: Mapping[str, Ticket]) -> tuple[dict[str, _Finished], list[str]]:
         """The clients that did all their steps and sent usable adapters, by id, and why others are left out."""
         finished, refused = {}, []
         for proxy, res in results:

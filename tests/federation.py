@@ -15,7 +15,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.server import evaluate_clients, fit_clients
 from torch import Tensor
 
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.client import ClientData
 from hsplit_flwr.local_federation import LocalNode
 from hsplit_flwr.lora import LoraFactors

@@ -6,8 +6,10 @@ import psutil
 import pytest
 import torch
 
-from hsplit_flwr import budget_probe
-from hsplit_flwr.budget_probe import (
+from hsplit_flwr.budgets import probe as budget_probe
+from hsplit_flwr.budgets.budget import Budget, budget_of, read_units
+from hsplit_flwr.budgets.devices import CPU_UTILISATION, DEVICES, GPU_UTILISATION, device_budget
+from hsplit_flwr.budgets.probe import (
     LARGE_BYTES,
     LINK_REPEATS,
     MATMUL,
@@ -21,8 +23,6 @@ from hsplit_flwr.budget_probe import (
     own_budget,
     stated_budget,
 )
-from hsplit_flwr.budgets import Budget, budget_of, read_units
-from hsplit_flwr.devices import CPU_UTILISATION, DEVICES, GPU_UTILISATION, device_budget
 from hsplit_flwr.errors import ConfigError
 
 WHOLE = {"memory-gb": 4, "gflops": 50.5, "uplink-mbps": 8, "downlink-mbps": 80.0, "latency-ms": 20}

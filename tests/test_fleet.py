@@ -5,10 +5,10 @@ from statistics import correlation, mean
 
 import pytest
 
-from hsplit_flwr.budgets import Budget
-from hsplit_flwr.devices import DEVICES
+from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.budgets.devices import DEVICES
+from hsplit_flwr.budgets.fleet import Fleet
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.fleet import Fleet
 
 SERVER = '[server]\ndevice = "workstation"\n'
 OWN = "memory_gb = 2\ngflops = 10\nuplink_mbps = 8\ndownlink_mbps = 16\n"
@@ -76,7 +76,7 @@ def test_fluctuations_depend_on_the_seed_and_on_nothing_of_this_process(tmp_path
     read = fleet(tmp_path, FLUCTUATING)
     assert factors(read) == factors(fleet(tmp_path, FLUCTUATING))
     assert set(factors(read)).isdisjoint(factors(fleet(tmp_path, FLUCTUATING, seed=1)))
-    code = "import sys; from hsplit_flwr.fleet import Fleet; print(Fleet.from_toml(sys.argv[1]).budget('3', 5))"
+    code = "import sys; from hsplit_flwr.budgets.fleet import Fleet; print(Fleet.from_toml(sys.argv[1]).budget('3', 5))"
     command = [sys.executable, "-c", code, str(tmp_path / "profiles.toml")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == str(read.budget("3", 5))

@@ -9,9 +9,9 @@ import pytest
 from matplotlib.colors import LogNorm
 from matplotlib.image import AxesImage
 
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.costs import ModelCosts, Workload
-from hsplit_flwr.plan_plots import (
+from hsplit_flwr.planning.plots import (
     MEMORY_COLOURS,
     MOST_CLIENTS,
     TIME_COLOURS,
@@ -20,8 +20,8 @@ from hsplit_flwr.plan_plots import (
     plot_budgets,
     plot_importance,
 )
-from hsplit_flwr.plan_report import HEADER, plan_table
-from hsplit_flwr.round_plan import PlannedClient, PlannedTail, RoundPlan
+from hsplit_flwr.planning.report import HEADER, plan_table
+from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
 from tests.models import tiny_config
 
 BUDGET = Budget(20_000_000, 1e9, 1e6, 2e6, 0.01)

@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.costs import ModelCosts, Workload
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.plan_greedy import solve
-from hsplit_flwr.plan_participants import participants
-from hsplit_flwr.plan_problem import Problem
-from hsplit_flwr.plan_random import Tight, random_problem
-from hsplit_flwr.plan_ranks import gain, spread_ranks
-from hsplit_flwr.plan_sharing import share, upper_bounds
-from hsplit_flwr.planner import PlannerConfig, Solver, exact_solver, plan, plan_exact, plan_problem
-from hsplit_flwr.round_plan import RoundPlan
+from hsplit_flwr.planning.greedy import solve
+from hsplit_flwr.planning.participants import participants
+from hsplit_flwr.planning.planner import PlannerConfig, Solver, exact_solver, plan, plan_exact, plan_problem
+from hsplit_flwr.planning.problem import Problem
+from hsplit_flwr.planning.random_problems import Tight, random_problem
+from hsplit_flwr.planning.ranks import gain, spread_ranks
+from hsplit_flwr.planning.round_plan import RoundPlan
+from hsplit_flwr.planning.sharing import share, upper_bounds
 from tests.models import tiny_config
 
 WORST_GAP = 0.05

@@ -13,8 +13,8 @@ import torch
 
 from hsplit_flwr import client as client_module
 from hsplit_flwr.barrier import BarrierLimits
-from hsplit_flwr.budget_probe import measure_link
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.budgets.probe import measure_link
 from hsplit_flwr.client import TASK_KEY, ClientData
 from hsplit_flwr.costs import ModelCosts
 from hsplit_flwr.errors import ConfigError
@@ -22,8 +22,8 @@ from hsplit_flwr.global_model import GlobalModel
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.plan import ClientPlan, RoundTask, TrainingConfig
-from hsplit_flwr.planner import PlannerConfig
-from hsplit_flwr.replanning import AdaptivePlanning, ReplanConfig
+from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.planning.replanning import AdaptivePlanning, ReplanConfig
 from hsplit_flwr.strategy import HSplitLoRAStrategy, StrategyConfig
 from hsplit_flwr.tail_client import RemoteTail
 from hsplit_flwr.workload import Workload

@@ -13,7 +13,7 @@ from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig
-from hsplit_flwr.replanning import ReplanConfig
+from hsplit_flwr.planning.replanning import ReplanConfig
 from hsplit_flwr.run_config import count_clients, get, hosted_clients, integers, read_settings
 from hsplit_flwr.strategy import StrategyConfig
 from hsplit_flwr.tail_service import ServiceConfig
@@ -43,7 +43,11 @@ def test_what_is_absent_takes_the_defaults_of_the_dataclasses() -> None:
     assert settings.limits == BarrierLimits()
     assert settings.tail_lora == LoraSpec()
     assert settings.plans == {"0": ClientPlan(1, LoraSpec(2, 4.0)), "1": ClientPlan(3, LoraSpec(4, 8.0))}
-    assert (settings.workload, settings.server_threads, settings.adapter_rank) == (Workload(sequence_length=96), 0, None)
+    assert (settings.workload, settings.server_threads, settings.adapter_rank) == (
+        Workload(sequence_length=96),
+        0,
+        None,
+    )
     assert settings.fleet is None
 
 
@@ -136,7 +140,7 @@ def test_clients_are_counted_by_cuts_profiles_or_nodes() -> None:
 def test_configured_cuts_put_profiles_out_of_force() -> None:
     settings = read_settings({**SMALLEST, "profiles": "no-such-file.toml"}, HERE)
     assert settings.fleet is None
-    with pytest.raises(ConfigError, match="no-such-file.toml"):
+    with pytest.raises(ConfigError, match=r"no-such-file\.toml"):
         read_settings({"profiles": "no-such-file.toml"}, HERE)
 
 

@@ -1,23 +1,19 @@
 """Is the cost model right? Predicted against measured: memory, FLOPs and bytes of a client's head.
 
-    python simulations/benchmarks/cost_model.py --json OUT
+python simulations/benchmarks/cost_model.py --json OUT
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from _models import MODELS
-from _provenance import provenance
 from torch import Tensor
 
 from hsplit_flwr.costs import ModelCosts, Workload
@@ -88,7 +84,12 @@ def measure_memory(point: Point) -> dict[str, int]:
         ).to_json()
         for client, cut in cuts.items()
     }  # fmt: skip
-    order = {"model": point.model, "workload": asdict(point.workload), "warm_up": tasks["warm-up"], "task": tasks["client"]}
+    order = {
+        "model": point.model,
+        "workload": asdict(point.workload),
+        "warm_up": tasks["warm-up"],
+        "task": tasks["client"],
+    }
     script = Path(__file__).with_name("_memory_process.py")
     try:
         done = subprocess.run(
@@ -100,11 +101,32 @@ def measure_memory(point: Point) -> dict[str, int]:
         service.stop()
     return json.loads(done.stdout)
 
+
 if __name__ == "__main__":
-    pts=[Point("tiny-gpt2",1,8,8,64),Point("tiny-gpt2",4,8,8,64),Point("tiny-gpt2",4,8,8,64,True),Point("tiny-gpt2",7,16,8,128),Point("tiny-gpt2",7,16,1,16),
-     Point("smollm2-135m",1,8,8,64),Point("smollm2-135m",4,8,8,64),Point("smollm2-135m",4,8,8,64,True),Point("smollm2-135m",15,16,8,64),Point("smollm2-135m",15,16,8,64,True),Point("smollm2-135m",15,64,1,16)]
+    pts = [
+        Point("tiny-gpt2", 1, 8, 8, 64),
+        Point("tiny-gpt2", 4, 8, 8, 64),
+        Point("tiny-gpt2", 4, 8, 8, 64, True),
+        Point("tiny-gpt2", 7, 16, 8, 128),
+        Point("tiny-gpt2", 7, 16, 1, 16),
+        Point("smollm2-135m", 1, 8, 8, 64),
+        Point("smollm2-135m", 4, 8, 8, 64),
+        Point("smollm2-135m", 4, 8, 8, 64, True),
+        Point("smollm2-135m", 15, 16, 8, 64),
+        Point("smollm2-135m", 15, 16, 8, 64, True),
+        Point("smollm2-135m", 15, 64, 1, 16),
+    ]
     for p in pts:
-        c=ModelCosts(ModelFiles.resolve(MODELS[p.model]()).config,p.workload)
-        e=c.head_memory(p.cut,{m.name:p.rank for m in c.matrices})
-        m=measure_memory(p)
-        print(p, {k:round(v/2**20,1) for k,v in asdict(e).items()}, round(e.total_bytes/2**20,1),'measured', round(m['peak_bytes']/2**20,1), round(e.total_bytes/m['peak_bytes'],3), m['baseline_bytes']>>20, flush=True)
+        c = ModelCosts(ModelFiles.resolve(MODELS[p.model]()).config, p.workload)
+        e = c.head_memory(p.cut, {m.name: p.rank for m in c.matrices})
+        m = measure_memory(p)
+        print(
+            p,
+            {k: round(v / 2**20, 1) for k, v in asdict(e).items()},
+            round(e.total_bytes / 2**20, 1),
+            "measured",
+            round(m["peak_bytes"] / 2**20, 1),
+            round(e.total_bytes / m["peak_bytes"], 3),
+            m["baseline_bytes"] >> 20,
+            flush=True,
+        )

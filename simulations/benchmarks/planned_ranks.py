@@ -25,19 +25,19 @@ from typing import Any
 
 import torch
 from _provenance import provenance
-from hsplit_flwr.planner import PlannerConfig
 
+from hsplit_flwr.budgets.fleet import Fleet
 from hsplit_flwr.costs import ModelCosts
-from hsplit_flwr.fleet import Fleet
 from hsplit_flwr.global_model import GlobalModel
 from hsplit_flwr.importance_history import ImportanceHistory
 from hsplit_flwr.local_federation import LocalNode, run_federation
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.plan import TrainingConfig
-from hsplit_flwr.replanning import AdaptivePlanning, PlanDecision
+from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
+from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.reporting import format_table
 from hsplit_flwr.restaurants import restaurant_examples
-from hsplit_flwr.round_plan import RoundPlan
 from hsplit_flwr.strategy import HSplitLoRAStrategy
 from hsplit_flwr.workload import Workload
 
@@ -67,6 +67,7 @@ class UniformPlanning(AdaptivePlanning):
     """The planner's cuts and memory, with one rank for all matrices of a head, and for all of the tail."""
 
     def decide(self, clients: Iterable[str]) -> PlanDecision:
+        """As the planner decides, levelled."""
         decision = super().decide(clients)
         return replace(decision, plan=self._levelled(decision.plan))
 

@@ -33,7 +33,7 @@ def _tokenizer():  # type: ignore[no-untyped-def]
 
 
 def client_data(client: str, num_clients: int, run_config: RunConfig) -> ClientData:
-    """Non-IID part number `client` of `num_clients` of the training set; a tenth of its meaning representations is held out."""
+    """Non-IID part number `client` of `num_clients`; a tenth of its meaning representations is held out."""
     train, _ = restaurant_examples()
     parts = partition_by_slot(
         train,

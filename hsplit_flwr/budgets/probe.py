@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from hsplit_flwr.budgets import UNITS, Budget, budget_of, read_units
-from hsplit_flwr.devices import device_budget
+from hsplit_flwr.budgets.budget import UNITS, Budget, budget_of, read_units
+from hsplit_flwr.budgets.devices import device_budget
 
 Exchange = Callable[[int, int], None]
 """Sends so many bytes up, waits until so many have come down: ``exchange(bytes_up, bytes_down)``"""

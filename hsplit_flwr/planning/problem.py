@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.plan_ranks import Floats, Ints, gain, spread_ranks
+from hsplit_flwr.planning.ranks import Floats, Ints, gain, spread_ranks
 
 if TYPE_CHECKING:
     from hsplit_flwr.costs import ModelCosts

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.errors import ConfigError
 
 BUDGETS_KEY = "hsplit-budgets"

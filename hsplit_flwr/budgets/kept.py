@@ -10,8 +10,8 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Context
 
-from hsplit_flwr.budget_probe import MEMORY_SHARE, Link, available_memory, own_budget, stated_figures
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.budgets.probe import MEMORY_SHARE, Link, available_memory, own_budget, stated_figures
 
 STATE_KEY = "hsplit-budget"
 
@@ -35,7 +35,7 @@ class KeptBudget:
         return budget
 
     def now(self) -> Budget | None:
-        """The budget kept, with the memory that is free now; None if nobody asked for it yet. Call it before loading."""
+        """The budget kept, with the memory that is free now; None if nobody asked yet. Call it before loading."""
         record = self._context.state.get(STATE_KEY)
         if not isinstance(record, ConfigRecord):
             return None

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from hsplit_flwr.plan_heads import HeadFamily
-from hsplit_flwr.plan_problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
-from hsplit_flwr.plan_ranks import Floats, Ints
-from hsplit_flwr.round_plan import Limit
+from hsplit_flwr.planning.heads import HeadFamily
+from hsplit_flwr.planning.problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
+from hsplit_flwr.planning.ranks import Floats, Ints
+from hsplit_flwr.planning.round_plan import Limit
 
 EVALUATIONS = 3_000_000
 

@@ -13,11 +13,11 @@ exact up to a large table. Beyond them the promise holds up to the share of one 
 
 import numpy as np
 
-from hsplit_flwr.plan_heads import HeadFamily
-from hsplit_flwr.plan_participants import ROUNDING
-from hsplit_flwr.plan_problem import Problem, Solution
-from hsplit_flwr.plan_ranks import Floats, Ints
-from hsplit_flwr.plan_sharing import share, upper_bounds
+from hsplit_flwr.planning.heads import HeadFamily
+from hsplit_flwr.planning.participants import ROUNDING
+from hsplit_flwr.planning.problem import Problem, Solution
+from hsplit_flwr.planning.ranks import Floats, Ints
+from hsplit_flwr.planning.sharing import share, upper_bounds
 
 EVALUATIONS = 16_000_000
 """heads weighed up against clients, about; fewer heads a cut where there are many clients"""

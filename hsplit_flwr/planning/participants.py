@@ -9,8 +9,8 @@ import math
 import numpy as np
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.plan_problem import Problem
-from hsplit_flwr.plan_ranks import Floats, Ints
+from hsplit_flwr.planning.problem import Problem
+from hsplit_flwr.planning.ranks import Floats, Ints
 
 ROUNDING = 1e-9
 """relative, for sums of the same terms in another order"""

@@ -7,7 +7,7 @@ programme over the few that are left makes the answer exact.
 
 import numpy as np
 
-from hsplit_flwr.plan_ranks import Floats, Ints
+from hsplit_flwr.planning.ranks import Floats, Ints
 
 PRICES = 12
 """bisections of the price of a lift where only a bound is asked for"""

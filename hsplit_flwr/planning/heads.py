@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit_flwr.plan_problem import Problem
-from hsplit_flwr.plan_ranks import Floats, Ints, rank_steps
+from hsplit_flwr.planning.problem import Problem
+from hsplit_flwr.planning.ranks import Floats, Ints, rank_steps
 
 DIRECTIONS = (
     (1.0, 0.0, 0.0),

@@ -13,9 +13,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.plan_participants import tolerances
-from hsplit_flwr.plan_problem import Problem, Solution
-from hsplit_flwr.plan_ranks import Floats
+from hsplit_flwr.planning.participants import tolerances
+from hsplit_flwr.planning.problem import Problem, Solution
+from hsplit_flwr.planning.ranks import Floats
 
 
 def solve(problem: Problem, *, time_limit_s: float, gap: float) -> Solution:

@@ -3,12 +3,12 @@
 import logging
 from collections.abc import Iterable, Mapping
 
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.importance_history import ImportanceHistory, merge
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig
-from hsplit_flwr.replanning import AdaptivePlanning, PlanDecision
+from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
 from hsplit_flwr.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
@@ -111,16 +111,14 @@ class PlanBook:
         """
         names = set(modules)
         whole = {client: {**tail.get(client, {}), **measured} for client, measured in heads.items()}
-        complete = {client: profile for client, profile in whole.items() if profile.keys() == names}
+        complete = {client: profile for client, profile in whole.items() if shares[client] and profile.keys() == names}
         if complete:
             self.history.update(merge(complete, {client: shares[client] for client in complete}))
 
 
 def _check_cut(cut: int, num_blocks: int) -> None:
     if not 1 <= cut < num_blocks:
-        raise ConfigError(
-            f"Expected a cut in 1..{num_blocks - 1} for this model of {num_blocks} blocks, found {cut}."
-        )
+        raise ConfigError(f"Expected a cut in 1..{num_blocks - 1} for this model of {num_blocks} blocks, found {cut}.")
 
 
 def _check_workload(workload: Workload, training: TrainingConfig) -> None:

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from hsplit_flwr.budgets import UNITS, Budget, budget_of, read_units
-from hsplit_flwr.devices import device_budget
+from hsplit_flwr.budgets.budget import UNITS, Budget, budget_of, read_units
+from hsplit_flwr.budgets.devices import device_budget
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.plan import derive_seed
 

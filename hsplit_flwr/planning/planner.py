@@ -27,15 +27,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hsplit_flwr import plan_exact as exact
-from hsplit_flwr import plan_greedy as greedy
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.plan_limits import limits
-from hsplit_flwr.plan_participants import participants
-from hsplit_flwr.plan_problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
-from hsplit_flwr.plan_ranks import Ints
-from hsplit_flwr.round_plan import PlannedClient, PlannedTail, RoundPlan
+from hsplit_flwr.planning import exact, greedy
+from hsplit_flwr.planning.limits import limits
+from hsplit_flwr.planning.participants import participants
+from hsplit_flwr.planning.problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
+from hsplit_flwr.planning.ranks import Ints
+from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
 
 if TYPE_CHECKING:
     from hsplit_flwr.costs import ModelCosts

@@ -39,7 +39,7 @@ datacenter-gpu      For the server. H100 SXM: 67 TFLOP/s, 80 GB (https://www.nvi
 
 from collections.abc import Mapping
 
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.errors import ConfigError
 
 GPU_UTILISATION = 0.4

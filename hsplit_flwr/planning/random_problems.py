@@ -6,9 +6,9 @@ from typing import Literal
 
 import numpy as np
 
-from hsplit_flwr.plan_participants import participants
-from hsplit_flwr.plan_problem import Problem
-from hsplit_flwr.plan_ranks import spread_ranks
+from hsplit_flwr.planning.participants import participants
+from hsplit_flwr.planning.problem import Problem
+from hsplit_flwr.planning.ranks import spread_ranks
 
 Tight = Literal["memory", "deadline", "both", "none"]
 TOKENS = 512

@@ -10,13 +10,13 @@ Follows HSplitLoRA (arXiv:2505.02795), adaptive rank and split configuration; th
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from hsplit_flwr.budgets import Budget
+from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.costs import ModelCosts
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.importance_history import ImportanceHistory, drift
-from hsplit_flwr.planner import PlannerConfig, plan
+from hsplit_flwr.planning.planner import PlannerConfig, plan
+from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.results import client_order
-from hsplit_flwr.round_plan import RoundPlan
 
 Profile = Mapping[str, float]
 

@@ -1,0 +1,1 @@
+"""What devices can afford: stated, measured, or from profiles."""
