@@ -21,3 +21,7 @@ bench:  ## the tables of the README
 	mkdir -p results
 	$(PYTHON) simulations/benchmarks/split_overhead.py --json results/split_overhead.json
 	$(PYTHON) simulations/benchmarks/aggregation.py --json results/aggregation.json
+	$(PYTHON) simulations/benchmarks/importance.py --json results/importance.json
+	$(PYTHON) simulations/benchmarks/cost_model.py --json results/cost_model.json
+	$(PYTHON) simulations/benchmarks/planner.py --json results/planner.json
+	$(PYTHON) simulations/benchmarks/planned_ranks.py --json results/planned_ranks.json

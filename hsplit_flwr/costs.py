@@ -6,18 +6,20 @@ planners: exact where every matrix of the head has an adapter, an upper bound wh
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr import wire_costs
-from hsplit_flwr.block_layout import build_skeleton, find_layout
+from hsplit_flwr.block_layout import BlockLayout, build_skeleton, find_layout
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.flops import FlopModel
-from hsplit_flwr.memory_model import MemoryEstimate, MemoryModel
+from hsplit_flwr.memory_model import HeadMemory, MemoryEstimate
 from hsplit_flwr.model_shapes import Matrix, matrices_of, weight_bytes
 from hsplit_flwr.step_trace import trace_step
+from hsplit_flwr.tail_memory import TailMemory
 from hsplit_flwr.wire import DTYPES
 from hsplit_flwr.workload import Workload
 
@@ -36,22 +38,24 @@ class ModelCosts:
         workload: the batches, and how they are trained on.
 
     Raises:
-        UnsupportedModelError: the model cannot be cut, or its costs depend on its weights.
+        UnsupportedModelError: the model cannot be cut, or its costs depend on its data (mixtures of experts).
     """
 
     def __init__(self, config: PretrainedConfig, workload: Workload) -> None:
         self.workload = workload
         self.hidden_size = int(config.get_text_config().hidden_size)
-        skeleton = build_skeleton(config, DTYPES[workload.dtype])
-        layout = find_layout(skeleton)
+        skeleton, layout = self._skeleton(config)
         self.num_blocks = layout.num_blocks
         self.matrices: tuple[Matrix, ...] = matrices_of(skeleton, layout)
         """every linear layer of the blocks, in the order of the model"""
         self._by_name = {matrix.name: matrix for matrix in self.matrices}
         weights = weight_bytes(skeleton, layout)
-        trace = trace_step(skeleton, layout, workload)
+        plain = replace(workload, gradient_checkpointing=False)
+        trace = trace_step(skeleton, layout, plain)
+        head_trace = trace if plain == workload else trace_step(*self._skeleton(config), workload)
         tokens = workload.batch_size * workload.sequence_length
-        self._memory = MemoryModel(trace, weights, self.matrices, workload, self.hidden_size)
+        self._head_memory = HeadMemory(head_trace, weights, self.matrices, workload, self.hidden_size)
+        self._tail_memory = TailMemory(trace, weights.whole, self.matrices, workload, self.hidden_size)
         self._flops = FlopModel(trace, self.matrices, tokens, workload.gradient_checkpointing)
         self.step_bytes_up = wire_costs.step_bytes_up(workload, self.hidden_size)
         """one frame of activations, mask and labels"""
@@ -60,10 +64,14 @@ class ModelCosts:
         self.hello_bytes = wire_costs.hello_bytes()
         """what a client sends at the start of a round"""
 
+    def _skeleton(self, config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
+        skeleton = build_skeleton(config, DTYPES[self.workload.dtype])
+        return skeleton, find_layout(skeleton)
+
     def head_memory(self, cut: int, ranks: Mapping[str, int]) -> MemoryEstimate:
         """Peak of a client that trains blocks 0..cut-1, above its idle process with all libraries imported."""
         self._check(cut, ranks)
-        return self._memory.head(cut, ranks)
+        return self._head_memory.estimate(cut, ranks)
 
     def head_flops(self, cut: int, ranks: Mapping[str, int]) -> float:
         """FLOPs of one step of a head, forward and backward."""
@@ -74,7 +82,7 @@ class ModelCosts:
         """Peak of the server in a step of clients with these cuts; it holds the whole model."""
         for cut in cuts:
             self._check(cut, ranks)
-        return self._memory.tail(cuts, ranks)
+        return self._tail_memory.estimate(cuts, ranks)
 
     def tail_flops(self, cut: int, ranks: Mapping[str, int]) -> float:
         """FLOPs of the tail for one client's batch that enters before block `cut`."""
@@ -93,12 +101,13 @@ class ModelCosts:
 
     def head_base_bytes(self, cut: int) -> int:
         """Memory of a head with adapters everywhere, of ranks near 0."""
-        return self.head_memory(cut, {}).total_bytes
+        self._check(cut, {})
+        return self._head_memory.base(cut)
 
     @property
     def rank_bytes(self) -> Floats:
         """Per matrix of `matrices`: a head's memory for one unit of rank."""
-        return self._memory.rank_bytes
+        return self._head_memory.rank_bytes
 
     def head_base_flops(self, cut: int) -> float:
         """FLOPs of a head's step with adapters everywhere, of ranks near 0."""
@@ -116,7 +125,7 @@ class ModelCosts:
 
     def tail_rank_bytes(self, cuts: Sequence[int]) -> Floats:
         """Per matrix of `matrices`: the server's memory for one unit of rank, in a step of clients with these cuts."""
-        return self._memory.tail_rank_bytes(cuts)
+        return self._tail_memory.rank_bytes(cuts)
 
     def tail_base_flops(self, cut: int) -> float:
         """FLOPs of the tail for one client's batch at ranks near 0."""

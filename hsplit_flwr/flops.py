@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit_flwr.model_shapes import Matrix
-from hsplit_flwr.step_trace import EARLIER, BlockTrace, StepTrace
+from hsplit_flwr.model_shapes import Matrix, blocks_of
+from hsplit_flwr.step_recorder import EARLIER, BlockTrace
+from hsplit_flwr.step_trace import StepTrace
 
 Floats = NDArray[np.float64]
 
@@ -33,9 +34,7 @@ class FlopModel:
         self._trace = trace
         self._tokens = tokens
         self._checkpointing = checkpointing
-        self._matrices: list[list[Matrix]] = [[] for _ in trace.blocks]
-        for matrix in matrices:
-            self._matrices[matrix.block].append(matrix)
+        self._matrices = blocks_of(matrices, len(trace.blocks))
 
     def head(self, cut: int, ranks: Mapping[str, int] | None) -> float:
         """Blocks 0..cut-1 with these ranks; None: adapters everywhere, of ranks near 0."""

@@ -1,5 +1,6 @@
 """The sizes of a model's parts, read off its skeleton."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,6 +45,14 @@ def matrices_of(skeleton: PreTrainedModel, layout: BlockLayout) -> tuple[Matrix,
         for name, module in skeleton.named_modules()
         if name.startswith(f"{layout.blocks}.") and isinstance(module, nn.Linear | Conv1D)
     )
+
+
+def blocks_of(matrices: Sequence[Matrix], num_blocks: int) -> list[list[Matrix]]:
+    """The matrices of each block, in order."""
+    blocks: list[list[Matrix]] = [[] for _ in range(num_blocks)]
+    for matrix in matrices:
+        blocks[matrix.block].append(matrix)
+    return blocks
 
 
 def weight_bytes(skeleton: PreTrainedModel, layout: BlockLayout) -> WeightBytes:

@@ -353,3 +353,19 @@ def test_nobody_can_take_part(model: Path, costs: ModelCosts, close: list[HSplit
     manager = manager_of(node(model, "0", lambda client, round_: tiny))
     with pytest.raises(ConfigError, match="Expected a client that can take part, found none"):
         strategy.configure_fit(server_round=1, parameters=EMPTY, client_manager=manager)
+
+
+def test_gradient_checkpointing_heads_train_the_same(model: Path, close: list[HSplitLoRAStrategy]) -> None:
+    weights = []
+    for checkpointing in (False, True):
+        workload = replace(WORKLOAD, gradient_checkpointing=checkpointing)
+        strategy = HSplitLoRAStrategy(
+            GlobalModel(ModelFiles.resolve(str(model))),
+            ClientPlan(3, LoraSpec(2, 4.0)),
+            TrainingConfig(rounds=1, local_steps=STEPS, learning_rate=0.02),
+            workload=workload,
+        )
+        close.append(strategy)
+        weights.append(play_round(strategy, manager_of(node(model, "0", None)), 1).weights)
+    for name, weight in weights[0].items():
+        assert (weight - weights[1][name]).abs().max() <= SAME, name

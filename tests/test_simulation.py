@@ -30,6 +30,8 @@ from tests.flower import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CLIENTS = ["0", "1", "2", "3", "4"]
+CUTS = [1, 2, 3, 4, 6]
+"""what the quickstart's devices can hold"""
 RUN_S = 420.0
 """longest a run may take on two busy cores; it takes 40-90 s"""
 SERVICES = {"flower-superlink", "flower-superexec", "flwr"}
@@ -55,11 +57,25 @@ def assert_all_trained(summary: dict[str, Any], rounds: int, steps: int) -> None
     for record in summary["history"]:
         assert clients_of(record) == CLIENTS
         assert [client["steps"] for client in record["clients"]] == [steps] * len(CLIENTS)
-        assert [client["cut"] for client in record["clients"]] == [1, 2, 3, 4, 6]
+        assert [client["cut"] for client in record["clients"]] == CUTS
         assert record["failures"] == []
         assert record["train_loss"] == pytest.approx(weighted_loss(record), rel=1e-9)
         assert record["federated_perplexity"] is not None
     assert summary["final_perplexity"] < summary["initial_perplexity"]
+
+
+def assert_planned(summary: dict[str, Any]) -> None:
+    """The first plan follows the budgets; importance, once measured, is the only reason for another one."""
+    first, second = summary["history"]
+    assert first["plan_reasons"] == ["first plan"]
+    (reason,) = second["plan_reasons"]
+    assert reason.startswith(f"importance drifted by {second['drift']:.3f}")
+    for record in (first, second):
+        planned = record["plan"]["clients"]
+        assert [planned[client]["cut"] for client in CLIENTS] == CUTS
+        used = [planned[client]["memory_bytes"] / planned[client]["memory_budget_bytes"] for client in CLIENTS]
+        assert all(0.9 < share <= 1 for share in used)
+    assert first["plan"]["clients"]["4"]["ranks"] != second["plan"]["clients"]["4"]["ranks"]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +89,12 @@ def test_quickstart_finishes_with_all_clients(home: FlowerHome, tmp_path: Path, 
     assert "[SUMMARY]" in log
     summary = read_summary(tmp_path)
     assert_all_trained(summary, rounds=2, steps=4)
+    assert_planned(summary)
     print(f"{summary['wall_seconds']:.0f} s, rounds:", [record["seconds"] for record in summary["history"]])
     assert (tmp_path / "merged_model" / "model.safetensors").is_file()
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    for picture in ("run", "importance", "budgets"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
 
 
 def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The head of `cost_model.py` in a fresh process: how far its resident memory grows while it trains."""
+"""The head of `cost_model.py` in a fresh process: how far its resident memory grows, and what it sends."""
 
 import gc
 import json
@@ -11,6 +11,7 @@ import peft  # noqa: F401
 import torch
 from _head_process import forget_peak, resident_bytes
 from _models import MODELS
+from flwr.common import ndarrays_to_parameters
 from torch import Tensor
 
 from hsplit_flwr.adapters import SegmentAdapters
@@ -25,11 +26,13 @@ from hsplit_flwr.workload import Workload
 
 
 def batches(workload: Workload, vocab_size: int) -> list[dict[str, Tensor]]:
-    """Random tokens, no padding: as much of everything as the workload allows."""
+    """Random tokens, one of padding at the end of each row: with padding, models make attention masks."""
     generator = torch.Generator().manual_seed(0)
     shape = (workload.batch_size, workload.sequence_length)
     drawn = [torch.randint(0, vocab_size, shape, generator=generator) for _ in range(workload.local_steps)]
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()} for ids in drawn]
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[:, -1] = 0
+    return [{"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask > 0, -100)} for ids in drawn]
 
 
 def touch(head: Segment) -> None:
@@ -38,16 +41,24 @@ def touch(head: Segment) -> None:
         parameter.sum()
 
 
-def train_round(files: ModelFiles, task: RoundTask, workload: Workload) -> None:
-    """What a client does between task and result."""
+def train_round(files: ModelFiles, task: RoundTask, workload: Workload) -> dict[str, int]:
+    """What a client does between task and result; bytes of a step's frames and of the result's arrays."""
     head = load_segment(files, 0, task.plan.cut, dtype=DTYPES[workload.dtype])
     head.gradient_checkpointing = workload.gradient_checkpointing
     touch(head)
     with RemoteTail(task, task.max_frame_bytes) as tail:
         tail.fetch_delta(0)
+        hello_up, delta_down = tail.bytes_up, tail.bytes_down
         adapters = SegmentAdapters(head, task.plan.lora, head.linear_modules())
         adapters.reset(task.adapter_seed)
         train_head(head, adapters, batches(workload, head.vocab_size), tail, task.training)
+    arrays = [f.numpy() for factors in adapters.factors().values() for f in (factors.A, factors.B)]
+    return {
+        "hello": hello_up,
+        "step_up": (tail.bytes_up - hello_up) // workload.local_steps,
+        "step_down": (tail.bytes_down - delta_down) // workload.local_steps,
+        "adapters": sum(map(len, ndarrays_to_parameters(arrays).tensors)),
+    }
 
 
 def main() -> None:
@@ -62,8 +73,9 @@ def main() -> None:
     trim_heap()
     forget_peak()
     baseline = resident_bytes("VmRSS")
-    train_round(ModelFiles.resolve(path), task, workload)
-    print(json.dumps({"peak_bytes": resident_bytes("VmHWM") - baseline, "baseline_bytes": baseline}), flush=True)
+    wire_bytes = train_round(ModelFiles.resolve(path), task, workload)
+    peak = resident_bytes("VmHWM") - baseline
+    print(json.dumps({"peak_bytes": peak, "baseline_bytes": baseline, "wire_bytes": wire_bytes}), flush=True)
 
 
 if __name__ == "__main__":

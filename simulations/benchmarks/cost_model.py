@@ -1,10 +1,26 @@
-"""Is the cost model right? Predicted against measured: memory, FLOPs and bytes of a client's head.
+"""Is the cost model right? What `ModelCosts` predicts from the config against what real heads do.
 
-python simulations/benchmarks/cost_model.py --json OUT
+    python simulations/benchmarks/cost_model.py --json OUT [--quick]
+
+One row for each head (model, cut, ranks, batch, gradient checkpointing on or off):
+
+* memory: growth of a fresh client process' peak resident memory (VmHWM) over the same process idle. It has imported
+  everything and been through one smallest round (cut 1, 1 x 4 tokens), so that libraries, threads and channels are up:
+  a `Budget` excludes what the idle client takes. It loads its weights, trains for three steps over gRPC and returns its
+  adapters; the other end answers with random gradients. Two threads, started as `host_memory` recommends (set
+  GLIBC_TUNABLES or OMP_NUM_THREADS yourself to measure something else). glibc's heap depends on the addresses that
+  the system deals out, by up to 10 % from run to run for small models: the median of `--repeats` runs counts.
+* FLOPs: `torch.utils.flop_counter` around a real step of the head, and of the tail behind it
+* bytes: the frames that passed, and the arrays of Flower's `Parameters`
+
+``worst_relative_error`` has the keys ``memory`` (target <= 0.10), ``flops`` (<= 0.05) and ``wire_bytes`` (0). What a
+process takes beside its tensors is measured, not derived: rows with ``held_out`` true had no part in that.
 """
 
+import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -13,21 +29,27 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from _memory_process import batches
 from _models import MODELS
+from _provenance import provenance
+from _step_flops import head_flops, tail_flops
 from torch import Tensor
 
+from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.costs import ModelCosts, Workload
 from hsplit_flwr.exchange import ScoreReply, StepReply
 from hsplit_flwr.host_memory import CLIENT_TUNABLES
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.plan import ClientPlan, RoundTask, TrainingConfig
+from hsplit_flwr.segments import load_segment
 from hsplit_flwr.tail_service import ServiceConfig, TailService
 
 SEED = 0
 STEPS = 3
 THREADS = "2"
 POINT_LIMIT_S = 300.0
+WARM_UP, CLIENT = "warm-up", "client"
 
 
 @dataclass(frozen=True)
@@ -40,93 +62,212 @@ class Point:
     batch_size: int
     length: int
     checkpointing: bool = False
-    targets: str = ""
+    targets: tuple[str, ...] | str = "all-linear"
 
     @property
     def workload(self) -> Workload:
+        """What is trained on."""
         return Workload(self.batch_size, self.length, STEPS, gradient_checkpointing=self.checkpointing)
 
     @property
     def lora(self) -> LoraSpec:
-        return LoraSpec(self.rank, 2.0 * self.rank, tuple(self.targets.split()) if self.targets else "all-linear")
+        """The head's adapters."""
+        return LoraSpec(self.rank, 2.0 * self.rank, self.targets)
 
 
-class _RandomGradients:
+TINY, SMOL = "tiny-gpt2", "smollm2-135m"
+CALIBRATION = (
+    Point(TINY, 1, 8, 8, 64),
+    Point(TINY, 2, 2, 4, 128),
+    Point(TINY, 4, 8, 8, 64),
+    Point(TINY, 4, 8, 8, 64, True),
+    Point(TINY, 5, 32, 16, 64),
+    Point(TINY, 5, 8, 8, 64, False, ("c_attn",)),
+    Point(TINY, 6, 4, 8, 96, True),
+    Point(TINY, 7, 16, 8, 128),
+    Point(TINY, 7, 16, 1, 16),
+    Point(SMOL, 1, 8, 8, 64),
+    Point(SMOL, 4, 8, 8, 64),
+    Point(SMOL, 4, 8, 8, 64, True),
+    Point(SMOL, 8, 4, 4, 128),
+    Point(SMOL, 10, 8, 8, 64, False, ("q_proj", "v_proj")),
+    Point(SMOL, 15, 16, 8, 64),
+    Point(SMOL, 15, 16, 8, 64, True),
+    Point(SMOL, 15, 64, 1, 16),
+    Point(SMOL, 22, 8, 2, 128),
+)
+"""on which the measured constants of `memory_model` were set"""
+HELD_OUT = (
+    Point(TINY, 2, 8, 16, 96, True),
+    Point(TINY, 3, 4, 8, 32),
+    Point(TINY, 6, 24, 4, 160),
+    Point(TINY, 7, 8, 8, 64, True),
+    Point(SMOL, 3, 16, 16, 64),
+    Point(SMOL, 5, 8, 8, 64, False, ("down_proj",)),
+    Point(SMOL, 6, 8, 2, 256, True),
+    Point(SMOL, 12, 2, 8, 32),
+    Point(SMOL, 24, 8, 8, 32, True),
+)
+"""on which they were only tried"""
+QUICK = (
+    Point(TINY, 4, 8, 8, 64),
+    Point(TINY, 7, 16, 8, 128),
+    Point(SMOL, 4, 8, 8, 64),
+    Point(SMOL, 8, 4, 4, 128, True),
+)
+
+
+class RandomGradients:
     """Stands in for the tail, which the head's memory has nothing to do with: answers with noise."""
 
     def __init__(self, files: ModelFiles) -> None:
         config = files.config.get_text_config()
         self.segment = SimpleNamespace(hidden_size=config.hidden_size, vocab_size=config.vocab_size)
 
-    def join(self, client: str, cut: int, first_step: int) -> "_RandomGradients":
+    def join(self, client: str, cut: int, first_step: int) -> "RandomGradients":
+        """It is its own session."""
         return self
 
     def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
+        """See `TailSession`."""
         return StepReply(1e-3 * torch.randn_like(activations), 1.0, labels.numel())
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
+        """See `TailSession`."""
         raise NotImplementedError
 
     def close(self) -> None:
-        pass
+        """See `TailSession`."""
 
 
-def measure_memory(point: Point) -> dict[str, int]:
-    files = ModelFiles.resolve(MODELS[point.model]())
-    service = TailService(cast(Any, _RandomGradients(files)), lambda have, cut: (0, True, {}), "bench", ServiceConfig())
+def ranks_of(point: Point, costs: ModelCosts) -> dict[str, int]:
+    """Rank of every matrix that gets an adapter."""
+    return dict.fromkeys(point.lora.targets(matrix.name for matrix in costs.matrices), point.rank)
+
+
+def measure_head(point: Point, files: ModelFiles) -> dict[str, Any]:
+    """Peak memory and traffic of one head process."""
+    service = TailService(cast(Any, RandomGradients(files)), lambda have, cut: (0, True, {}), "bench", ServiceConfig())
     config = TrainingConfig(rounds=1, local_steps=STEPS, learning_rate=1e-4, seed=SEED)
-    cuts = {"warm-up": 1, "client": point.cut}
+    cuts = {WARM_UP: 1, CLIENT: point.cut}
     tokens = service.open_round(1, "train", cuts, 0)
-    tasks = {
-        client: RoundTask(
-            "bench", 1, client, "train", service.address, tokens[client], POINT_LIMIT_S, 256 << 20,
-            ClientPlan(cut, point.lora), config,
-        ).to_json()
-        for client, cut in cuts.items()
-    }  # fmt: skip
+
+    def task(client: str) -> str:
+        plan = ClientPlan(cuts[client], point.lora)
+        address, token = service.address, tokens[client]
+        return RoundTask("bench", 1, client, "train", address, token, POINT_LIMIT_S, 64 << 20, plan, config).to_json()
+
     order = {
         "model": point.model,
         "workload": asdict(point.workload),
-        "warm_up": tasks["warm-up"],
-        "task": tasks["client"],
+        "warm_up": task(WARM_UP),
+        "task": task(CLIENT),
     }
-    script = Path(__file__).with_name("_memory_process.py")
     try:
         done = subprocess.run(
-            [sys.executable, str(script), json.dumps(order)],
+            [sys.executable, str(Path(__file__).with_name("_memory_process.py")), json.dumps(order)],
             env={"GLIBC_TUNABLES": CLIENT_TUNABLES, "OMP_NUM_THREADS": THREADS, **os.environ},
-            timeout=POINT_LIMIT_S, check=True, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            timeout=POINT_LIMIT_S,
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     finally:
         service.stop()
-    return json.loads(done.stdout)
+    measured: dict[str, Any] = json.loads(done.stdout)
+    return measured
+
+
+def memory_row(point: Point, costs: ModelCosts, files: ModelFiles, repeats: int) -> dict[str, Any]:
+    """Memory and wire bytes, predicted and measured."""
+    ranks = ranks_of(point, costs)
+    estimate = costs.head_memory(point.cut, ranks)
+    runs = [measure_head(point, files) for _ in range(repeats)]
+    peaks = [run["peak_bytes"] for run in runs]
+    measured = statistics.median(peaks)
+    predicted_wire = {
+        "hello": costs.hello_bytes,
+        "step_up": costs.step_bytes_up,
+        "step_down": costs.step_bytes_down,
+        "adapters": costs.adapter_bytes(point.cut, ranks),
+    }
+    wire = runs[-1]["wire_bytes"]
+    return {
+        "memory": {
+            "predicted": estimate.total_bytes,
+            "measured": measured,
+            "relative_error": estimate.total_bytes / measured - 1,
+            "parts": asdict(estimate),
+            "runs": peaks,
+        },
+        "wire_bytes": {
+            "predicted": predicted_wire,
+            "measured": wire,
+            "relative_error": max(abs(predicted_wire[key] / wire[key] - 1) for key in wire),
+        },
+    }
+
+
+def flops_row(point: Point, costs: ModelCosts, files: ModelFiles) -> dict[str, Any]:
+    """FLOPs of head and tail, predicted and counted."""
+    ranks = ranks_of(point, costs)
+    batch = batches(point.workload, files.config.get_text_config().vocab_size)[0]
+    head = load_segment(files, 0, point.cut)
+    head.gradient_checkpointing = point.checkpointing
+    SegmentAdapters(head, point.lora, head.linear_modules())
+    tail = load_segment(files, point.cut)
+    SegmentAdapters(tail, point.lora, tail.linear_modules())
+    predicted = {"head": costs.head_flops(point.cut, ranks), "tail": costs.tail_flops(point.cut, ranks)}
+    counted = {"head": head_flops(head, batch), "tail": tail_flops(tail, batch)}
+    errors = {side: predicted[side] / counted[side] - 1 for side in counted}
+    worst = max(errors.values(), key=abs)
+    return {"flops": {"predicted": predicted, "measured": counted, "relative_error": worst}}
+
+
+def row_of(point: Point, repeats: int) -> dict[str, Any]:
+    """All of one point."""
+    files = ModelFiles.resolve(MODELS[point.model]())
+    costs = ModelCosts(files.config, point.workload)
+    return {
+        "point": asdict(point),
+        "held_out": point not in CALIBRATION,
+        **memory_row(point, costs, files, repeats),
+        **flops_row(point, costs, files),
+    }
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, required=True, help="where the figures go")
+    parser.add_argument("--quick", action="store_true", help="four points instead of the whole grid")
+    parser.add_argument("--repeats", type=int, default=1, help="processes per point; the median counts")
+    arguments = parser.parse_args()
+    rows = []
+    print(f"{'model':14}{'cut':>4}{'rank':>5}{'batch':>8}{'ckpt':>6}{'predicted MiB':>15}{'measured MiB':>14}"
+          f"{'error':>8}{'FLOPs error':>13}{'bytes error':>13}")  # fmt: skip
+    for point in QUICK if arguments.quick else (*CALIBRATION, *HELD_OUT):
+        row = row_of(point, arguments.repeats)
+        rows.append(row)
+        memory, flops, wire = row["memory"], row["flops"], row["wire_bytes"]
+        print(
+            f"{point.model:14}{point.cut:>4}{point.rank:>5}{f'{point.batch_size}x{point.length}':>8}"
+            f"{'yes' if point.checkpointing else 'no':>6}{memory['predicted'] / 2**20:>15.1f}"
+            f"{memory['measured'] / 2**20:>14.1f}{memory['relative_error']:>+8.1%}{flops['relative_error']:>+13.2%}"
+            f"{wire['relative_error']:>13.2%}",
+            flush=True,
+        )
+    worst = {key: max(abs(row[key]["relative_error"]) for row in rows) for key in ("memory", "flops", "wire_bytes")}
+    result: dict[str, Any] = {
+        "worst_relative_error": worst,
+        "rows": rows,
+        "threads_of_heads": int(THREADS),
+        **provenance(SEED),
+    }
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(", ".join(f"worst {key}: {value:.2%}" for key, value in worst.items()))
 
 
 if __name__ == "__main__":
-    pts = [
-        Point("tiny-gpt2", 1, 8, 8, 64),
-        Point("tiny-gpt2", 4, 8, 8, 64),
-        Point("tiny-gpt2", 4, 8, 8, 64, True),
-        Point("tiny-gpt2", 7, 16, 8, 128),
-        Point("tiny-gpt2", 7, 16, 1, 16),
-        Point("smollm2-135m", 1, 8, 8, 64),
-        Point("smollm2-135m", 4, 8, 8, 64),
-        Point("smollm2-135m", 4, 8, 8, 64, True),
-        Point("smollm2-135m", 15, 16, 8, 64),
-        Point("smollm2-135m", 15, 16, 8, 64, True),
-        Point("smollm2-135m", 15, 64, 1, 16),
-    ]
-    for p in pts:
-        c = ModelCosts(ModelFiles.resolve(MODELS[p.model]()).config, p.workload)
-        e = c.head_memory(p.cut, {m.name: p.rank for m in c.matrices})
-        m = measure_memory(p)
-        print(
-            p,
-            {k: round(v / 2**20, 1) for k, v in asdict(e).items()},
-            round(e.total_bytes / 2**20, 1),
-            "measured",
-            round(m["peak_bytes"] / 2**20, 1),
-            round(e.total_bytes / m["peak_bytes"], 3),
-            m["baseline_bytes"] >> 20,
-            flush=True,
-        )
+    main()
