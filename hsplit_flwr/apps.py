@@ -9,7 +9,7 @@ from flwr.server import ServerAppComponents
 
 from hsplit_flwr.budgets.probe import Link, own_budget
 from hsplit_flwr.client_head import Batch
-from hsplit_flwr.costs import ModelCosts
+from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.global_model import GlobalModel
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.planning.replanning import AdaptivePlanning

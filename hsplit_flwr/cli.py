@@ -18,7 +18,7 @@ from hsplit_flwr.errors import ConfigError, HSplitError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from hsplit_flwr.costs import ModelCosts
+    from hsplit_flwr.costs.model_costs import ModelCosts
     from hsplit_flwr.planning.planner import PlannerConfig
 
 PROGRAM = "hsplit-flwr"
@@ -98,7 +98,7 @@ def _plan(options: argparse.Namespace) -> None:
     fleet = Fleet.from_toml(options.profiles, seed=options.seed)
     budgets = fleet.budgets(options.round)
 
-    from hsplit_flwr.costs import ModelCosts, Workload
+    from hsplit_flwr.costs.model_costs import ModelCosts, Workload
     from hsplit_flwr.planning.planner import PlannerConfig, plan, plan_exact
     from hsplit_flwr.planning.report import plan_table
 

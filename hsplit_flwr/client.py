@@ -26,7 +26,8 @@ from hsplit_flwr.budgets.kept import KeptBudget
 from hsplit_flwr.budgets.probe import Link, measure_link
 from hsplit_flwr.budgets.reports import BUDGETS_KEY, budgets_to_json
 from hsplit_flwr.client_head import Batch, score_head, train_head
-from hsplit_flwr.costs import ModelCosts
+from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.delta_log import DeltaReplica, DeltaUpdate
 from hsplit_flwr.deltas import WeightDelta
 from hsplit_flwr.errors import AggregationError, ConfigError
@@ -38,7 +39,6 @@ from hsplit_flwr.reporting import format_bytes
 from hsplit_flwr.segments import Segment, load_segment
 from hsplit_flwr.tail_client import RemoteTail
 from hsplit_flwr.wire import DTYPES
-from hsplit_flwr.workload import Workload
 
 TASK_KEY = "hsplit-task"
 PROBE_KEY = "hsplit-probe"

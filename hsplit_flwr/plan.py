@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
+from hsplit_flwr.costs.workload import ACTIVATION_DTYPES, Workload
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraSpec
-from hsplit_flwr.workload import ACTIVATION_DTYPES, Workload
 
 PROTOCOL_VERSION = 1
 Mode = Literal["train", "evaluate", "probe"]

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.budgets.fleet import Fleet
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig, plans_from_table
@@ -14,7 +15,6 @@ from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import ReplanConfig
 from hsplit_flwr.strategy import StrategyConfig
 from hsplit_flwr.tail_service import ServiceConfig
-from hsplit_flwr.workload import Workload
 
 RunConfig = Mapping[str, bool | float | int | str]
 Value = TypeVar("Value", bound=bool | int | float | str)

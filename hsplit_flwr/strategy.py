@@ -32,6 +32,7 @@ from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.client import PROBE_KEY, TASK_KEY
 from hsplit_flwr.client_head import Batch
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.fit_results import client_record, read_budget, read_trained, require_accepted
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes
@@ -46,7 +47,6 @@ from hsplit_flwr.segments import block_of
 from hsplit_flwr.server_tail import SharedTail, StepReport
 from hsplit_flwr.tail_service import ServiceConfig, TailService, Ticket
 from hsplit_flwr.task_proxy import TaskProxy, describe_failure
-from hsplit_flwr.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
 FitResults = list[tuple[ClientProxy, FitRes]]

@@ -11,7 +11,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from hsplit_flwr.assets import tiny_checkpoint
 from hsplit_flwr.cli import UNIFORM, main, read_config, read_importance
-from hsplit_flwr.costs import ModelCosts, Workload
+from hsplit_flwr.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.errors import ConfigError
 from tests.models import tiny_config
 

@@ -13,16 +13,16 @@ import torch
 from flwr.common import ndarrays_to_parameters
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, HIDDEN_SIZE, NUM_BLOCKS, VOCAB_SIZE, tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.costs import ModelCosts, Workload
+from hsplit_flwr.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.segments import Segment, segment_from_model
 from hsplit_flwr.wire import DTYPES, Header, batch_tensors, encode
+from tests.models import ARCHITECTURES, HIDDEN_SIZE, NUM_BLOCKS, VOCAB_SIZE, tiny_config, tiny_model
 
 FLOPS_TOLERANCE = 1e-6
 """relative; the counter and the model count the same products"""

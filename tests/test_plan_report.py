@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.image import AxesImage
 
 from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.costs import ModelCosts, Workload
+from hsplit_flwr.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.planning.plots import (
     MEMORY_COLOURS,
     MOST_CLIENTS,

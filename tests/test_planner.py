@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.costs import ModelCosts, Workload
+from hsplit_flwr.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.greedy import solve
 from hsplit_flwr.planning.participants import participants

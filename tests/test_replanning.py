@@ -16,7 +16,8 @@ from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.budgets.probe import measure_link
 from hsplit_flwr.client import TASK_KEY, ClientData
-from hsplit_flwr.costs import ModelCosts
+from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.global_model import GlobalModel
 from hsplit_flwr.lora import LoraSpec
@@ -26,7 +27,6 @@ from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning, ReplanConfig
 from hsplit_flwr.strategy import HSplitLoRAStrategy, StrategyConfig
 from hsplit_flwr.tail_client import RemoteTail
-from hsplit_flwr.workload import Workload
 from tests.federation import EMPTY, Node, manager_of, play_round, random_batches, weights_of
 from tests.models import tiny_model
 

@@ -10,6 +10,7 @@ from flwr.common.config import parse_config_args
 
 from hsplit_flwr.apps import flwr_command
 from hsplit_flwr.barrier import BarrierLimits
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig
@@ -17,7 +18,6 @@ from hsplit_flwr.planning.replanning import ReplanConfig
 from hsplit_flwr.run_config import count_clients, get, hosted_clients, integers, read_settings
 from hsplit_flwr.strategy import StrategyConfig
 from hsplit_flwr.tail_service import ServiceConfig
-from hsplit_flwr.workload import Workload
 
 SIMULATIONS = Path(__file__).parent.parent / "simulations"
 APPS = ["quickstart", "e2e_nlg"]

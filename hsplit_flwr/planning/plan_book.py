@@ -4,12 +4,12 @@ import logging
 from collections.abc import Iterable, Mapping
 
 from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.importance_history import ImportanceHistory, merge
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
-from hsplit_flwr.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
 Plans = AdaptivePlanning | Mapping[str, ClientPlan] | ClientPlan

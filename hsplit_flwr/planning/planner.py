@@ -37,7 +37,7 @@ from hsplit_flwr.planning.ranks import Ints
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
 
 if TYPE_CHECKING:
-    from hsplit_flwr.costs import ModelCosts
+    from hsplit_flwr.costs.model_costs import ModelCosts
 
 Solver = Callable[[Problem, Ints], Solution]
 

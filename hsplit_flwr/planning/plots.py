@@ -9,7 +9,7 @@ import numpy as np
 
 from hsplit_flwr.block_layout import block_of
 from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.costs import ModelCosts
+from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.plots import BLUE, ORANGE, VERMILION
 from hsplit_flwr.reporting import format_bytes, format_seconds

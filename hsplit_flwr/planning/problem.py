@@ -16,7 +16,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.ranks import Floats, Ints, gain, spread_ranks
 
 if TYPE_CHECKING:
-    from hsplit_flwr.costs import ModelCosts
+    from hsplit_flwr.costs.model_costs import ModelCosts
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.costs import ModelCosts
+from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.importance_history import ImportanceHistory, drift
 from hsplit_flwr.planning.planner import PlannerConfig, plan

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.client_head import train_head
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.host_memory import return_freed_tensors, trim_heap
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.plan import RoundTask
 from hsplit_flwr.segments import Segment, load_segment
 from hsplit_flwr.tail_client import RemoteTail
 from hsplit_flwr.wire import DTYPES
-from hsplit_flwr.workload import Workload
 
 
 def batches(workload: Workload, vocab_size: int) -> list[dict[str, Tensor]]:

@@ -36,7 +36,7 @@ from _step_flops import head_flops, tail_flops
 from torch import Tensor
 
 from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.costs import ModelCosts, Workload
+from hsplit_flwr.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.exchange import ScoreReply, StepReply
 from hsplit_flwr.host_memory import CLIENT_TUNABLES
 from hsplit_flwr.lora import LoraSpec

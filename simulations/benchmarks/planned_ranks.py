@@ -27,7 +27,8 @@ import torch
 from _provenance import provenance
 
 from hsplit_flwr.budgets.fleet import Fleet
-from hsplit_flwr.costs import ModelCosts
+from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.global_model import GlobalModel
 from hsplit_flwr.importance_history import ImportanceHistory
 from hsplit_flwr.local_federation import LocalNode, run_federation
@@ -39,7 +40,6 @@ from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.reporting import format_table
 from hsplit_flwr.restaurants import restaurant_examples
 from hsplit_flwr.strategy import HSplitLoRAStrategy
-from hsplit_flwr.workload import Workload
 
 APP = Path(__file__).parent.parent / "quickstart"
 sys.path.insert(0, str(APP))

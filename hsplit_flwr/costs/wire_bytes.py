@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.wire import DTYPES, Header, encode
-from hsplit_flwr.workload import Workload
 
 Shape = tuple[int, ...]
 _ALIGNMENT = 8

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplit_flwr.costs.shapes import Matrix, WeightBytes, blocks_of
+from hsplit_flwr.costs.step_trace import StepTrace
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.importance import TILE_BYTES
-from hsplit_flwr.model_shapes import Matrix, WeightBytes, blocks_of
 from hsplit_flwr.plan import TrainingConfig
-from hsplit_flwr.step_trace import StepTrace
 from hsplit_flwr.wire import DTYPES
-from hsplit_flwr.workload import Workload
 
 FRAME_COPIES = 4
 """of a frame on its way: safetensors' buffer, the frame itself, what gRPC holds on either side of its own copy"""

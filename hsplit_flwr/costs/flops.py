@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit_flwr.model_shapes import Matrix, blocks_of
-from hsplit_flwr.step_recorder import EARLIER, BlockTrace
-from hsplit_flwr.step_trace import StepTrace
+from hsplit_flwr.costs.shapes import Matrix, blocks_of
+from hsplit_flwr.costs.step_recorder import EARLIER, BlockTrace
+from hsplit_flwr.costs.step_trace import StepTrace
 
 Floats = NDArray[np.float64]
 

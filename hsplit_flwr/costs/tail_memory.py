@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplit_flwr.costs.memory import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate
+from hsplit_flwr.costs.shapes import Matrix
+from hsplit_flwr.costs.step_trace import StepTrace
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.importance import TILE_BYTES
-from hsplit_flwr.memory_model import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate
-from hsplit_flwr.model_shapes import Matrix
-from hsplit_flwr.step_trace import StepTrace
 from hsplit_flwr.wire import DTYPES
-from hsplit_flwr.workload import Workload
 
 Floats = NDArray[np.float64]
 

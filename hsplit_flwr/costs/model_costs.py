@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hsplit_flwr import wire_costs
 from hsplit_flwr.block_layout import BlockLayout, build_skeleton, find_layout
+from hsplit_flwr.costs import wire_bytes
+from hsplit_flwr.costs.flops import FlopModel
+from hsplit_flwr.costs.memory import HeadMemory, MemoryEstimate
+from hsplit_flwr.costs.shapes import Matrix, matrices_of, weight_bytes
+from hsplit_flwr.costs.step_trace import trace_step
+from hsplit_flwr.costs.tail_memory import TailMemory
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.flops import FlopModel
-from hsplit_flwr.memory_model import HeadMemory, MemoryEstimate
-from hsplit_flwr.model_shapes import Matrix, matrices_of, weight_bytes
-from hsplit_flwr.step_trace import trace_step
-from hsplit_flwr.tail_memory import TailMemory
 from hsplit_flwr.wire import DTYPES
-from hsplit_flwr.workload import Workload
 
 __all__ = ["Matrix", "MemoryEstimate", "ModelCosts", "Workload"]
 
@@ -57,11 +57,11 @@ class ModelCosts:
         self._head_memory = HeadMemory(head_trace, weights, self.matrices, workload, self.hidden_size)
         self._tail_memory = TailMemory(trace, weights.whole, self.matrices, workload, self.hidden_size)
         self._flops = FlopModel(trace, self.matrices, tokens, workload.gradient_checkpointing)
-        self.step_bytes_up = wire_costs.step_bytes_up(workload, self.hidden_size)
+        self.step_bytes_up = wire_bytes.step_bytes_up(workload, self.hidden_size)
         """one frame of activations, mask and labels"""
-        self.step_bytes_down = wire_costs.step_bytes_down(workload, self.hidden_size)
+        self.step_bytes_down = wire_bytes.step_bytes_down(workload, self.hidden_size)
         """one frame of the activations' gradient"""
-        self.hello_bytes = wire_costs.hello_bytes()
+        self.hello_bytes = wire_bytes.hello_bytes()
         """what a client sends at the start of a round"""
 
     def _skeleton(self, config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
@@ -92,7 +92,7 @@ class ModelCosts:
     def adapter_bytes(self, cut: int, ranks: Mapping[str, int]) -> int:
         """The arrays A and B that a client returns at the end of a round."""
         self._check(cut, ranks)
-        return wire_costs.array_bytes(
+        return wire_bytes.array_bytes(
             shape
             for matrix in self.matrices
             if matrix.block < cut and (rank := ranks.get(matrix.name, 0))

@@ -15,11 +15,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.block_layout import BlockLayout
+from hsplit_flwr.costs.step_recorder import BlockTrace, StepRecorder
+from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.segments import Segment
-from hsplit_flwr.step_recorder import BlockTrace, StepRecorder
-from hsplit_flwr.workload import Workload
 
 
 @dataclass(frozen=True)
