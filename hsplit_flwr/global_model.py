@@ -11,9 +11,10 @@ from hsplit_flwr.adapters import linear_shape
 from hsplit_flwr.aggregation import Increment
 from hsplit_flwr.delta_log import DeltaLog
 from hsplit_flwr.deltas import WeightDelta, merge_into
+from hsplit_flwr.exchange import target_tokens
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.segments import Segment, block_of, load_segment
-from hsplit_flwr.server_tail import target_tokens, token_losses
+from hsplit_flwr.server_tail import token_losses
 
 
 def linear_shapes(segment: Segment) -> dict[str, tuple[int, int]]:

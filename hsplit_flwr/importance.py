@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hsplit_flwr.adapters import ADAPTER, linear_shape
 from hsplit_flwr.errors import UnsupportedModelError
+from hsplit_flwr.exchange import target_tokens
 from hsplit_flwr.segments import Segment, block_of
 
 TILE_BYTES = 8 << 20
@@ -47,12 +48,11 @@ def sample_rows(labels: Tensor, rows: int, start: int = 0, objective_tokens: int
     `objective_tokens` is the number of target tokens over which the trained objective is a mean; by default the
     client's own. None if the sampled rows hold no target token: they have no loss.
     """
-    own_tokens = int((labels[:, 1:] != -100).sum())
     sampled = labels[:rows] if rows else labels
-    tokens = int((sampled[:, 1:] != -100).sum())
+    tokens = target_tokens(sampled)
     if tokens == 0:
         return None
-    return SampledRows(start, start + len(sampled), (objective_tokens or own_tokens) / tokens)
+    return SampledRows(start, start + len(sampled), (objective_tokens or target_tokens(labels)) / tokens)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.barrier import BarrierLimits, StepBarrier
 from hsplit_flwr.errors import ExchangeError
-from hsplit_flwr.exchange import ScoreReply, StepReply
+from hsplit_flwr.exchange import ScoreReply, StepReply, target_tokens
 from hsplit_flwr.importance import ImportanceProbe, MeanImportance, SampledRows, sample_rows
 from hsplit_flwr.optimisation import Optimiser
 from hsplit_flwr.plan import TrainingConfig
@@ -65,11 +65,6 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     flat = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="none")
     return flat.view(labels.shape)
-
-
-def target_tokens(labels: Tensor) -> int:
-    """How many positions of `labels` (B, T) are predicted."""
-    return int((labels[:, 1:] != -100).sum())
 
 
 def _require_finite(what: str, *tensors: Tensor) -> None:

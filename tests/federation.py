@@ -3,11 +3,13 @@
 `play_round` drives a strategy's hooks with Flower's own `fit_clients`.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from flwr.common import FitIns, FitRes, Parameters
 from flwr.server import SimpleClientManager
@@ -15,6 +17,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.server import evaluate_clients, fit_clients
 from torch import Tensor
 
+from hsplit_flwr import client as client_module
 from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.client import ClientData
 from hsplit_flwr.local_federation import LocalNode
@@ -62,6 +65,24 @@ class Played:
     metrics: dict[str, Any]
     federated_loss: float | None
     central: dict[str, Any] = field(default_factory=dict)
+
+
+def build_one_at_a_time(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Lock what the client module calls `names`, against each other.
+
+    A Flower client has a process of its own; here they are threads, and a model is built on patched modules.
+    """
+    lock = threading.Lock()
+
+    def locked(build: Callable[..., Any]) -> Callable[..., Any]:
+        def one_at_a_time(*args: Any, **options: Any) -> Any:
+            with lock:
+                return build(*args, **options)
+
+        return one_at_a_time
+
+    for name in names:
+        monkeypatch.setattr(client_module, name, locked(getattr(client_module, name)))
 
 
 def manager_of(*nodes: ClientProxy) -> SimpleClientManager:

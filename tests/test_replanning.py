@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from hsplit_flwr import client as client_module
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.budgets.probe import measure_link
@@ -27,7 +26,7 @@ from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning, ReplanConfig
 from hsplit_flwr.strategy import HSplitLoRAStrategy, StrategyConfig
 from hsplit_flwr.tail_client import RemoteTail
-from tests.federation import EMPTY, Node, manager_of, play_round, random_batches, weights_of
+from tests.federation import EMPTY, Node, build_one_at_a_time, manager_of, play_round, random_batches, weights_of
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.timeout(180)
@@ -57,18 +56,7 @@ def costs(model: Path) -> ModelCosts:
 
 @pytest.fixture(autouse=True)
 def building_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Flower client has a process of its own; here they are threads, and a model is built on patched modules."""
-    lock = threading.Lock()
-
-    def locked(build: Callable[..., Any]) -> Callable[..., Any]:
-        def one_at_a_time(*args: Any, **options: Any) -> Any:
-            with lock:
-                return build(*args, **options)
-
-        return one_at_a_time
-
-    for name in ("load_segment", "SegmentAdapters", "_model_costs"):
-        monkeypatch.setattr(client_module, name, locked(getattr(client_module, name)))
+    build_one_at_a_time(monkeypatch, "load_segment", "SegmentAdapters", "_model_costs")
 
 
 def budget(costs: ModelCosts, cut: int, rank: int = 4) -> Budget:

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,17 @@ from hsplit_flwr.server import HSplitLoRAServer
 from hsplit_flwr.strategy import HSplitLoRAStrategy, StrategyConfig
 from hsplit_flwr.tail_client import DeltaTensors, RemoteTail
 from hsplit_flwr.task_proxy import ClientFailureError, TaskProxy, describe_failure
-from tests.federation import Batch, Fault, Fit, Node, manager_of, play_round, random_batches, weights_of
+from tests.federation import (
+    Batch,
+    Fault,
+    Fit,
+    Node,
+    build_one_at_a_time,
+    manager_of,
+    play_round,
+    random_batches,
+    weights_of,
+)
 from tests.models import NUM_BLOCKS, tiny_model
 
 pytestmark = pytest.mark.timeout(120)
@@ -71,18 +80,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def building_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Flower client has a process of its own; here they are threads, and a model is built on patched modules."""
-    lock = threading.Lock()
-
-    def locked(build: Callable[..., Any]) -> Callable[..., Any]:
-        def one_at_a_time(*args: Any, **options: Any) -> Any:
-            with lock:
-                return build(*args, **options)
-
-        return one_at_a_time
-
-    for name in ("load_segment", "SegmentAdapters"):
-        monkeypatch.setattr(client_module, name, locked(getattr(client_module, name)))
+    build_one_at_a_time(monkeypatch, "load_segment", "SegmentAdapters")
 
 
 def data(client: str) -> ClientData:

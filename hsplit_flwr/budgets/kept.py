@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context
 
 from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.budgets.probe import MEMORY_SHARE, Link, available_memory, own_budget, stated_figures
+from hsplit_flwr.budgets.probe import Link, own_budget, stated_figures, usable_memory
 
 STATE_KEY = "hsplit-budget"
 
@@ -42,4 +42,4 @@ class KeptBudget:
         kept = Budget(**dict(record))  # type: ignore[arg-type]
         if "memory_bytes" in stated_figures(self._context.node_config):
             return kept
-        return replace(kept, memory_bytes=int(MEMORY_SHARE * available_memory(self._device)))
+        return replace(kept, memory_bytes=usable_memory(self._device))

@@ -70,7 +70,7 @@ def own_budget(node_config: Mapping[str, object], device: torch.device | str, li
     stated = stated_figures(node_config)
     measured: dict[str, float] = {}
     if "memory_bytes" not in stated:
-        measured["memory_bytes"] = MEMORY_SHARE * available_memory(device)
+        measured["memory_bytes"] = usable_memory(device)
     if "flops_per_s" not in stated:
         measured["flops_per_s"] = TRAINING_SHARE * measure_compute(device=device)
     if not set(Link._fields) <= stated.keys():
@@ -115,6 +115,11 @@ def measure_compute(
 def _finish(tensor: torch.Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
+
+
+def usable_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes of `available_memory` that a client counts on."""
+    return int(MEMORY_SHARE * available_memory(device))
 
 
 def available_memory(device: torch.device | str = "cpu") -> int:

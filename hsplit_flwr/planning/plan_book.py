@@ -1,6 +1,5 @@
 """Who trains what, round by round: plans that are configured once, or planned from budgets and importance."""
 
-import logging
 from collections.abc import Iterable, Mapping
 
 from hsplit_flwr.budgets.budget import Budget
@@ -11,7 +10,6 @@ from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
 
-_log = logging.getLogger("hsplit_flwr")
 Plans = AdaptivePlanning | Mapping[str, ClientPlan] | ClientPlan
 Profile = Mapping[str, float]
 
@@ -62,6 +60,8 @@ class PlanBook:
         if not decision.plan.clients:
             reasons = "; ".join(decision.plan.left_out.values())
             raise ConfigError(f"Expected a client that can take part, found none: {reasons}")
+        if not decision.reasons:
+            return decision
         alpha_over_rank = self.adaptive.alpha_over_rank
         self._plans = {
             client: ClientPlan(planned.cut, LoraSpec.of_ranks(planned.ranks, alpha_over_rank))

@@ -3,7 +3,7 @@
 Choose, for every client i, a cut s_i in 1..L-1 and, for the matrices m of blocks below s_i, ranks r_im that are 0 or a
 candidate, to
 
-    maximise    sum_i sum_{m in head(s_i)} I_m g(r_im)              I: importance, sum 1; g: `plan_ranks.gain`
+    maximise    sum_i sum_{m in head(s_i)} I_m g(r_im)              I: importance, sum 1; g: `ranks.gain`
 
     subject to  head_base_bytes(s_i) + sum_m r_im rank_bytes_m  <=  memory_i                                 every i
                 steps * (head_flops(s_i, r_i) / compute_i + up / uplink_i + down / downlink_i + 2 latency_i + t)
@@ -16,8 +16,8 @@ The server's memory counts every client's activations at once; in truth only cli
 the sum errs on the safe side. The tail's own ranks follow from `tail_rank` and the importance alone: they maximise
 sum_m I_m g(r_m) over the blocks from 1 on, subject to sum_m r_m (d_in + d_out) <= tail_rank sum_m (d_in + d_out).
 
-As many clients as possible take part (`plan_participants`); the objective comes second. With the same clients taking
-part, more of any budget or a later deadline never gives a lower objective (`plan_greedy` says how far that goes). The
+As many clients as possible take part (`participants`); the objective comes second. With the same clients taking
+part, more of any budget or a later deadline never gives a lower objective (`greedy` says how far that goes). The
 paper's own formulation is not public text to us; this one is ours.
 """
 

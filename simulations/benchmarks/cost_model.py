@@ -96,7 +96,7 @@ CALIBRATION = (
     Point(SMOL, 15, 64, 1, 16),
     Point(SMOL, 22, 8, 2, 128),
 )
-"""on which the measured constants of `memory_model` were set"""
+"""on which the measured constants of `costs/memory.py` were set"""
 HELD_OUT = (
     Point(TINY, 2, 8, 16, 96, True),
     Point(TINY, 3, 4, 8, 32),
