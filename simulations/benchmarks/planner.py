@@ -5,8 +5,8 @@
 *Gap*: 1 - value / optimum over random problems with 1 to 6 clients of unequal budgets, models of 2 to 8 blocks with
 1 to 7 matrices each, ranks 0, 2, 4, 8, 16; a quarter each with tight memory, a tight deadline, both, or neither, and in
 40 % of all a tight server memory. A unit of rank costs 1 to 100 times what it does in truth, so that ranks matter
-beside frozen weights (see `random_problems`). The optimum is HiGHS's, to 1e-6; problems that it does not solve in time are
-counted apart. `worst_gap` and `mean_gap` are over all problems that it solved.
+beside frozen weights (see `random_problems`). The optimum is HiGHS's, to 1e-6; problems that it does not solve in time
+are counted apart. `worst_gap` and `mean_gap` are over all problems that it solved.
 
 *Seconds*: one plan for a model of 32 blocks and 224 matrices with tight memory and deadline, the best of the repeats;
 from arrays to a `RoundPlan`, with the limits of every client.
