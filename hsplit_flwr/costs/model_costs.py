@@ -89,15 +89,17 @@ class ModelCosts:
         self._check(cut, ranks)
         return self._flops.tail(cut, ranks)
 
-    def adapter_bytes(self, cut: int, ranks: Mapping[str, int]) -> int:
-        """The arrays A and B that a client returns at the end of a round."""
+    def update_bytes(self, cut: int, ranks: Mapping[str, int]) -> int:
+        """The arrays that a client returns at the end of a round: A, B and the importance of its matrices."""
         self._check(cut, ranks)
-        return wire_bytes.array_bytes(
+        held = [matrix for matrix in self.matrices if matrix.block < cut]
+        factors = [
             shape
-            for matrix in self.matrices
-            if matrix.block < cut and (rank := ranks.get(matrix.name, 0))
+            for matrix in held
+            if (rank := ranks.get(matrix.name, 0))
             for shape in ((rank, matrix.d_in), (matrix.d_out, rank))
-        )
+        ]
+        return wire_bytes.array_bytes([*factors, (len(held),)])
 
     def head_base_bytes(self, cut: int) -> int:
         """Memory of a head with adapters everywhere, of ranks near 0."""

@@ -47,12 +47,12 @@ def hello_bytes() -> int:
     return _frame_bytes({})
 
 
-def array_bytes(shapes: Iterable[tuple[int, int]]) -> int:
+def array_bytes(shapes: Iterable[Shape]) -> int:
     """Float32 arrays of these shapes, each as an npy file, which is how Flower's `Parameters` hold them."""
     return sum(4 * math.prod(shape) + _npy_header_bytes(shape) for shape in shapes)
 
 
-def _npy_header_bytes(shape: tuple[int, int]) -> int:
+def _npy_header_bytes(shape: Shape) -> int:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
     return buffer.tell()

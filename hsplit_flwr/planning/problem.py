@@ -229,7 +229,7 @@ def _array_headers(costs: "ModelCosts") -> Floats:
     """(C,) bytes beside the numbers, if every matrix of a head has an adapter."""
     ones = dict.fromkeys((matrix.name for matrix in costs.matrices), 1)
     numbers = np.cumsum(np.bincount([m.block for m in costs.matrices], [4 * m.sides for m in costs.matrices]))
-    return np.array([costs.adapter_bytes(cut, ones) - numbers[cut - 1] for cut in range(1, costs.num_blocks)])
+    return np.array([costs.update_bytes(cut, ones) - numbers[cut - 1] for cut in range(1, costs.num_blocks)])
 
 
 def _affine(by_cut: Sequence[float] | Floats) -> tuple[float, float]:

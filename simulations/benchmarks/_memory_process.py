@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 # All imports of a client first: the memory baseline is taken after them.
+import numpy as np
 import peft  # noqa: F401
 import torch
 from _head_process import forget_peak, resident_bytes
@@ -51,13 +52,14 @@ def train_round(files: ModelFiles, task: RoundTask, workload: Workload) -> dict[
         hello_up, delta_down = tail.bytes_up, tail.bytes_down
         adapters = SegmentAdapters(head, task.plan.lora, head.linear_modules())
         adapters.reset(task.adapter_seed)
-        train_head(head, adapters, batches(workload, head.vocab_size), tail, task.training)
+        report = train_head(head, adapters, batches(workload, head.vocab_size), tail, task.training)
     arrays = [f.numpy() for factors in adapters.factors().values() for f in (factors.A, factors.B)]
+    arrays.append(np.array([report.importance[name] for name in head.linear_modules()], np.float32))
     return {
         "hello": hello_up,
         "step_up": (tail.bytes_up - hello_up) // workload.local_steps,
         "step_down": (tail.bytes_down - delta_down) // workload.local_steps,
-        "adapters": sum(map(len, ndarrays_to_parameters(arrays).tensors)),
+        "update": sum(map(len, ndarrays_to_parameters(arrays).tensors)),
     }
 
 

