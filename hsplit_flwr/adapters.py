@@ -1,6 +1,6 @@
 """LoRA adapters on a segment, through PEFT: put in, start afresh, read out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,14 @@ class SegmentAdapters:
             A, B = _pair(layer)
             A.data.copy_(init_lora_A(A.shape[0], A.shape[1], derive_seed(seed, name)))
             B.data.zero_()
+            A.grad = B.grad = None
+
+    def set(self, factors: Mapping[str, LoraFactors]) -> None:
+        """Go on from `factors`, one for every adapted module, of its rank; ``scaling * B @ A`` stays what it was."""
+        for name, layer in self._layers.items():
+            A, B = _pair(layer)
+            A.data.copy_(factors[name].A)
+            B.data.copy_(factors[name].B * (factors[name].scaling / _scaling(layer)))
             A.grad = B.grad = None
 
     def remove(self) -> None:

@@ -44,18 +44,20 @@ def train_head(
     session: TailSession,
     config: TrainingConfig,
     first_step: int = 0,
+    optimiser: Optimiser | None = None,
 ) -> TrainReport:
     """Train `adapters` for ``config.local_steps`` steps on `batches`.
 
     The autograd graph of each step and the optimiser stay alive on the client; only activations, mask and labels go
     out and only the activation gradient comes in. `first_step` is the run step of the round's first step. The first
     ``config.importance_steps`` steps also measure the head's importance, which changes nothing in what is trained.
+    `optimiser` goes on from an earlier round; by default it starts afresh.
 
     Raises:
         ConfigError: the batches run out, or lack a tensor.
         ExchangeError: the tail refused a step or could not be reached.
     """
-    optimiser = Optimiser(adapters.parameters(), config)
+    optimiser = optimiser or Optimiser(adapters.parameters(), config)
     importance = MeanImportance()
     losses: list[float] = []
     tokens = 0

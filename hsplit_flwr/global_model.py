@@ -58,6 +58,19 @@ class Score:
         return math.exp(min(self.loss, 700.0))
 
 
+def score_segment(segment: Segment, batches: Iterable[Mapping[str, Tensor]]) -> Score:
+    """Loss of a segment that holds the whole model on `batches`; its adapters count."""
+    device = next(segment.parameters()).device
+    nll, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            labels = batch["labels"].to(device)
+            logits = segment(batch["input_ids"].to(device), batch["attention_mask"].to(device))
+            nll += float(token_losses(logits, labels).double().sum())
+            tokens += target_tokens(labels)
+    return Score(nll, tokens)
+
+
 class GlobalModel:
     """The server's whole model, always at the newest version of the weights.
 
@@ -94,12 +107,4 @@ class GlobalModel:
 
     def score(self, batches: Iterable[Mapping[str, Tensor]]) -> Score:
         """Loss of the whole model on `batches` (adapters that are not merged yet count too)."""
-        device = next(self.segment.parameters()).device
-        nll, tokens = 0.0, 0
-        with torch.no_grad():
-            for batch in batches:
-                labels = batch["labels"].to(device)
-                logits = self.segment(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-                nll += float(token_losses(logits, labels).double().sum())
-                tokens += target_tokens(labels)
-        return Score(nll, tokens)
+        return score_segment(self.segment, batches)

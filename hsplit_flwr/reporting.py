@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from hsplit_flwr.health.records import Finding
 from hsplit_flwr.progress import format_duration
 from hsplit_flwr.results import CLIENT_PHASES, ROUND_PHASES, ClientRecord, RoundRecord, RunSummary, client_order
 
@@ -86,17 +87,28 @@ def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
 
 
 def run_report(summary: RunSummary, *, markdown: bool = False) -> str:
-    """The three tables of a run under headings, and one line for each client that failed."""
+    """The three tables of a run under headings, its health, and one line for each client that failed."""
     failures = [f"round {record.round}: {text}" for record in summary.history for text in record.failures]
     sections = {
         "Rounds": round_table(summary.history, markdown=markdown),
         "Clients": client_table(summary.history, markdown=markdown),
         "Result": summary_table(summary, markdown=markdown),
     }
+    if summary.health:
+        sections["Health"] = health_section(summary.health, markdown=markdown)
     if failures:
         sections["Failures"] = "\n".join(f"- {line}" if markdown else line for line in failures)
     heading = "### {}\n\n{}" if markdown else "{}\n{}"
     return "\n\n".join(heading.format(title, body) for title, body in sections.items())
+
+
+def health_section(findings: Sequence[Finding], *, markdown: bool = False) -> str:
+    """A row per failure sign; below, cause and remedy of each warning."""
+    rows = [[finding.sign, finding.status, finding.measured] for finding in findings]
+    table = format_table(["sign", "status", "measured"], rows, markdown, left_aligned=3)
+    warnings = [finding for finding in findings if finding.status == "warning"]
+    lines = [line for f in warnings for line in (f"- {f.sign}: {f.cause}.", f"  Remedy: {f.remedy}.")]
+    return "\n".join([table, "", *lines] if lines else [table])
 
 
 def format_bytes(count: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.health.records import AggregationHealth, Finding, TailSteps
 from hsplit_flwr.planning.round_plan import RoundPlan
 
 CLIENT_PHASES = ("load", "compute", "exchange")
@@ -66,8 +67,12 @@ class RoundRecord:
     """of the importance profile since the plan in force, before this round: total variation distance, 0..1"""
     importance: Mapping[str, float] = field(default_factory=dict)
     """the importance profile after this round, by module, sum 1"""
+    steps: TailSteps | None = None
+    """the joint steps, as the tail saw them"""
+    aggregation: AggregationHealth | None = None
+    """measured on a few matrices; None where it was not measured"""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """by phase, see `ROUND_PHASES`"""
+    """by phase, see `ROUND_PHASES`; ``health`` is what measuring `aggregation` took"""
 
     @property
     def tokens(self) -> int:
@@ -117,6 +122,8 @@ class RunSummary:
     """the run's configuration as JSON-able values"""
     adapter: Mapping[str, Any] | None = None
     """the exported adapter (`AdapterExport.to_dict`): ranks, relative error, whether it is exact"""
+    health: tuple[Finding, ...] = ()
+    """the known failure signs, see `health.diagnosis`"""
     samples: tuple[Mapping[str, str], ...] = ()
     """texts of the trained model, e.g. prompt, reference, generated"""
 

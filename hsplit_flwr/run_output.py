@@ -11,7 +11,10 @@ import torch
 
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.export import AdapterExport, save_merged, save_peft_adapter
+from hsplit_flwr.generation import generate_texts
 from hsplit_flwr.global_model import GlobalModel
+from hsplit_flwr.health.diagnosis import RunSettings, diagnose
+from hsplit_flwr.health.plots import plot_spectrum
 from hsplit_flwr.planning.plots import plot_budgets, plot_importance
 from hsplit_flwr.planning.report import plan_history, plan_table
 from hsplit_flwr.plots import plot_run
@@ -84,8 +87,10 @@ class RunOutput:
         strategy.remove_adapters()
         save_merged(self._model.segment.model, self._tokenizer, self._folder / "merged_model")
         adapter = self._export_adapter()
+        initial = strategy.initial_score.perplexity if strategy.initial_score else None
+        settings = RunSettings(strategy.training, strategy.config.rule, self._model.num_blocks)
         summary = RunSummary(
-            initial_perplexity=strategy.initial_score.perplexity if strategy.initial_score else None,
+            initial_perplexity=initial,
             history=tuple(strategy.history),
             seed=strategy.training.seed,
             versions=versions(),
@@ -94,6 +99,7 @@ class RunOutput:
             wall_seconds=wall_seconds,
             config=self._config,
             adapter=adapter.to_dict() if adapter else None,
+            health=diagnose(strategy.history, initial, settings),
             samples=tuple(
                 {"prompt": s.prompt, "reference": s.reference, "before": before, "after": now}
                 for s, before, now in zip(self._samples, self._before, after, strict=True)
@@ -101,6 +107,7 @@ class RunOutput:
         )
         summary.save(self._folder / "summary.json")
         plot_run(summary, self._folder / "run.png")
+        plot_spectrum(summary.history, self._folder / "spectrum.png")
         report = "\n\n".join([run_report(summary), *self._plan_sections(strategy)])
         (self._folder / "report.txt").write_text(report + "\n", encoding="utf-8")
         _log.info("%s", "\n".join(["", report, "", *self._sample_lines(summary)]))
@@ -145,18 +152,5 @@ class RunOutput:
             return None
 
     def _generate(self) -> list[str]:
-        model = self._model.segment.model
-        texts = []
-        for sample in self._samples:
-            inputs = self._tokenizer(sample.prompt, return_tensors="pt").to(model.device)
-            with torch.no_grad():
-                output = model.generate(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    max_new_tokens=MAX_NEW_TOKENS,
-                    do_sample=False,
-                    pad_token_id=self._tokenizer.eos_token_id,
-                )
-            new = output[0, inputs["input_ids"].shape[1] :]
-            texts.append(self._tokenizer.decode(new, skip_special_tokens=True).strip())
-        return texts
+        prompts = [sample.prompt for sample in self._samples]
+        return generate_texts(self._model.segment.model, self._tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)

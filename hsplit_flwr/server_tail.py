@@ -100,12 +100,14 @@ class SharedTail:
         """Where the tail computes."""
         return next(self.segment.parameters()).device
 
-    def open_training(self, clients: Iterable[str], concurrency: int, adapter_seed: int) -> None:
-        """Start a training round: fresh adapters and optimiser, a barrier over `clients`."""
+    def open_training(self, clients: Iterable[str], concurrency: int, adapter_seed: int | None) -> None:
+        """Start a training round: a barrier over `clients`, fresh adapters and optimiser (None: they go on)."""
         self.close_training()
-        self.adapters.reset(adapter_seed)
+        if adapter_seed is not None:
+            self.adapters.reset(adapter_seed)
+        if adapter_seed is not None or self._optimiser is None:
+            self._optimiser = Optimiser(self.adapters.parameters(), self._config)
         self._importance = defaultdict(MeanImportance)
-        self._optimiser = Optimiser(self.adapters.parameters(), self._config)
         members = list(clients)
         self._round_clients = len(members)
         self._barrier = StepBarrier(members, concurrency, self._limits)

@@ -36,6 +36,8 @@ from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.fit_results import client_record, read_budget, read_trained, require_accepted
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes
+from hsplit_flwr.health.aggregation import measure_aggregation
+from hsplit_flwr.health.steps import StepNotes
 from hsplit_flwr.lora import LoraFactors, LoraSpec
 from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed
 from hsplit_flwr.planning.plan_book import PlanBook, Plans
@@ -137,7 +139,8 @@ class HSplitLoRAStrategy(Strategy):
                 f"{self.config.round_limit_s}: a round must not end at its gate. Lower start_gate_s."
             )
         self._shapes = linear_shapes(model.segment)
-        self._tail = SharedTail(model.segment, self._tail_adapters(), training, limits, on_step)
+        self._steps = StepNotes(on_step)
+        self._tail = SharedTail(model.segment, self._tail_adapters(), training, limits, self._steps)
         self._service_config = replace(service or ServiceConfig(), activation_dtype=training.activation_dtype)
         self._service: TailService | None = None
         self._round_plans: dict[str, ClientPlan] = {}
@@ -196,6 +199,7 @@ class HSplitLoRAStrategy(Strategy):
             server_round,
             clients=tuple(done.record for done in finished.values()),
             failures=(*map(_reason, failures), *refused, *stragglers),
+            steps=self._steps.take(),
         )
         tokens = {client: tickets[client].tokens for client in finished}
         if sum(tokens.values()) == 0:
@@ -212,6 +216,11 @@ class HSplitLoRAStrategy(Strategy):
         train_loss = sum(tickets[client].nll for client in finished) / sum(tokens.values())
         self._journal.note(server_round, train_loss=train_loss)
         self._journal.phase(server_round, "aggregate", started)
+        started = time.perf_counter()
+        profile = self._book.history.profile
+        health = measure_aggregation(contributions, tail_factors, list(self._shapes), block_of, profile)
+        self._journal.note(server_round, aggregation=health)
+        self._journal.phase(server_round, "health", started)
         return None, {"train_loss": train_loss, "tokens": sum(tokens.values()), "clients": len(finished)}
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:

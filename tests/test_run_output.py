@@ -94,6 +94,7 @@ def test_the_files(trained: tuple[Path, dict[str, Any]]) -> None:
         "merged_model",
         "report.txt",
         "run.png",
+        "spectrum.png",
         "summary.json",
     }
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")

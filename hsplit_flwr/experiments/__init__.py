@@ -1,0 +1,1 @@
+"""Experiments: rivals and ablations on one engine, a virtual clock, text metrics, and a runner of whole matrices."""

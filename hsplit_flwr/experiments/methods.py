@@ -1,0 +1,71 @@
+"""HSplitLoRA, its ablations and its rivals, each as a configuration of one engine.
+
+Common to all: the same batches of the same clients in the same order, AdamW and the schedule of `TrainingConfig` over
+the whole run, LoRA of alpha = 2r on every linear layer (all but `ft`), and the token shares p_i.
+
+How we read the rivals, where their texts leave a choice:
+
+* ``splitlora`` (arXiv:2407.00952): one cut and one rank for all, which the weakest device affords; heads' factors are
+  averaged and handed back, the tail's adapters and all optimisers go on over the whole run.
+* ``splitlora_as_released`` (https://github.com/FDU-INC/Split_LoRA, gpt2_ft_sfl.py): its aggregation averages N + 1
+  snapshots of N clients without weights. Each was taken before that client's last step, and the first client has two.
+* ``hetlora`` (arXiv:2401.06432): the whole model on every client, rank by device, zero-padding, sparsity-weighted
+  average, truncation, rank self-pruning (`pruning`; from the paper's description, its constants from memory).
+* ``flora`` (arXiv:2409.05976): as HetLoRA, but stacked, merged and started afresh; no split.
+* ``flexlora`` (arXiv:2402.11505): as HetLoRA, but the exact sum is redistributed by SVD, to every client as much as its
+  rank holds; scored at the largest rank.
+* ``cenlora``: all data on the server, one LoRA of rank 16; a step takes the batches of all clients at once, so that it
+  makes as many steps on as many tokens as the others. ``cenlora_small_batch`` takes them one after another: as many
+  tokens, N times the steps.
+* ``ft``: federated full fine-tuning, FedAvg (arXiv:1602.05629) of all weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Where = Literal["split", "whole", "server"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What makes a method."""
+
+    title: str
+    where: Where
+    """training: split between device and server, the whole model on every device, or all of it on the server"""
+    rule: str = "noise_free"
+    """one of `aggregation.RULES`"""
+    carried: bool = False
+    """the aggregated adapters go on in the next round; else they are merged, and new ones start"""
+    planned: bool = False
+    """cuts and ranks by the planner; else one cut and one rank (split), or a rank by device (whole)"""
+    importance: bool = True
+    """the planner knows which weights matter"""
+    all_weights: bool = False
+    """trains the weights themselves, not LoRA"""
+    self_pruning: bool = False
+    stale_snapshots: bool = False
+    """aggregates what SplitLoRA's released code does"""
+    joint_batches: bool = True
+    """the server takes the batches of all clients in one step"""
+
+
+METHODS: Mapping[str, Method] = {
+    "hsplitlora": Method("HSplitLoRA", "split", planned=True),
+    "without_iwi": Method("HSplitLoRA without importance", "split", planned=True, importance=False),
+    "without_armsc": Method("HSplitLoRA with one cut and rank", "split"),
+    "without_naa": Method("HSplitLoRA with averaged factors", "split", rule="fedavg", planned=True),
+    "splitlora": Method("SplitLoRA", "split", rule="fedavg", carried=True),
+    "splitlora_as_released": Method(
+        "SplitLoRA as released", "split", rule="fedavg", carried=True, stale_snapshots=True
+    ),
+    "hetlora": Method("HetLoRA", "whole", rule="zero_pad", carried=True, self_pruning=True),
+    "flora": Method("FLoRA", "whole"),
+    "flexlora": Method("FlexLoRA", "whole", rule="svd", carried=True),
+    "cenlora": Method("CenLoRA", "server"),
+    "cenlora_small_batch": Method("CenLoRA, small batches", "server", joint_batches=False),
+    "ft": Method("FT", "whole", all_weights=True),
+}
+RIVALS = ("splitlora", "hetlora", "flora", "flexlora", "cenlora", "ft")
+"""whom HSplitLoRA is compared with"""

@@ -1,0 +1,120 @@
+"""An experiment as data: what decides a run (`RunSpec`) and what it found (`Evaluation`)."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Self
+
+from hsplit_flwr.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that decides a run: two runs of equal specs give equal numbers on one machine and version."""
+
+    method: str
+    """one of `methods.METHODS`"""
+    setting: str
+    """one of `settings.SETTINGS`: the devices"""
+    partition: str
+    """``iid`` or ``dirichlet``"""
+    seed: int
+    """of partition, batches, adapters and availability"""
+    learning_rate: float
+    model: str = "tiny"
+    """``tiny`` (embedded), ``smollm2``, or whatever `ModelFiles.resolve` takes"""
+    data: str = ""
+    """a folder with ``train.csv`` and ``valid.csv`` (columns ``mr`` and ``ref``); empty: the embedded restaurants"""
+    rounds: int = 5
+    local_steps: int = 10
+    """of every client and round"""
+    batch_size: int = 4
+    max_length: int = 96
+    warmup_steps: int = 10
+    alpha: float = 0.3
+    """of the Dirichlet partition"""
+    held_out: str = "test"
+    """``test`` or ``validation``: two halves of the held-out meaning representations; settings are searched on the
+    second"""
+    eval_examples: int = 200
+    """of that half, evenly spaced, for perplexity"""
+    text_prompts: int = 0
+    """held-out prompts that the final model writes texts for; 0: no text metrics"""
+    cut: int = 0
+    """every client's cut, instead of what the method chooses; 0: the method chooses"""
+    rank: int = 0
+    """every adapter's rank, instead of what the method chooses; 0: the method chooses"""
+
+    def __post_init__(self) -> None:
+        least = {"seed": 0, "rounds": 1, "local_steps": 1, "batch_size": 1, "max_length": 2, "warmup_steps": 0}
+        least |= {"eval_examples": 1, "text_prompts": 0, "cut": 0, "rank": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+                raise ConfigError(f"Expected {name} as a whole number >= {minimum}, found {value!r}.")
+        for name, allowed in {"partition": ("iid", "dirichlet"), "held_out": ("test", "validation")}.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"Expected {name} as one of {allowed}, found {getattr(self, name)!r}.")
+        if not (self.learning_rate > 0 and self.alpha > 0):
+            raise ConfigError(f"Expected learning_rate and alpha > 0, found {self.learning_rate} and {self.alpha}.")
+
+    @property
+    def key(self) -> str:
+        """12 hexadecimal digits that tell this spec from all others."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """In the order of the class."""
+        return tuple(field.name for field in fields(cls))
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Corpus scores of generated texts; higher is better."""
+
+    bleu: float
+    """0..100"""
+    nist: float
+    meteor: float
+    """0..1"""
+    rouge_l: float
+    """0..1, F1"""
+    cider: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The state of a run after a round (round 0: before training). Totals count from the start of the run."""
+
+    round: int
+    perplexity: float
+    """of the server's held-out examples"""
+    train_loss: float | None
+    """mean over the round's clients, weighted by tokens, of their mean over the steps, nats; None in round 0"""
+    tokens: int
+    """target tokens trained on"""
+    virtual_s: float
+    """time on the devices of the setting, by the virtual clock"""
+    idle_share: float
+    """of the clients' time in the rounds so far, the mean share they waited; 0 in round 0"""
+    bytes_up: int
+    """all clients to server"""
+    bytes_down: int
+    clients: int
+    """that finished the round"""
+    too_large: int
+    """clients of the round whose memory budget their part exceeds; they train all the same"""
+    wall_s: float
+    """real time on the machine that computed it"""
+    scores: TextScores | None = None
+    """of the last round, if asked for"""
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """In the order of the class."""
+        return tuple(field.name for field in fields(cls))
+
+    def after(self, **changes: object) -> Self:
+        """A copy with other values."""
+        return type(self)(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})

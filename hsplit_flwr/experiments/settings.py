@@ -1,0 +1,143 @@
+"""The devices of the experiments: five clients and a server, stated for LLaMA-2-7B, scaled to the model at hand.
+
+They are stated as people know them from 7B models: 32 blocks in bfloat16, batches of 4 x 128 tokens, activations in
+bfloat16 on the wire. For another model and workload every device has
+
+    memory    x  memory of the deepest head (L-1 blocks, rank 16 everywhere) / that of LLaMA-2-7B
+    compute   x  FLOPs of a step of the whole model (rank 16 everywhere)     / that of LLaMA-2-7B
+    link      x  bytes that a step sends up                                  / that of LLaMA-2-7B
+
+and the same latency. So a head of a given share of the model takes about the same share of a device, and a step's
+compute and transfer take the seconds that they take for LLaMA-2-7B. Not scaled with them: what a client exchanges once
+a round. Adapters of a smaller model weigh less against its activations, so downloads and uploads seem quicker.
+The smallest device affords 0.26 of the deepest head: all that SmolLM2-135M needs for 1 block, and the embedded model
+with batches of at least 192 tokens (4 x 48); with smaller ones the planner leaves that client out.
+
+The numbers are *assumed*, not those of the paper (arXiv:2505.02795, whose exact devices are not public text to us):
+compute is sustained, 0.4 of the peak as in `budgets.devices`. The fastest client, 64 TFLOP/s, is a GeForce RTX 4090
+(165.2 dense in bfloat16, https://waredb.com/processor/nvidia-geforce-rtx-4090); the server is an H200 (989 dense, 141
+GB, https://itkb.uw.cz/2026/06/nvidia-h200-vs-b300-precisions-cores.html). The link is the *fixed* one of
+`budgets.devices`, the world's mean. Client 2 is the same device in all settings.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.budgets.devices import DEVICES, GPU_UTILISATION
+from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.plan import derive_seed
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a model is for those who train it."""
+
+    head_bytes: float
+    """memory of the deepest head, rank 16 everywhere"""
+    step_flops: float
+    """of the whole model, rank 16 everywhere"""
+    step_bytes_up: float
+
+    @classmethod
+    def of(cls, costs: ModelCosts) -> "Size":
+        """Of the model and workload of `costs`."""
+        deepest = costs.num_blocks - 1
+        ranks = {matrix.name: 16 for matrix in costs.matrices}
+        step_flops = costs.head_flops(deepest, ranks) + costs.tail_flops(deepest, ranks)
+        return cls(costs.head_memory(deepest, ranks).total_bytes, step_flops, costs.step_bytes_up)
+
+
+# transformers' default Llama is LLaMA-2-7B; tests/test_settings.py computes it again:
+#   python -c "from transformers import LlamaConfig
+#   from hsplit_flwr.costs.model_costs import ModelCosts, Workload
+#   from hsplit_flwr.experiments.settings import Size
+#   print(Size.of(ModelCosts(LlamaConfig(), Workload(4, 128, dtype='bf16', activation_dtype='bf16'))))"
+LLAMA_2_7B = Size(head_bytes=18_888_951_045, step_flops=13_722_621_837_312, step_bytes_up=4_197_672)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Five clients "0" to "4", from the least capable to the most capable where they differ, and a server."""
+
+    clients: Mapping[str, Budget]
+    """for LLaMA-2-7B"""
+    ranks: Mapping[str, int]
+    """client -> the LoRA rank of a rival with unequal ranks (HetLoRA, FLoRA, FlexLoRA) that trains the whole model"""
+    away: float = 0.0
+    """probability that a client is not there in a round"""
+
+    def devices(self, costs: ModelCosts) -> dict[str, Budget]:
+        """Every client's device, scaled to the model and workload of `costs`."""
+        size = Size.of(costs)
+        return {client: _scaled(budget, size) for client, budget in self.clients.items()}
+
+    def server(self, costs: ModelCosts) -> Budget:
+        """The server, scaled in the same way."""
+        return _scaled(SERVER, Size.of(costs))
+
+    def present(self, seed: int, round_number: int) -> tuple[str, ...]:
+        """The clients that are there in a round, in order; it depends on the arguments and the setting alone.
+
+        Each is drawn by (seed, round, client). If all were away, the one with the highest draw stays.
+        """
+        draws = {
+            client: random.Random(derive_seed(seed, "present", round_number, client)).random()
+            for client in self.clients
+        }
+        stay = tuple(client for client, draw in draws.items() if draw >= self.away)
+        return stay or (max(draws, key=draws.__getitem__),)
+
+
+def _scaled(budget: Budget, size: Size) -> Budget:
+    return budget.scaled(
+        memory=size.head_bytes / LLAMA_2_7B.head_bytes,
+        compute=size.step_flops / LLAMA_2_7B.step_flops,
+        link=size.step_bytes_up / LLAMA_2_7B.step_bytes_up,
+    )
+
+
+def _device(memory_gb: float, tflops: float, link: float = 1.0) -> Budget:
+    """`link`: times the link of `budgets.devices`' fixed devices."""
+    fixed = DEVICES["laptop-gpu"]
+    return Budget(
+        memory_bytes=int(memory_gb * 1e9),
+        flops_per_s=tflops * 1e12,
+        uplink_bytes_per_s=fixed.uplink_bytes_per_s * link,
+        downlink_bytes_per_s=fixed.downlink_bytes_per_s * link,
+        latency_s=fixed.latency_s,
+    )
+
+
+SERVER = replace(DEVICES["datacenter-gpu"], memory_bytes=134_000_000_000, flops_per_s=GPU_UTILISATION * 989e12)
+_MEMORY_GB = (5, 8, 12, 16, 20)
+_UNEQUAL_RANKS = (2, 4, 8, 12, 16)
+SETTINGS: Mapping[str, Setting] = {
+    "homogeneous": Setting(
+        clients={str(client): _device(12, 16) for client in range(5)},
+        ranks={str(client): 8 for client in range(5)},
+    ),
+    "heterogeneous": Setting(
+        clients={str(client): _device(memory, 16 * 2 ** (client / 2 - 1)) for client, memory in enumerate(_MEMORY_GB)},
+        ranks={str(client): rank for client, rank in enumerate(_UNEQUAL_RANKS)},
+    ),
+    "highly_heterogeneous": Setting(
+        clients={
+            str(client): _device(memory, 16 * 2.0 ** (client - 2), link=2.0 ** (client - 2))
+            for client, memory in enumerate(_MEMORY_GB)
+        },
+        ranks={str(client): rank for client, rank in enumerate(_UNEQUAL_RANKS)},
+        away=0.3,
+    ),
+}
+"""by name
+
+====================  ================  ===================  ==============  =================  =============
+setting               memory, GB        compute, TFLOP/s     uplink, Mbit/s  downlink, Mbit/s   away
+====================  ================  ===================  ==============  =================  =============
+homogeneous           12                16                   60              110                never
+heterogeneous         5, 8, 12, 16, 20  8, 11, 16, 23, 32    60              110                never
+highly_heterogeneous  5, 8, 12, 16, 20  4, 8, 16, 32, 64     15 to 241 (x2)  28 to 441 (x2)     0.3 of rounds
+====================  ================  ===================  ==============  =================  =============
+"""

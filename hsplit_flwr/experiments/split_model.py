@@ -1,0 +1,213 @@
+"""Methods that split the model: heads against one shared tail, in one process, without a wire.
+
+The same heads, tail, step barrier, planner and aggregation as in a deployment (`HSplitLoRAStrategy`); all segments
+share the tensors of one model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from hsplit_flwr.adapters import SegmentAdapters
+from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.barrier import BarrierLimits
+from hsplit_flwr.client_head import Batch, TrainReport, train_head
+from hsplit_flwr.experiments.clock import ClientWork
+from hsplit_flwr.experiments.methods import Method
+from hsplit_flwr.experiments.split_plans import plans_of
+from hsplit_flwr.experiments.task import Task
+from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, recorded, split_work
+from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes, score_segment
+from hsplit_flwr.lora import LoraFactors, LoraSpec
+from hsplit_flwr.optimisation import Optimiser
+from hsplit_flwr.plan import ClientPlan, derive_seed
+from hsplit_flwr.segments import Segment, block_of, segment_from_model
+from hsplit_flwr.server_tail import SharedTail
+
+LIMITS = BarrierLimits(start_gate_s=60.0, straggler_limit_s=600.0, step_limit_s=600.0)
+"""nobody is late here: a step always takes all clients, so that a run does not depend on the machine's load"""
+
+
+@dataclass
+class _Head:
+    """A client's part, and what it did in a round."""
+
+    plan: ClientPlan
+    segment: Segment
+    adapters: SegmentAdapters
+    optimiser: Optimiser
+    download_bytes: int = 0
+    """what it was sent before its first step"""
+    shapes: list[BatchShape] = field(default_factory=list)
+    snapshot: dict[str, LoraFactors] = field(default_factory=dict)
+    """its adapters before its last step"""
+
+
+class SplitTrainer:
+    """See `engine.Trainer`."""
+
+    def __init__(self, task: Task, method: Method) -> None:
+        self._task = task
+        self._method = method
+        self._model = GlobalModel(task.files)
+        """never has adapters: what all segments take their tensors from"""
+        self._book = plans_of(task, method)
+        self._segment = segment_from_model(self._model.segment.model)
+        self._shapes = linear_shapes(self._segment)
+        self._tail = SharedTail(self._segment, self._tail_adapters(), task.training, LIMITS)
+        self._heads: dict[str, _Head] = {}
+        self._average: dict[str, LoraFactors] = {}
+        """of the heads' adapters, where they are carried"""
+        self._versions: dict[str, int] = {}
+        """of the weights that each client has"""
+
+    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
+        """Plan, train, aggregate."""
+        decision = self._book.settle(present, self._task.devices)
+        if decision and decision.reasons:
+            self._tail.adapters.remove()
+            self._tail.adapters = self._tail_adapters()
+        heads = {client: self._head(client, number) for client in present if self._book.takes_part(client)}
+        reports = self._train(heads, number)
+        update = self._carry(heads, reports) if self._method.carried else self._merge(heads, reports)
+        tokens = {client: report.tokens for client, report in reports.items()}
+        loss = sum(tokens[c] * sum(r.losses) / len(r.losses) for c, r in reports.items()) / sum(tokens.values())
+        return RoundOutcome(
+            work=tuple(self._work(client, head) for client, head in heads.items()),
+            tokens=sum(tokens.values()),
+            train_loss=loss,
+            too_large=sum(self._too_large(client, head) for client, head in heads.items()),
+            server_flops=sum(2.0 * f.rank * f.A.shape[1] * f.B.shape[0] for f in update.values()),
+        )
+
+    def score(self) -> Score:
+        """Of the global model."""
+        return score_segment(self._evaluated(), self._task.eval_batches)
+
+    def global_model(self) -> PreTrainedModel:
+        """The global model, to generate with."""
+        return self._evaluated().model
+
+    def _evaluated(self) -> Segment:
+        if not self._average:
+            return self._model.segment
+        whole = segment_from_model(self._model.segment.model)
+        factors = {**self._average, **self._tail.adapters.factors()}
+        spec = LoraSpec.of_ranks({name: pair.rank for name, pair in factors.items()}, 1.0)
+        SegmentAdapters(whole, spec, factors).set(factors)
+        return whole
+
+    def _tail_adapters(self) -> SegmentAdapters:
+        first = 1 if self._book.adaptive else self._book.plan("0").cut
+        names = [name for name in self._shapes if block_of(name) >= first]
+        return SegmentAdapters(self._segment, self._book.tail_lora, names)
+
+    def _head(self, client: str, number: int) -> _Head:
+        """`client`'s head of this round: at the newest weights, its adapters afresh or carried on."""
+        if head := self._heads.get(client):
+            head.shapes.clear()
+            head.adapters.set(self._average)
+            head.download_bytes = factor_bytes(self._average)
+            return head
+        plan = self._book.plan(client)
+        segment = segment_from_model(self._model.segment.model, 0, plan.cut)
+        adapters = SegmentAdapters(segment, plan.lora, segment.linear_modules())
+        if self._average:
+            adapters.set(self._average)
+        else:
+            adapters.reset(self._adapter_seed(client, number))
+        optimiser = Optimiser(adapters.parameters(), self._task.training)
+        version, _, lacking = self._model.since(self._versions.get(client, 0), plan.cut)
+        self._versions[client] = version
+        download = sum(tensor.nbytes for tensor in lacking.values()) + factor_bytes(self._average)
+        head = _Head(plan, segment, adapters, optimiser, download)
+        if self._method.carried:
+            self._heads[client] = head
+        return head
+
+    def _adapter_seed(self, client: str, number: int) -> int:
+        """An average of A's and B's is of one thing only if all clients start alike; stacking has no such need."""
+        if self._method.rule == "noise_free":
+            return derive_seed(self._task.training.seed, "head", number, client)
+        return derive_seed(self._task.training.seed, "tail", number)
+
+    def _train(self, heads: Mapping[str, _Head], number: int) -> dict[str, TrainReport]:
+        training = self._task.training
+        seed = derive_seed(training.seed, "tail", number)
+        goes_on = self._method.carried and number > 1
+        self._tail.open_training(heads, len(heads), None if goes_on else seed)
+        first = (number - 1) * training.local_steps
+
+        def train(client: str) -> TrainReport:
+            head = heads[client]
+            try:
+                session = self._tail.join(client, head.plan.cut, first)
+            except BaseException:
+                self._tail.withdraw(client)
+                raise
+            try:
+                batches = recorded(self._task.streams[client](first), head.shapes)
+                snapped = _with_snapshot(batches, head, training.local_steps)
+                return train_head(head.segment, head.adapters, snapped, session, training, first, head.optimiser)
+            finally:
+                session.close()
+
+        with ThreadPoolExecutor(len(heads)) as pool:
+            reports = dict(zip(heads, pool.map(train, heads), strict=True))
+        self._tail.close_training()
+        return reports
+
+    def _merge(self, heads: Mapping[str, _Head], reports: Mapping[str, TrainReport]) -> dict[str, LoraFactors]:
+        """The round's update goes into the weights, by the method's rule."""
+        shares = token_shares({client: report.tokens for client, report in reports.items()})
+        contributions = [Contribution(shares[c], h.plan.cut, h.adapters.factors()) for c, h in heads.items()]
+        update = aggregate(contributions, self._tail.adapters.factors(), block_of, RULES[self._method.rule])
+        self._tail.adapters.reset(0)
+        measured = {client: report.importance for client, report in reports.items()}
+        self._book.observe_importance(measured, self._tail.importance(), shares, self._shapes)
+        self._model.apply(update)
+        layers = self._model.segment.linear_modules()
+        for name, layer in self._segment.linear_modules().items():
+            layer.weight.data = layers[name].weight.data
+        return update
+
+    def _carry(self, heads: Mapping[str, _Head], reports: Mapping[str, TrainReport]) -> dict[str, LoraFactors]:
+        """The heads' factors are averaged and go on; the tail's stay as they are."""
+        if self._method.stale_snapshots:
+            stale = [*heads.values(), next(iter(heads.values()))]
+            contributions = [Contribution(1 / len(stale), head.plan.cut, head.snapshot) for head in stale]
+        else:
+            shares = token_shares({client: report.tokens for client, report in reports.items()})
+            contributions = [Contribution(shares[c], h.plan.cut, h.adapters.factors()) for c, h in heads.items()]
+        self._average = aggregate(contributions, {}, block_of, RULES[self._method.rule])
+        return self._average
+
+    def _work(self, client: str, head: _Head) -> ClientWork:
+        ranks = {name: head.plan.lora.rank(name) for name in head.segment.linear_modules()}
+        tail_ranks = {name: self._book.tail_lora.rank(name) for name in self._shapes}
+        upload = self._task.costs.update_bytes(head.plan.cut, ranks)
+        return split_work(
+            client,
+            self._task.costs,
+            head.plan.cut,
+            ranks,
+            tail_ranks,
+            head.shapes,
+            download_bytes=head.download_bytes,
+            upload_bytes=upload,
+        )
+
+    def _too_large(self, client: str, head: _Head) -> bool:
+        ranks = {name: head.plan.lora.rank(name) for name in head.segment.linear_modules()}
+        needed = self._task.costs.head_memory(head.plan.cut, ranks).total_bytes
+        return needed > self._task.devices[client].memory_bytes
+
+
+def _with_snapshot(batches: Iterator[Batch], head: _Head, steps: int) -> Iterator[Batch]:
+    """`batches`; as the last one is asked for, the head's adapters are kept as they are then."""
+    for step, batch in enumerate(batches):
+        if step == steps - 1:
+            head.snapshot = head.adapters.factors()
+        yield batch

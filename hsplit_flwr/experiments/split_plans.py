@@ -1,0 +1,71 @@
+"""Cuts and ranks of the methods that split the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.experiments.methods import Method
+from hsplit_flwr.experiments.task import ALPHA_OVER_RANK, RANK, RANKS, Task
+from hsplit_flwr.importance_history import ImportanceHistory
+from hsplit_flwr.lora import LoraSpec
+from hsplit_flwr.plan import ClientPlan
+from hsplit_flwr.planning.plan_book import PlanBook
+from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.planning.replanning import AdaptivePlanning
+
+
+class _NoHistory(ImportanceHistory):
+    """Forgets what it is told: every matrix stays equally important."""
+
+    def update(self, profile: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
+class UnweightedPlanning(AdaptivePlanning):
+    """The planner as if every matrix were equally important."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.history = _NoHistory()
+
+
+def plans_of(task: Task, method: Method) -> PlanBook:
+    """The plans of `method` under `task`; a cut or rank that the run's spec states goes for all clients.
+
+    Raises:
+        ConfigError: a device that cannot hold any head.
+    """
+    spec, training, blocks = task.spec, task.training, task.costs.num_blocks
+    if method.planned and not (spec.cut or spec.rank):
+        planning = AdaptivePlanning if method.importance else UnweightedPlanning
+        config = PlannerConfig(RANKS, tail_rank=RANK)
+        plans = planning(task.costs, task.server, config, alpha_over_rank=ALPHA_OVER_RANK)
+        return PlanBook(plans, None, None, training, blocks)
+    rank = spec.rank or common_rank(task.costs, task.devices)
+    cut = spec.cut or common_cut(task.costs, task.devices, rank)
+    lora = LoraSpec(rank, ALPHA_OVER_RANK * rank)
+    return PlanBook(ClientPlan(cut, lora), lora, task.costs.workload, training, blocks)
+
+
+def common_rank(costs: ModelCosts, devices: Mapping[str, Budget]) -> int:
+    """`RANK`, or the largest candidate below it at which every device holds some head.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for rank in sorted((rank for rank in RANKS if rank <= RANK), reverse=True):
+        if _fits(costs, devices, 1, rank):
+            return rank
+    raise ConfigError("Expected devices that all hold the smallest head, found one that does not. Raise its memory.")
+
+
+def common_cut(costs: ModelCosts, devices: Mapping[str, Budget], rank: int) -> int:
+    """The deepest cut at which every device holds its head with `rank` everywhere."""
+    return max((cut for cut in range(1, costs.num_blocks) if _fits(costs, devices, cut, rank)), default=1)
+
+
+def _fits(costs: ModelCosts, devices: Mapping[str, Budget], cut: int, rank: int) -> bool:
+    needed = costs.head_memory(cut, {m.name: rank for m in costs.matrices if m.block < cut}).total_bytes
+    return needed <= min(device.memory_bytes for device in devices.values())

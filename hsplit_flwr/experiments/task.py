@@ -1,0 +1,128 @@
+"""What all methods of a comparison share: model, data, devices, training settings."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from hsplit_flwr.assets import smollm2_checkpoint, tiny_checkpoint
+from hsplit_flwr.budgets.budget import Budget
+from hsplit_flwr.client_head import Batch
+from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.costs.workload import Workload
+from hsplit_flwr.e2e_data import client_examples, validation_examples
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.experiments.records import RunSpec
+from hsplit_flwr.experiments.settings import SETTINGS, Setting
+from hsplit_flwr.model_files import ModelFiles
+from hsplit_flwr.plan import TrainingConfig
+from hsplit_flwr.restaurants import partition_by_slot, restaurant_examples
+from hsplit_flwr.text_data import Example, TextBatches
+
+Item = TypeVar("Item")
+MODELS: Mapping[str, Callable[[], Path]] = {"tiny": tiny_checkpoint, "smollm2": smollm2_checkpoint}
+LABEL = "food"
+"""the field of the meaning representation whose values are spread unevenly (Dirichlet)"""
+RANKS = (1, 2, 4, 8, 16)
+"""candidates of the planner"""
+RANK = 8
+"""where one rank serves all, and the mean of the tail's"""
+LARGEST_RANK = 16
+ALPHA_OVER_RANK = 2.0
+EVAL_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run's surroundings."""
+
+    spec: RunSpec
+    files: ModelFiles
+    costs: ModelCosts
+    setting: Setting
+    devices: Mapping[str, Budget]
+    """by client id"""
+    server: Budget
+    training: TrainingConfig
+    streams: Mapping[str, Callable[[int], Iterator[Batch]]]
+    """client id -> its endless batches from a step of the run on"""
+    held_out: tuple[Example, ...]
+    """the server's, of which no client has a meaning representation: the half that the spec names"""
+    eval_batches: TextBatches
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> "Task":
+        """The surroundings that `spec` describes.
+
+        Raises:
+            ConfigError: an unknown setting, a data set or model that is not there.
+        """
+        if spec.setting not in SETTINGS:
+            raise ConfigError(f"Expected a setting among {sorted(SETTINGS)}, found {spec.setting!r}.")
+        setting = SETTINGS[spec.setting]
+        files = ModelFiles.resolve(str(MODELS[spec.model]()) if spec.model in MODELS else spec.model)
+        costs = ModelCosts(files.config, Workload(spec.batch_size, spec.max_length, spec.local_steps))
+        devices = setting.devices(costs)
+        parts, unseen = _data(spec, len(devices))
+        held_out = _half(unseen, spec.held_out)
+        tokenizer = files.tokenizer()
+
+        def batches(examples: list[Example], batch_size: int, shuffle: bool) -> TextBatches:
+            return TextBatches(
+                examples,
+                tokenizer,
+                batch_size=batch_size,
+                max_length=spec.max_length,
+                seed=spec.seed,
+                shuffle=shuffle,
+            )
+
+        return cls(
+            spec=spec,
+            files=files,
+            costs=costs,
+            setting=setting,
+            devices=devices,
+            server=setting.server(costs),
+            training=TrainingConfig(
+                rounds=spec.rounds,
+                local_steps=spec.local_steps,
+                learning_rate=spec.learning_rate,
+                warmup_steps=spec.warmup_steps,
+                seed=spec.seed,
+            ),
+            streams={
+                client: batches(part, spec.batch_size, shuffle=True).stream
+                for client, part in zip(devices, parts, strict=True)
+            },
+            held_out=tuple(held_out),
+            eval_batches=batches(spread(held_out, spec.eval_examples), EVAL_BATCH_SIZE, shuffle=False),
+        )
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of `items`, evenly spaced; all if there are no more."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _half(examples: list[Example], name: str) -> list[Example]:
+    """Every other meaning representation, with all its examples."""
+    order = {mr: index for index, mr in enumerate(sorted({example.mr for example in examples}))}
+    return [example for example in examples if order[example.mr] % 2 == (name == "test")]
+
+
+def _data(spec: RunSpec, clients: int) -> tuple[list[list[Example]], list[Example]]:
+    """A part per client, and the held-out examples."""
+    if spec.data:
+        label = "iid" if spec.partition == "iid" else LABEL
+        options = {"num_partitions": clients, "partition_by": label, "alpha": spec.alpha, "seed": spec.seed}
+        parts = [client_examples(spec.data, client, **options) for client in range(clients)]  # type: ignore[arg-type]
+        return parts, validation_examples(spec.data)
+    train, held_out = restaurant_examples()
+    if spec.partition == "iid":
+        order = np.random.default_rng(spec.seed).permutation(len(train))
+        return [[train[index] for index in order[client::clients]] for client in range(clients)], held_out
+    return partition_by_slot(train, LABEL, clients, spec.alpha, spec.seed), held_out

@@ -1,0 +1,113 @@
+"""What a round makes a device do, for the virtual clock: FLOPs of the cost model, bytes of the real batches.
+
+The cost model is of batches at their full length; a round's FLOPs are scaled by the positions its batches really had.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from hsplit_flwr.client_head import Batch
+from hsplit_flwr.costs import wire_bytes
+from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.experiments.clock import ClientWork
+from hsplit_flwr.lora import LoraFactors
+
+Ranks = Mapping[str, int]
+BatchShape = tuple[int, int]
+"""rows and positions"""
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What a trainer did in a round."""
+
+    work: tuple[ClientWork, ...]
+    tokens: int
+    """target tokens of all clients"""
+    train_loss: float
+    """mean over the clients, weighted by tokens, of their mean loss over the steps"""
+    too_large: int
+    """clients whose part needs more memory than their device has"""
+    server_flops: float = 0.0
+    """of the server outside of the steps, or of all of its training if there are no clients"""
+
+
+def recorded(batches: Iterable[Batch], shapes: list[BatchShape]) -> Iterator[Batch]:
+    """`batches`, with the shape of each noted in `shapes`."""
+    for batch in batches:
+        rows, positions = batch["input_ids"].shape
+        shapes.append((rows, positions))
+        yield batch
+
+
+def length_factor(costs: ModelCosts, shapes: Sequence[BatchShape]) -> float:
+    """Positions of a mean batch over those that `costs` is for."""
+    full = costs.workload.batch_size * costs.workload.sequence_length
+    return fmean(rows * positions for rows, positions in shapes) / full
+
+
+def split_work(
+    client: str,
+    costs: ModelCosts,
+    cut: int,
+    ranks: Ranks,
+    tail_ranks: Ranks,
+    shapes: Sequence[BatchShape],
+    *,
+    download_bytes: float,
+    upload_bytes: float,
+) -> ClientWork:
+    """A head's round. Its forward pass without adapters counts as forward, all else as backward."""
+    factor = length_factor(costs, shapes)
+    forward = costs.head_flops(cut, {})
+    loads = [replace(costs.workload, batch_size=rows, sequence_length=positions) for rows, positions in shapes]
+    return ClientWork(
+        client=client,
+        steps=len(shapes),
+        forward_flops=factor * forward,
+        backward_flops=factor * (costs.head_flops(cut, ranks) - forward),
+        step_bytes_up=fmean(wire_bytes.step_bytes_up(load, costs.hidden_size) for load in loads),
+        step_bytes_down=fmean(wire_bytes.step_bytes_down(load, costs.hidden_size) for load in loads),
+        tail_flops=factor * costs.tail_flops(cut, tail_ranks),
+        download_bytes=download_bytes,
+        upload_bytes=upload_bytes,
+    )
+
+
+def whole_work(
+    client: str,
+    costs: ModelCosts,
+    step_flops: float,
+    shapes: Sequence[BatchShape],
+    *,
+    download_bytes: float,
+    upload_bytes: float,
+) -> ClientWork:
+    """A round of a client that trains the whole model by itself; `step_flops` is of a full batch."""
+    total = length_factor(costs, shapes) * step_flops
+    forward = min(total, length_factor(costs, shapes) * whole_forward_flops(costs))
+    return ClientWork(client, len(shapes), forward, total - forward, 0, 0, 0, download_bytes, upload_bytes)
+
+
+def whole_flops(costs: ModelCosts, ranks: Ranks) -> float:
+    """A step of LoRA on the whole model."""
+    last = costs.num_blocks - 1
+    return costs.head_flops(last, ranks) + costs.tail_flops(last, ranks)
+
+
+def whole_forward_flops(costs: ModelCosts) -> float:
+    """A forward pass of the whole model; that of the last block and the LM head is half of forward and backward."""
+    last = costs.num_blocks - 1
+    return costs.head_flops(last, {}) + costs.tail_flops(last, {}) / 2
+
+
+def full_flops(costs: ModelCosts) -> float:
+    """A step that trains all weights: forward, as much for the inputs' gradients, as much for the weights'."""
+    return 3 * whole_forward_flops(costs)
+
+
+def factor_bytes(factors: Mapping[str, LoraFactors]) -> int:
+    """Of all A and B as float32."""
+    return sum(FLOAT32_BYTES * (pair.A.numel() + pair.B.numel()) for pair in factors.values())
