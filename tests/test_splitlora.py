@@ -32,7 +32,7 @@ from tests.references import (
 
 CLIENTS = ("0", "1", "2", "3", "4")
 RANK = 8
-HEAD_SEED = derive_seed(0, "head", 0, "")
+HEAD_SEED = derive_seed(0, "tail", 1)
 TAIL_SEED = derive_seed(0, "tail", 1)
 Values = dict[str, nn.Parameter]
 """adapters by PEFT's parameter names"""
