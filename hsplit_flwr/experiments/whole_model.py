@@ -71,6 +71,20 @@ def train_whole(
     return WholeReport(fmean(losses), trained)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What one client did in a round."""
+
+    report: WholeReport
+    factors: Factors
+    shapes: list[BatchShape]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of its adapters."""
+        return {name: pair.rank for name, pair in self.factors.items()}
+
+
 class WholeTrainer:
     """Every client trains LoRA on the whole model, of its own rank. See `engine.Trainer`."""
 
@@ -100,44 +114,48 @@ class WholeTrainer:
 
     def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
         """Hand out, train one client after another, aggregate."""
-        trained: dict[str, Factors] = {}
-        reports: dict[str, WholeReport] = {}
-        shapes: dict[str, list[BatchShape]] = {}
         downloads = {client: self._download(client) for client in present}
-        for client in present:
-            segment, adapters = self._client_model(client, number)
-            before = adapters.factors()
-            shapes[client] = []
-            reports[client] = self._train(client, number, segment, adapters, shapes[client])
-            trained[client] = adapters.factors()
-            if self._method.self_pruning:
-                self._ranks[client] = ranks_after(before, trained[client])
-        shares = token_shares({client: report.tokens for client, report in reports.items()})
-        contributions = [Contribution(shares[c], self._model.num_blocks, trained[c]) for c in present]
+        trained = {client: self.train(client, number) for client in present}
+        contributions = self.contributions(trained)
         update = aggregate(contributions, {}, block_of, RULES[self._method.rule])
         if self._method.carried:
             self._global = update
         else:
             self._model.apply(update)
         costs = self._task.costs
-        ranks = {client: {name: pair.rank for name, pair in trained[client].items()} for client in present}
         return RoundOutcome(
             work=tuple(
                 whole_work(
                     client,
                     costs,
-                    whole_flops(costs, ranks[client]),
-                    shapes[client],
+                    whole_flops(costs, done.ranks),
+                    done.shapes,
                     download_bytes=downloads[client],
-                    upload_bytes=factor_bytes(trained[client]),
+                    upload_bytes=factor_bytes(done.factors),
                 )
-                for client in present
+                for client, done in trained.items()
             ),
-            tokens=sum(report.tokens for report in reports.values()),
-            train_loss=sum(shares[client] * report.loss for client, report in reports.items()),
-            too_large=sum(self._too_large(client, ranks[client]) for client in present),
+            tokens=sum(done.report.tokens for done in trained.values()),
+            train_loss=sum(c.weight * t.report.loss for c, t in zip(contributions, trained.values(), strict=True)),
+            too_large=sum(self._too_large(client, done.ranks) for client, done in trained.items()),
             server_flops=sum(2.0 * f.rank * f.A.shape[1] * f.B.shape[0] for f in update.values()),
         )
+
+    def train(self, client: str, number: int) -> Trained:
+        """Round `number` of one client."""
+        segment, adapters = self._client_model(client, number)
+        before = adapters.factors()
+        shapes: list[BatchShape] = []
+        report = self._train(client, number, segment, adapters, shapes)
+        after = adapters.factors()
+        if self._method.self_pruning:
+            self._ranks[client] = ranks_after(before, after)
+        return Trained(report, after, shapes)
+
+    def contributions(self, trained: Mapping[str, Trained]) -> list[Contribution]:
+        """What clients trained, weighted by their tokens."""
+        shares = token_shares({client: done.report.tokens for client, done in trained.items()})
+        return [Contribution(shares[client], self._model.num_blocks, done.factors) for client, done in trained.items()]
 
     def score(self) -> Score:
         """Of the global model."""
