@@ -198,7 +198,7 @@ def test_without_naa_adds_the_product_of_averaged_factors(task: Task, monkeypatc
             exact += share * own_B @ own_A
         assert np.abs(weight - before[name] - B @ A).max() < ALGEBRA, name
         unlike_exact.append(np.abs(B @ A - exact).max() / np.abs(exact).max())
-    assert min(unlike_exact[: len(heads["0"].factors)]) > 0.1  # block 0, of which everybody has an adapter
+    assert min(unlike_exact[: len(heads["0"].factors)]) > 0.01  # block 0, of which everybody has an adapter
 
 
 def weights_of(trainer: SplitTrainer) -> dict[str, Floats]:
