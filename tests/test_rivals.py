@@ -14,8 +14,9 @@ from hsplit_flwr.experiments import pruning, whole_model
 from hsplit_flwr.experiments.full_model import FullTrainer
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.pruning import penalty, ranks_after
+from hsplit_flwr.experiments.server_model import ServerTrainer
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.experiments.whole_model import ServerTrainer, WholeTrainer
+from hsplit_flwr.experiments.whole_model import WholeTrainer
 from hsplit_flwr.lora import LoraFactors
 from hsplit_flwr.plan import derive_seed
 from tests.references import (

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hsplit_flwr.aggregation import token_shares
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.experiments.whole_model import WholeReport, client_steps, train_whole
+from hsplit_flwr.experiments.whole_training import WholeReport, client_steps, train_whole
 from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, full_flops, whole_work
 from hsplit_flwr.global_model import Score, score_segment
 from hsplit_flwr.optimisation import Optimiser

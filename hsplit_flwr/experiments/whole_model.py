@@ -1,9 +1,7 @@
-"""Methods without a split: LoRA on the whole model, on every device or on the server."""
+"""Methods without a split: LoRA on the whole model, on every device."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
-from statistics import fmean
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,64 +9,18 @@ from transformers import PreTrainedModel
 
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
-from hsplit_flwr.client_head import Batch
-from hsplit_flwr.exchange import target_tokens
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.pruning import penalty, ranks_after
-from hsplit_flwr.experiments.task import ALPHA_OVER_RANK, LARGEST_RANK, Task
-from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, length_factor, whole_flops, whole_work
+from hsplit_flwr.experiments.task import ALPHA_OVER_RANK, Task
+from hsplit_flwr.experiments.whole_training import WholeReport, client_steps, train_whole
+from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, whole_flops, whole_work
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes, score_segment
 from hsplit_flwr.lora import LoraFactors, LoraSpec, init_lora_A
 from hsplit_flwr.optimisation import Optimiser
 from hsplit_flwr.plan import derive_seed
 from hsplit_flwr.segments import Segment, block_of, segment_from_model
-from hsplit_flwr.server_tail import token_losses
 
 Factors = Mapping[str, LoraFactors]
-
-
-@dataclass(frozen=True)
-class WholeReport:
-    """What training the whole model for a round did."""
-
-    loss: float
-    """mean of the steps' mean losses"""
-    tokens: int
-
-
-def train_whole(
-    segment: Segment,
-    optimiser: Optimiser,
-    steps: Iterable[Sequence[Batch]],
-    first_step: int,
-    extra_loss: Callable[[], Tensor] | None = None,
-) -> WholeReport:
-    """Train what of `segment` (a whole model) requires gradients.
-
-    Args:
-        segment: holds all blocks.
-        optimiser: of its trainable parameters.
-        steps: the batches of each step; a step's loss is the mean over the target tokens of all of them.
-        first_step: run step of the first one.
-        extra_loss: added to every step's loss.
-    """
-    losses: list[float] = []
-    trained = 0
-    for step, batches in enumerate(steps):
-        optimiser.zero_grad()
-        tokens = sum(target_tokens(batch["labels"]) for batch in batches)
-        total = 0.0
-        for batch in batches:
-            logits = segment(batch["input_ids"], batch["attention_mask"])
-            loss = token_losses(logits, batch["labels"]).sum() / max(1, tokens)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        if extra_loss is not None:
-            extra_loss().backward()  # type: ignore[no-untyped-call]
-        optimiser.step(first_step + step)
-        losses.append(total)
-        trained += tokens
-    return WholeReport(fmean(losses), trained)
 
 
 @dataclass(frozen=True)
@@ -201,55 +153,6 @@ class WholeTrainer:
 
     def _too_large(self, client: str, ranks: Mapping[str, int]) -> bool:
         return self._task.costs.tail_memory([1], ranks).total_bytes > self._task.devices[client].memory_bytes
-
-
-class ServerTrainer:
-    """CenLoRA: one LoRA on the pooled data, without rounds but for the evaluation. See `engine.Trainer`."""
-
-    def __init__(self, task: Task, method: Method) -> None:
-        self._task = task
-        self._joint = method.joint_batches
-        self._segment = GlobalModel(task.files).segment
-        rank = task.spec.rank or LARGEST_RANK
-        self._adapters = SegmentAdapters(self._segment, LoraSpec(rank, ALPHA_OVER_RANK * rank))
-        self._adapters.reset(derive_seed(task.training.seed, "tail"))
-        times = 1 if self._joint else len(task.devices)
-        training = replace(
-            task.training,
-            local_steps=times * task.training.local_steps,
-            warmup_steps=times * task.training.warmup_steps,
-        )
-        self._optimiser = Optimiser(self._adapters.parameters(), training)
-
-    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
-        """As many batches of every client as in a round of the others; the server has them all, whoever is away."""
-        first = (number - 1) * self._task.training.local_steps
-        shapes: list[BatchShape] = []
-        streams = [client_steps(self._task, client, first, shapes) for client in self._task.devices]
-        joint = ([batch for batches in together for batch in batches] for together in zip(*streams, strict=True))
-        steps = joint if self._joint else ([batch] for batches in joint for batch in batches)
-        start = first if self._joint else first * len(streams)
-        report = train_whole(self._segment, self._optimiser, steps, start)
-        ranks = {name: pair.rank for name, pair in self._adapters.factors().items()}
-        costs = self._task.costs
-        flops = len(shapes) * length_factor(costs, shapes) * whole_flops(costs, ranks)
-        return RoundOutcome((), report.tokens, report.loss, 0, flops)
-
-    def score(self) -> Score:
-        """Of the model with its adapters."""
-        return score_segment(self._segment, self._task.eval_batches)
-
-    def global_model(self) -> PreTrainedModel:
-        """The model with its adapters, to generate with."""
-        return self._segment.model
-
-
-def client_steps(task: Task, client: str, first_step: int, shapes: list[BatchShape]) -> Iterable[list[Batch]]:
-    """The batches of `client` in a round, one per step, their shapes noted."""
-    for batch in islice(task.streams[client](first_step), task.training.local_steps):
-        rows, positions = batch["input_ids"].shape
-        shapes.append((rows, positions))
-        yield [batch]
 
 
 def truncated(factors: LoraFactors, rank: int) -> LoraFactors:
