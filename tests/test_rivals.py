@@ -1,5 +1,6 @@
 """Rivals that train the whole model, against their rules stated with transformers, PEFT, torch's AdamW and NumPy."""
 
+import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from hsplit_flwr.aggregation import Contribution
 from hsplit_flwr.experiments import pruning, whole_model
+from hsplit_flwr.experiments.engine import run
 from hsplit_flwr.experiments.full_model import FullTrainer
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.pruning import penalty, ranks_after
+from hsplit_flwr.experiments.records import RunSpec
 from hsplit_flwr.experiments.server_model import ServerTrainer
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.experiments.whole_model import WholeTrainer
@@ -259,3 +262,11 @@ def test_ft_averages_full_trainings(task: Task) -> None:
         require_trained_alike(name, found[name], weights)
     moved = {name: difference(weight, expected[name]) for name, weight in load_reference().named_parameters()}
     assert min(moved.values()) > 100 * TRAINED
+
+
+def test_a_client_whose_ranks_cannot_fall_further_trains_on() -> None:
+    """At a learning rate of 0.05 every adapter of a HetLoRA client had been pruned to rank 1: no penalty to derive."""
+    pair = torch.ones(1, 3, requires_grad=True), torch.ones(4, 1, requires_grad=True)
+    assert not penalty([pair]).requires_grad
+    spec = RunSpec("hetlora", "homogeneous", "iid", 0, 1e-3, rounds=1, local_steps=1, rank=1, eval_examples=4)
+    assert math.isfinite(run(spec).evaluations[-1].perplexity)

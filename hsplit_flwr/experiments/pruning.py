@@ -22,7 +22,7 @@ def pruned_rank(rank: int) -> int:
 
 
 def penalty(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The sum over all adapters, (A (r, d_in), B (d_out, r)) each."""
+    """The sum over all adapters, (A (r, d_in), B (d_out, r)) each; a constant 0 once no rank can fall further."""
     terms = [STRENGTH * _norm(B[:, q:]) * _norm(A[q:]) for A, B in pairs if (q := pruned_rank(A.shape[0])) < A.shape[0]]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 

@@ -52,8 +52,8 @@ def train_whole(
             loss = token_losses(logits, batch["labels"]).sum() / max(1, tokens)
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
-        if extra_loss is not None:
-            extra_loss().backward()  # type: ignore[no-untyped-call]
+        if extra_loss is not None and (extra := extra_loss()).requires_grad:
+            extra.backward()  # type: ignore[no-untyped-call]
         optimiser.step(first_step + step)
         losses.append(total)
         trained += tokens
