@@ -173,7 +173,7 @@ def zero_pad(terms: Sequence[Term]) -> LoraFactors:
     `fedavg`.
     """
     _check_terms(terms)
-    norms = [abs(term.factors.scaling) * _product_norm(term.factors) for term in terms]
+    norms = [abs(term.factors.scaling) * product_norm(term.factors) for term in terms]
     total = math.fsum(norms)
     # adapters that did not move give zero, not 0/0
     return _average_factors(terms, [norm / total if total > 0 else 0.0 for norm in norms])
@@ -208,7 +208,7 @@ def _average_factors(terms: Sequence[Term], weights: Sequence[float]) -> LoraFac
     return LoraFactors(A=A, B=B, scaling=1.0)
 
 
-def _product_norm(factors: LoraFactors) -> float:
+def product_norm(factors: LoraFactors) -> float:
     """``||B A||_F`` from the two (r, r) Gram matrices, in float64: trace of (B^T B)(A A^T)."""
     A, B = factors.A.double(), factors.B.double()
     squared = float(((B.T @ B) * (A @ A.T)).sum())

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hsplit_flwr.figures import new_figure, save_figure
 from hsplit_flwr.results import RoundRecord, RunSummary, client_order
 
 # Okabe and Ito's colours, told apart with every common colour blindness: https://jfly.uni-koeln.de/color/
@@ -20,20 +21,14 @@ UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
 def plot_run(summary: RunSummary, path: str | Path) -> None:
     """Write the picture of a run (`run_figure`) as a PNG to `path`."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    run_figure(summary).savefig(target, format="png", dpi=150)
+    save_figure(run_figure(summary), path)
 
 
 def run_figure(summary: RunSummary) -> Any:
     """The matplotlib figure of a run: perplexity above, bytes below, over the same axis of rounds."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # No pyplot: its global state and its choice of a window system have no place in a server.
-    figure = Figure(figsize=(8.0, 7.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8.0, 7.0)
     upper, lower = figure.subplots(2, 1, sharex=True)
     _plot_perplexity(upper, summary)
     _plot_bytes(lower, summary.history)

@@ -11,6 +11,7 @@ import numpy as np
 from hsplit_flwr.experiments.records import Evaluation
 from hsplit_flwr.experiments.store import StoredEvaluation
 from hsplit_flwr.experiments.stored_runs import StoredRun, StoredRuns
+from hsplit_flwr.figures import new_figure, save_figure
 from hsplit_flwr.planning.plots import GREEN, GREY, PURPLE, SKY
 from hsplit_flwr.plots import BLUE, ORANGE, VERMILION
 
@@ -34,23 +35,16 @@ Curve = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 def draw_curves(rows: Sequence[StoredEvaluation], path: str | Path, *, x: Axis, order: Sequence[str] = ()) -> None:
     """Write `curves_figure` as a PNG to `path`."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    curves_figure(StoredRuns.of(rows, order), x).savefig(target, format="png", dpi=150)
+    save_figure(curves_figure(StoredRuns.of(rows, order), x), path)
 
 
 def curves_figure(runs: StoredRuns, x: Axis) -> Any:
     """The matplotlib figure: per scenario a panel with the mean over seeds and a band from lowest to highest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     scenarios = runs.scenarios()
     partitions = len({run.spec.partition for run in runs.runs})
     columns = partitions if partitions > 1 else min(MOST_COLUMNS, max(1, len(scenarios)))
     lines = max(1, math.ceil(len(scenarios) / columns))
-    # No pyplot: its global state and its choice of a window system have no place in a server.
-    figure = Figure(figsize=(2.2 + 4.2 * columns, 0.6 + 3.4 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(2.2 + 4.2 * columns, 0.6 + 3.4 * lines)
     panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     looks = {
         label: {"color": COLOURS[place % len(COLOURS)], "linestyle": STYLES[place // len(COLOURS) % len(STYLES)]}

@@ -49,6 +49,7 @@ class RunResult:
 TRAINERS: Mapping[str, Callable[[Task, Method], Trainer]] = {
     "split": SplitTrainer,
     "whole": WholeTrainer,
+    "full": FullTrainer,
     "server": ServerTrainer,
 }
 
@@ -67,7 +68,7 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
         raise ConfigError(f"Expected a method among {sorted(METHODS)}, found {spec.method!r}.")
     method = METHODS[spec.method]
     task = Task.of(spec)
-    trainer = FullTrainer(task, method) if method.all_weights else TRAINERS[method.where](task, method)
+    trainer = TRAINERS[method.where](task, method)
     started = time.perf_counter()
     evaluations = [Evaluation(0, trainer.score().perplexity, None, 0, 0.0, 0.0, 0, 0, 0, 0, 0.0)]
     timelines: list[RoundTimeline] = []
@@ -132,4 +133,4 @@ def _text_scores(trainer: Trainer, task: Task) -> TextScores:
         [prompt_text(mr) for mr in prompts],
         max_new_tokens=task.spec.max_length // 2,
     )
-    return score_texts([text.strip() for text in texts], [references[mr] for mr in prompts])
+    return score_texts(texts, [references[mr] for mr in prompts])

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Where = Literal["split", "whole", "server"]
+Where = Literal["split", "whole", "full", "server"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Method:
 
     title: str
     where: Where
-    """training: split between device and server, the whole model on every device, or all of it on the server"""
+    """training: split between device and server; the whole model on every device, by LoRA or ("full") all of its
+    weights; or all of it on the server"""
     rule: str = "noise_free"
     """one of `aggregation.RULES`"""
     carried: bool = False
@@ -42,8 +43,6 @@ class Method:
     """cuts and ranks by the planner; else one cut and one rank (split), or a rank by device (whole)"""
     importance: bool = True
     """the planner knows which weights matter"""
-    all_weights: bool = False
-    """trains the weights themselves, not LoRA"""
     self_pruning: bool = False
     stale_snapshots: bool = False
     """aggregates what SplitLoRA's released code does"""
@@ -65,7 +64,7 @@ METHODS: Mapping[str, Method] = {
     "flexlora": Method("FlexLoRA", "whole", rule="svd", carried=True),
     "cenlora": Method("CenLoRA", "server"),
     "cenlora_small_batch": Method("CenLoRA, small batches", "server", joint_batches=False),
-    "ft": Method("FT", "whole", all_weights=True),
+    "ft": Method("FT", "full"),
 }
 RIVALS = ("splitlora", "hetlora", "flora", "flexlora", "cenlora", "ft")
 """whom HSplitLoRA is compared with"""

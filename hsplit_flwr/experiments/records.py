@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Self
 
 from hsplit_flwr.errors import ConfigError
 
@@ -114,7 +113,3 @@ class Evaluation:
     def field_names(cls) -> tuple[str, ...]:
         """In the order of the class."""
         return tuple(field.name for field in fields(cls))
-
-    def after(self, **changes: object) -> Self:
-        """A copy with other values."""
-        return type(self)(**{**{f.name: getattr(self, f.name) for f in fields(self)}, **changes})

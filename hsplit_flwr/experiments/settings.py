@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.budgets.devices import DEVICES, GPU_UTILISATION
 from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.experiments.work import whole_flops
 from hsplit_flwr.plan import derive_seed
 
 
@@ -45,8 +46,7 @@ class Size:
         """Of the model and workload of `costs`."""
         deepest = costs.num_blocks - 1
         ranks = {matrix.name: 16 for matrix in costs.matrices}
-        step_flops = costs.head_flops(deepest, ranks) + costs.tail_flops(deepest, ranks)
-        return cls(costs.head_memory(deepest, ranks).total_bytes, step_flops, costs.step_bytes_up)
+        return cls(costs.head_memory(deepest, ranks).total_bytes, whole_flops(costs, ranks), costs.step_bytes_up)
 
 
 # transformers' default Llama is LLaMA-2-7B; tests/test_settings.py computes it again:

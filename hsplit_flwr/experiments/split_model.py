@@ -14,13 +14,14 @@ from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.client_head import Batch, TrainReport, train_head
+from hsplit_flwr.experiments.adapted import adapted
 from hsplit_flwr.experiments.clock import ClientWork
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, recorded, split_work
+from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, merge_flops, recorded, split_work
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes, score_segment
-from hsplit_flwr.lora import LoraFactors, LoraSpec
+from hsplit_flwr.lora import LoraFactors
 from hsplit_flwr.optimisation import Optimiser
 from hsplit_flwr.plan import ClientPlan, derive_seed
 from hsplit_flwr.segments import Segment, block_of, segment_from_model
@@ -43,6 +44,11 @@ class _Head:
     shapes: list[BatchShape] = field(default_factory=list)
     snapshot: dict[str, LoraFactors] = field(default_factory=dict)
     """its adapters before its last step"""
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of its matrices; 0: no adapter."""
+        return {name: self.plan.lora.rank(name) for name in self.segment.linear_modules()}
 
 
 class SplitTrainer:
@@ -79,7 +85,7 @@ class SplitTrainer:
             tokens=sum(tokens.values()),
             train_loss=loss,
             too_large=sum(self._too_large(client, head) for client, head in heads.items()),
-            server_flops=sum(2.0 * f.rank * f.A.shape[1] * f.B.shape[0] for f in update.values()),
+            server_flops=merge_flops(update),
         )
 
     def score(self) -> Score:
@@ -93,11 +99,7 @@ class SplitTrainer:
     def _evaluated(self) -> Segment:
         if not self._average:
             return self._model.segment
-        whole = segment_from_model(self._model.segment.model)
-        factors = {**self._average, **self._tail.adapters.factors()}
-        spec = LoraSpec.of_ranks({name: pair.rank for name, pair in factors.items()}, 1.0)
-        SegmentAdapters(whole, spec, factors).set(factors)
-        return whole
+        return adapted(self._model, {**self._average, **self._tail.adapters.factors()})
 
     def _tail_adapters(self) -> SegmentAdapters:
         first = 1 if self._book.adaptive else self._book.plan("0").cut
@@ -185,7 +187,7 @@ class SplitTrainer:
         return self._average
 
     def _work(self, client: str, head: _Head) -> ClientWork:
-        ranks = {name: head.plan.lora.rank(name) for name in head.segment.linear_modules()}
+        ranks = head.ranks
         tail_ranks = {name: self._book.tail_lora.rank(name) for name in self._shapes}
         upload = self._task.costs.update_bytes(head.plan.cut, ranks)
         return split_work(
@@ -200,8 +202,7 @@ class SplitTrainer:
         )
 
     def _too_large(self, client: str, head: _Head) -> bool:
-        ranks = {name: head.plan.lora.rank(name) for name in head.segment.linear_modules()}
-        needed = self._task.costs.head_memory(head.plan.cut, ranks).total_bytes
+        needed = self._task.costs.head_memory(head.plan.cut, head.ranks).total_bytes
         return needed > self._task.devices[client].memory_bytes
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit_flwr.experiments.clock import SERVER, Interval, RoundTimeline, What
+from hsplit_flwr.figures import new_figure, save_figure
 from hsplit_flwr.planning.plots import GREEN, PURPLE, SKY
 from hsplit_flwr.plots import BLUE, ORANGE, VERMILION
 
@@ -28,21 +29,15 @@ SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 def draw_timeline(timeline: RoundTimeline, path: str | Path) -> None:
     """Write `timeline_figure` as a PNG to `path`."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    timeline_figure(timeline).savefig(target, format="png", dpi=150)
+    save_figure(timeline_figure(timeline), path)
 
 
 def timeline_figure(timeline: RoundTimeline) -> Any:
     """The matplotlib figure of a round: a row per client, the server's below, and the share of the round each waits."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     rows = len(timeline.parties)
-    # No pyplot: its global state and its choice of a window system have no place in a server.
-    figure = Figure(figsize=(11.0, 1.7 + 0.42 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11.0, 1.7 + 0.42 * rows)
     axes = figure.subplots()
     scale, unit = next((entry for entry in SCALES if timeline.duration_s >= entry[0]), SCALES[-1])
     for row, who in enumerate(timeline.parties):

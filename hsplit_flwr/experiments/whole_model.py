@@ -9,11 +9,12 @@ from transformers import PreTrainedModel
 
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.experiments.adapted import adapted
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.pruning import penalty, ranks_after
 from hsplit_flwr.experiments.task import ALPHA_OVER_RANK, Task
 from hsplit_flwr.experiments.whole_training import WholeReport, client_steps, train_whole
-from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, whole_flops, whole_work
+from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, merge_flops, whole_flops, whole_work
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes, score_segment
 from hsplit_flwr.lora import LoraFactors, LoraSpec, init_lora_A
 from hsplit_flwr.optimisation import Optimiser
@@ -90,7 +91,7 @@ class WholeTrainer:
             tokens=sum(done.report.tokens for done in trained.values()),
             train_loss=sum(c.weight * t.report.loss for c, t in zip(contributions, trained.values(), strict=True)),
             too_large=sum(self._too_large(client, done.ranks) for client, done in trained.items()),
-            server_flops=sum(2.0 * f.rank * f.A.shape[1] * f.B.shape[0] for f in update.values()),
+            server_flops=merge_flops(update),
         )
 
     def train(self, client: str, number: int) -> Trained:
@@ -120,10 +121,7 @@ class WholeTrainer:
     def _evaluated(self) -> Segment:
         if not self._global:
             return self._model.segment
-        whole = segment_from_model(self._model.segment.model)
-        spec = LoraSpec.of_ranks({name: pair.rank for name, pair in self._global.items()}, 1.0)
-        SegmentAdapters(whole, spec).set(self._global)
-        return whole
+        return adapted(self._model, self._global)
 
     def _client_model(self, client: str, number: int) -> tuple[Segment, SegmentAdapters]:
         segment = segment_from_model(self._model.segment.model)

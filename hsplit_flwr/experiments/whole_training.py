@@ -10,7 +10,7 @@ from torch import Tensor
 from hsplit_flwr.client_head import Batch
 from hsplit_flwr.exchange import target_tokens
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.experiments.work import BatchShape
+from hsplit_flwr.experiments.work import BatchShape, recorded
 from hsplit_flwr.optimisation import Optimiser
 from hsplit_flwr.segments import Segment
 from hsplit_flwr.server_tail import token_losses
@@ -62,7 +62,5 @@ def train_whole(
 
 def client_steps(task: Task, client: str, first_step: int, shapes: list[BatchShape]) -> Iterable[list[Batch]]:
     """The batches of `client` in a round, one per step, their shapes noted."""
-    for batch in islice(task.streams[client](first_step), task.training.local_steps):
-        rows, positions = batch["input_ids"].shape
-        shapes.append((rows, positions))
-        yield [batch]
+    batches = islice(task.streams[client](first_step), task.training.local_steps)
+    return ([batch] for batch in recorded(batches, shapes))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
+from hsplit_flwr import deltas
 from hsplit_flwr.client_head import Batch
 from hsplit_flwr.costs import wire_bytes
 from hsplit_flwr.costs.model_costs import ModelCosts
@@ -16,7 +17,6 @@ from hsplit_flwr.lora import LoraFactors
 Ranks = Mapping[str, int]
 BatchShape = tuple[int, int]
 """rows and positions"""
-FLOAT32_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,9 @@ def full_flops(costs: ModelCosts) -> float:
 
 def factor_bytes(factors: Mapping[str, LoraFactors]) -> int:
     """Of all A and B as float32."""
-    return sum(FLOAT32_BYTES * (pair.A.numel() + pair.B.numel()) for pair in factors.values())
+    return sum(map(deltas.factor_bytes, factors.values()))
+
+
+def merge_flops(update: Mapping[str, LoraFactors]) -> float:
+    """Of forming every matrix' dense update."""
+    return sum(2.0 * pair.rank * pair.A.shape[1] * pair.B.shape[0] for pair in update.values())

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hsplit_flwr.aggregation import RULES, Contribution, Term, noise_free, terms_by_module
+from hsplit_flwr.aggregation import RULES, Contribution, Term, noise_free, product_norm, terms_by_module
 from hsplit_flwr.health.records import AdapterCoverage, AggregationHealth, MatrixSpectrum
 from hsplit_flwr.lora import LoraFactors
 
@@ -121,8 +121,7 @@ def difference_norm(found: LoraFactors, exact: LoraFactors) -> float:
     d_out, d_in, rank = B.shape[0], A.shape[1], A.shape[0]
     if d_out * d_in <= (d_out + d_in) * rank:  # one product of d_out x d_in x rank, or two of rank x rank x d
         return float(torch.linalg.matrix_norm(B @ A))
-    squared = float(((B.T @ B) * (A @ A.T)).sum())
-    return math.sqrt(max(squared, 0.0))
+    return product_norm(LoraFactors(A, B, 1.0))
 
 
 def adapter_coverage(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hsplit_flwr.figures import new_figure, save_figure
 from hsplit_flwr.health.diagnosis import COLLAPSE, unequal_matrices
 from hsplit_flwr.health.records import AggregationHealth
 from hsplit_flwr.plots import BLUE, VERMILION
@@ -21,9 +22,7 @@ def plot_spectrum(history: Sequence[RoundRecord], path: str | Path) -> None:
     """Write `spectrum_figure` as a PNG to `path`; nothing where no round's aggregation was measured."""
     if not any(record.aggregation for record in history):
         return
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    spectrum_figure(history).savefig(target, format="png", dpi=150)
+    save_figure(spectrum_figure(history), path)
 
 
 def spectrum_figure(history: Sequence[RoundRecord]) -> Any:
@@ -31,13 +30,8 @@ def spectrum_figure(history: Sequence[RoundRecord]) -> Any:
 
     Each is a mean over the round's measured matrices; singular values are relative to the matrix's largest.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     measured = [(record.round, record.aggregation) for record in history if record.aggregation]
-    # No pyplot: its global state and its choice of a window system have no place in a server.
-    figure = Figure(figsize=(11.0, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11.0, 4.6)
     panels: dict[str, Any] = figure.subplot_mosaic([["spectra", "rank"], ["spectra", "energy"]], width_ratios=[1.3, 1])
     _draw_spectra(panels["spectra"], measured)
     ranks = {number: [m.effective_rank for m in health.matrices] for number, health in measured}

@@ -10,6 +10,7 @@ import numpy as np
 from hsplit_flwr.block_layout import block_of
 from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.figures import new_figure, save_figure
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.plots import BLUE, ORANGE, VERMILION
 from hsplit_flwr.reporting import format_bytes, format_seconds
@@ -36,12 +37,12 @@ MOST_CLIENTS = 30
 
 def plot_importance(importance: Mapping[str, float], cuts: Mapping[str, int], path: str | Path, source: str) -> None:
     """Write `importance_figure` as a PNG to `path`."""
-    _save(importance_figure(importance, cuts, source), path)
+    save_figure(importance_figure(importance, cuts, source), path)
 
 
 def plot_budgets(plan: RoundPlan, costs: ModelCosts, clients: Mapping[str, Budget], path: str | Path) -> None:
     """Write `budget_figure` as a PNG to `path`."""
-    _save(budget_figure(plan, costs, clients), path)
+    save_figure(budget_figure(plan, costs, clients), path)
 
 
 def importance_figure(importance: Mapping[str, float], cuts: Mapping[str, int], source: str) -> Any:
@@ -58,7 +59,8 @@ def importance_figure(importance: Mapping[str, float], cuts: Mapping[str, int], 
     mean = sum(importance.values()) / len(importance) or 1.0
     for name, value in importance.items():
         relative_KL[kinds.index(_kind_of(name)), block_of(name)] = value / mean
-    figure, axes = _figure(width=3.2 + max(4.0, 0.36 * blocks), height=2.4 + 0.36 * len(kinds))
+    figure = new_figure(width=3.2 + max(4.0, 0.36 * blocks), height=2.4 + 0.36 * len(kinds))
+    axes = figure.subplots()
     image = _draw_map(axes, relative_KL)
     ticks = [tick for tick in COLOUR_TICKS if image.norm.vmin <= tick <= image.norm.vmax]
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=12, ticks=ticks, format="%g")
@@ -121,7 +123,8 @@ def budget_figure(plan: RoundPlan, costs: ModelCosts, clients: Mapping[str, Budg
     """
     ids = _picked(sorted(plan.clients, key=client_order))
     rows = len(ids) + 1
-    figure, (left, right) = _figure(width=11.0, height=1.9 + 0.34 * rows, columns=2)
+    figure = new_figure(width=11.0, height=1.9 + 0.34 * rows)
+    left, right = figure.subplots(1, 2)
     _draw_memory(left, plan, costs, ids)
     _draw_times(right, plan, costs, clients, ids)
     of_all = "" if len(ids) == len(plan.clients) else f", {len(ids)} of {len(plan.clients):,} clients"
@@ -196,19 +199,3 @@ def _draw_shares(
 def _kind_of(name: str) -> str:
     """A module's name inside its block: ``model.layers.7.mlp.up_proj`` -> ``mlp.up_proj``."""
     return name.split(f".{block_of(name)}.", 1)[1]
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # No pyplot: its global state and its choice of a window system have no place in a server.
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns)
-
-
-def _save(figure: Any, path: str | Path) -> None:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, format="png", dpi=150)

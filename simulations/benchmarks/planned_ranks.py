@@ -29,8 +29,8 @@ from _provenance import provenance
 from hsplit_flwr.budgets.fleet import Fleet
 from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.costs.workload import Workload
+from hsplit_flwr.experiments.split_plans import UnweightedPlanning
 from hsplit_flwr.global_model import GlobalModel
-from hsplit_flwr.importance_history import ImportanceHistory
 from hsplit_flwr.local_federation import LocalNode, run_federation
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.plan import TrainingConfig
@@ -80,21 +80,6 @@ class UniformPlanning(AdaptivePlanning):
             for client, planned in plan.clients.items()
         }
         return replace(plan, clients=clients, tail=replace(plan.tail, ranks=uniform_ranks(plan.tail.ranks, sizes)))
-
-
-class _NoHistory(ImportanceHistory):
-    """Forgets what it is told: every matrix stays equally important."""
-
-    def update(self, profile: Mapping[str, float]) -> None:
-        """Nothing."""
-
-
-class UnweightedPlanning(AdaptivePlanning):
-    """The planner without importance."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.history = _NoHistory()
 
 
 ARMS: dict[str, Callable[..., AdaptivePlanning]] = {

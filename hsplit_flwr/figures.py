@@ -1,0 +1,24 @@
+"""How every picture here is begun and written: matplotlib without pyplot, as PNG.
+
+pyplot's global state and its choice of a window system have no place in a server. matplotlib is imported when drawn.
+"""
+
+from pathlib import Path
+from typing import Any
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of `width` x `height` inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write `figure` as a PNG to `path`; its folder is made if need be."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, format="png", dpi=150)
