@@ -19,7 +19,6 @@ Fluctuations depend on (seed, client, round) alone: every process that reads the
 """
 
 import random
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from hsplit_flwr.budgets.budget import UNITS, Budget, budget_of, read_units
 from hsplit_flwr.budgets.devices import device_budget
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.plan import derive_seed
+from hsplit_flwr.toml_file import read_toml
 
 FACTORS = ("memory", "compute", "link")
 _DEVICE_KEYS = ("device", *UNITS)
@@ -71,10 +71,7 @@ class Fleet:
         Raises:
             ConfigError: no such file, not TOML, or a wrong key, type or value; the message names file and entry.
         """
-        try:
-            table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"Expected a TOML file with device profiles at {path}, found: {error}.") from error
+        table = read_toml(path, "device profiles")
         try:
             _only_keys(table, ("server", "client"))
             if not isinstance(table.get("server"), dict):

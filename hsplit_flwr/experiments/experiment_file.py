@@ -20,13 +20,13 @@ Runs come seed by seed, so that an interrupted matrix compares all methods on fe
 
 import itertools
 import math
-import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.records import RunSpec
+from hsplit_flwr.toml_file import read_toml
 
 REQUIRED_LISTS = {"methods": "method", "settings": "setting", "partitions": "partition", "seeds": "seed"}
 OPTIONAL_LISTS = {"cuts": "cut", "ranks": "rank", "learning_rates": "learning_rate"}
@@ -47,10 +47,7 @@ def read_experiment(path: str | Path, methods: Collection[str], settings: Collec
     Raises:
         ConfigError: no such file, not TOML, or a wrong key, type or value; the message names file and key.
     """
-    try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"Expected a TOML file with an experiment at {path}, found: {error}.") from error
+    content = read_toml(path, "an experiment")
     try:
         return _specs(content, Path(path).resolve().parent, methods, settings)
     except ConfigError as error:
