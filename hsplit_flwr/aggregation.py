@@ -193,7 +193,8 @@ def svd(terms: Sequence[Term]) -> LoraFactors:
     return LoraFactors(A=Vh[:rank] @ Q_in.T, B=Q_out @ (U[:, :rank] * S[:rank]), scaling=1.0)
 
 
-RULES: Mapping[str, Rule] = {"noise_free": noise_free, "fedavg": fedavg, "zero_pad": zero_pad, "svd": svd}
+EXACT_RULE = "noise_free"
+RULES: Mapping[str, Rule] = {EXACT_RULE: noise_free, "fedavg": fedavg, "zero_pad": zero_pad, "svd": svd}
 """The rules by the names that configurations and benchmarks use."""
 
 

@@ -79,7 +79,7 @@ def _planning(settings: Settings, files: ModelFiles, device: str) -> AdaptivePla
         server,
         settings.planner,
         settings.replan,
-        alpha_over_rank=settings.alpha_over_rank,
+        lora_alpha=settings.lora_alpha,
     )
 
 

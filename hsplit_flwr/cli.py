@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     choice = plan.add_argument_group("how to plan")
     choice.add_argument("--ranks", type=_whole_numbers, default="2,4,8,16", help="candidate ranks, besides 0")
     choice.add_argument("--tail-rank", type=int, default=8, metavar="N", help="mean rank of the tail's adapters")
-    choice.add_argument("--deadline-s", type=float, metavar="S", help="the longest a round may take, in seconds")
+    deadline = "the longest a round may take; inf: any (default: what the slowest client needs for one block)"
+    choice.add_argument("--deadline-s", type=float, metavar="S", help=deadline)
     choice.add_argument("--importance", type=Path, metavar="FILE", help="summary.json of a run, or JSON by module")
     choice.add_argument("--exact", action="store_true", help="the exact optimum by integer programming; slow for many")
     choice.add_argument("--round", type=int, default=1, metavar="N", help="the round whose budgets hold")
@@ -141,7 +142,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _heading(options: argparse.Namespace, costs: "ModelCosts", config: "PlannerConfig", source: str) -> str:
     work = costs.workload
-    deadline = "no deadline" if config.deadline_s is None else f"deadline {config.deadline_s:g} s"
+    deadline = f"deadline {config.deadline_s:g} s" if config.deadline_s else "no longer than the slowest client needs"
     checkpointing = ", gradient checkpointing" if work.gradient_checkpointing else ""
     lines = {
         "model": f"{options.model}, {costs.num_blocks} blocks, {len(costs.matrices)} matrices in them, {work.dtype}",

@@ -106,11 +106,19 @@ class LoraSpec:
         return _first_match(self.alpha_pattern, module_name, self.lora_alpha) / self.rank(module_name)
 
     @classmethod
-    def of_ranks(cls, ranks: Mapping[str, int], alpha_over_rank: float) -> "LoraSpec":
-        """A rank for every module by its whole name, none elsewhere; alpha = `alpha_over_rank` * rank."""
-        trained = {re.escape(name): rank for name, rank in ranks.items() if rank > 0}
-        alphas = {name: alpha_over_rank * rank for name, rank in trained.items()}
-        return cls(r=0, rank_pattern=trained, alpha_pattern=alphas)
+    def of_ranks(cls, ranks: Mapping[str, int], lora_alpha: float) -> "LoraSpec":
+        """A rank for every module by its whole name, none elsewhere; one alpha for all.
+
+        So one learning rate suits all ranks: what AdamW's first step on B changes is a sum of r terms of like sign,
+        and the scaling alpha / r makes a mean of it.
+        """
+        return cls(r=0, lora_alpha=lora_alpha, rank_pattern=_by_whole_name(ranks))
+
+    @classmethod
+    def of_scaling(cls, ranks: Mapping[str, int], scaling: float) -> "LoraSpec":
+        """As `of_ranks`, but with one scaling for all: alpha = `scaling` * rank."""
+        trained = _by_whole_name(ranks)
+        return cls(r=0, rank_pattern=trained, alpha_pattern={name: scaling * rank for name, rank in trained.items()})
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form; `from_dict` takes it back."""
@@ -135,6 +143,10 @@ class LoraSpec:
             raise ConfigError(f"Expected a LoRA spec with the keys {sorted(expected)}, found {sorted(data)}.")
         targets = data["target_modules"]
         return cls(**{**data, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
+
+
+def _by_whole_name(ranks: Mapping[str, int]) -> dict[str, int]:
+    return {re.escape(name): rank for name, rank in ranks.items() if rank > 0}
 
 
 def _first_match(pattern: Mapping[str, Number], module_name: str, default: Number) -> Number:

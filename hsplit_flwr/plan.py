@@ -11,7 +11,7 @@ from hsplit_flwr.costs.workload import ACTIVATION_DTYPES, Workload
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraSpec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 Mode = Literal["train", "evaluate", "probe"]
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -20,7 +20,8 @@ SCHEDULES = ("linear", "cosine", "constant")
 class TrainingConfig:
     """How heads and tail train: AdamW under one learning-rate schedule that spans the whole run.
 
-    Adapters and AdamW state start afresh every round, after the merge; the schedule does not.
+    Adapters and AdamW state start afresh every round, after the merge; the schedule does not, but for a short warm-up:
+    AdamW's first steps are of full length in every coordinate, whatever it knows of them.
     Head and tail clip their own gradients to `max_grad_norm` (0: no clipping).
     """
 
@@ -28,6 +29,7 @@ class TrainingConfig:
     local_steps: int = 20
     learning_rate: float = 2e-3
     warmup_steps: int = 10
+    """of the run"""
     schedule: str = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -37,10 +39,13 @@ class TrainingConfig:
     """the first steps of every round that also measure weight importance (`importance.py`); 0: none"""
     importance_rows: int = 2
     """rows of each batch that importance is measured on; 0: all"""
+    restart_warmup_steps: int = 2
+    """first steps of a round, after the run's own warm-up, with a lower learning rate"""
 
     def __post_init__(self) -> None:
         _require(_whole(self.rounds, 1) and _whole(self.local_steps, 1), "rounds and local_steps >= 1", self)
-        _require(_whole(self.warmup_steps, 0), "warmup_steps >= 0", self)
+        warmups = _whole(self.warmup_steps, 0) and _whole(self.restart_warmup_steps, 0)
+        _require(warmups, "warmup_steps and restart_warmup_steps >= 0", self)
         importance = _whole(self.importance_steps, 0) and _whole(self.importance_rows, 0)
         _require(importance, "importance_steps and importance_rows >= 0", self)
         _require(0 < self.learning_rate < math.inf, "learning_rate > 0", self)
@@ -55,14 +60,26 @@ class TrainingConfig:
         return self.rounds * self.local_steps
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of run step `step` (0-based): linear warm-up, then the schedule down to zero."""
+        """The learning rate of run step `step` (0-based): linear warm-up, then the schedule down to zero.
+
+        From the second round on, step k < `restart_warmup_steps` of a round takes (k+1) / (`restart_warmup_steps` + 1)
+        of that.
+        """
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
+        rate = self.learning_rate * self._scheduled(step)
+        of_round = step % self.local_steps
+        if step >= self.local_steps and of_round < self.restart_warmup_steps:
+            rate *= (of_round + 1) / (self.restart_warmup_steps + 1)
+        return rate
+
+    def _scheduled(self, step: int) -> float:
+        """What the schedule leaves of the learning rate at a step after the warm-up."""
         if self.schedule == "constant":
-            return self.learning_rate
+            return 1.0
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         left = max(0.0, 1.0 - done)
-        return self.learning_rate * (left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
+        return left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,8 @@ class RoundTask:
     training: TrainingConfig
     workload: Workload | None = None
     """what the plan was made for; larger batches are refused"""
+    common_start: bool = False
+    """see `head_seed`"""
 
     @property
     def first_step(self) -> int:
@@ -101,7 +120,7 @@ class RoundTask:
     @property
     def adapter_seed(self) -> int:
         """Decides this client's fresh adapters in this round."""
-        return derive_seed(self.training.seed, "head", self.round, self.client)
+        return head_seed(self.training.seed, self.round, self.client, self.common_start)
 
     def to_json(self) -> str:
         """The JSON text that `from_json` reads."""
@@ -137,6 +156,20 @@ class RoundTask:
             raise ConfigError(f"Expected a round task of hsplit_flwr in the Flower config, found {error!r}.") from error
 
 
+def tail_seed(seed: int, round_: int) -> int:
+    """Decides the tail's fresh adapters in a round of the run of `seed`."""
+    return derive_seed(seed, "tail", round_)
+
+
+def head_seed(seed: int, round_: int, client: str, common_start: bool) -> int:
+    """Decides the fresh adapters of a client's head; with a common start they are those of every other head and tail.
+
+    Stacked adapters may start anywhere, and learn more from different starts. What is averaged must start alike, or the
+    average is of unrelated things.
+    """
+    return tail_seed(seed, round_) if common_start else derive_seed(seed, "head", round_, client)
+
+
 def derive_seed(*parts: object) -> int:
     """A 63-bit seed from any parts: equal parts, equal seed, on every machine."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
@@ -147,17 +180,14 @@ def plans_from_table(
     cuts: Mapping[str, int],
     ranks: Mapping[str, int],
     *,
-    alpha_over_rank: float = 2.0,
+    lora_alpha: float = 16.0,
     target_modules: str = "",
 ) -> dict[str, ClientPlan]:
-    """Plans per client id from two small tables, alpha = `alpha_over_rank` * r (so that every scaling is equal)."""
+    """Plans per client id from two small tables, with one alpha for all."""
     if set(cuts) != set(ranks):
         raise ConfigError(f"Expected cuts and ranks for the same clients, found {sorted(cuts)} and {sorted(ranks)}.")
     targets = tuple(target_modules.split()) if target_modules else "all-linear"
-    return {
-        client: ClientPlan(cuts[client], LoraSpec(ranks[client], alpha_over_rank * ranks[client], targets))
-        for client in cuts
-    }
+    return {client: ClientPlan(cuts[client], LoraSpec(ranks[client], lora_alpha, targets)) for client in cuts}
 
 
 def _whole(value: object, least: int) -> bool:

@@ -32,7 +32,7 @@ class Settings:
     """where plans are configured"""
     planner: PlannerConfig
     replan: ReplanConfig
-    alpha_over_rank: float
+    lora_alpha: float
     fleet: Fleet | None
     """budgets by profile; None: clients state or measure their own"""
     strategy: StrategyConfig
@@ -54,7 +54,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     Raises:
         ConfigError: a value of the wrong type or out of range; the message names the key.
     """
-    alpha_over_rank = get(run_config, "alpha-over-rank", 2.0)
+    lora_alpha = get(run_config, "lora-alpha", 16.0)
     targets = get(run_config, "target-modules", "")
     tail_rank = get(run_config, "tail-rank", 8)
     training = _training(run_config)
@@ -71,8 +71,8 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             activation_dtype=training.activation_dtype,
             gradient_checkpointing=get(run_config, "gradient-checkpointing", False),
         ),
-        plans=_configured_plans(run_config, alpha_over_rank, targets),
-        tail_lora=LoraSpec(tail_rank, alpha_over_rank * tail_rank, spec) if tail_rank else LoraSpec(0),
+        plans=_configured_plans(run_config, lora_alpha, targets),
+        tail_lora=LoraSpec(tail_rank, lora_alpha, spec) if tail_rank else LoraSpec(0),
         planner=PlannerConfig(
             ranks=tuple(integers(run_config, "candidate-ranks", "2,4,8,16").values()),
             tail_rank=tail_rank,
@@ -82,7 +82,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             drift_threshold=get(run_config, "drift-threshold", ReplanConfig.drift_threshold),
             budget_tolerance=get(run_config, "budget-tolerance", ReplanConfig.budget_tolerance),
         ),
-        alpha_over_rank=alpha_over_rank,
+        lora_alpha=lora_alpha,
         fleet=read_fleet(run_config, folder),
         strategy=StrategyConfig(
             rule=get(run_config, "aggregation", "noise_free"),
@@ -115,6 +115,7 @@ def _training(run_config: RunConfig) -> TrainingConfig:
         local_steps=get(run_config, "local-steps", default.local_steps),
         learning_rate=get(run_config, "learning-rate", default.learning_rate),
         warmup_steps=get(run_config, "warmup-steps", default.warmup_steps),
+        restart_warmup_steps=get(run_config, "restart-warmup-steps", default.restart_warmup_steps),
         schedule=get(run_config, "schedule", default.schedule),
         importance_steps=get(run_config, "importance-steps", default.importance_steps),
         importance_rows=get(run_config, "importance-rows", default.importance_rows),
@@ -148,11 +149,11 @@ def count_clients(run_config: RunConfig, node_config: RunConfig, folder: Path) -
     return len(fleet.profiles) if fleet else get(node_config, "num-partitions", 1)
 
 
-def _configured_plans(run_config: RunConfig, alpha_over_rank: float, targets: str) -> dict[str, ClientPlan] | None:
+def _configured_plans(run_config: RunConfig, lora_alpha: float, targets: str) -> dict[str, ClientPlan] | None:
     if not get(run_config, "cuts", ""):
         return None
     cuts, ranks = integers(run_config, "cuts"), integers(run_config, "ranks")
-    return plans_from_table(cuts, ranks, alpha_over_rank=alpha_over_rank, target_modules=targets)
+    return plans_from_table(cuts, ranks, lora_alpha=lora_alpha, target_modules=targets)
 
 
 def get(run_config: RunConfig, key: str, default: Value) -> Value:

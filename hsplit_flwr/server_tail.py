@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.barrier import BarrierLimits, StepBarrier
+from hsplit_flwr.deltas import WeightDelta
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange import ScoreReply, StepReply, target_tokens
 from hsplit_flwr.importance import ImportanceProbe, MeanImportance, SampledRows, sample_rows
@@ -100,11 +101,24 @@ class SharedTail:
         """Where the tail computes."""
         return next(self.segment.parameters()).device
 
-    def open_training(self, clients: Iterable[str], concurrency: int, adapter_seed: int | None) -> None:
-        """Start a training round: a barrier over `clients`, fresh adapters and optimiser (None: they go on)."""
+    def open_training(
+        self,
+        clients: Iterable[str],
+        concurrency: int,
+        adapter_seed: int | None,
+        learned: WeightDelta | None = None,
+    ) -> None:
+        """Start a training round: a barrier over `clients`, fresh adapters and optimiser.
+
+        Args:
+            clients: who is expected.
+            concurrency: how many of them train at a time.
+            adapter_seed: of the adapters; None: adapters and optimiser go on.
+            learned: see `SegmentAdapters.reset`.
+        """
         self.close_training()
         if adapter_seed is not None:
-            self.adapters.reset(adapter_seed)
+            self.adapters.reset(adapter_seed, learned)
         if adapter_seed is not None or self._optimiser is None:
             self._optimiser = Optimiser(self.adapters.parameters(), self._config)
         self._importance = defaultdict(MeanImportance)

@@ -28,7 +28,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
 from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.aggregation import EXACT_RULE, RULES, Contribution, aggregate, token_shares
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.client import PROBE_KEY, TASK_KEY
 from hsplit_flwr.client_head import Batch
@@ -39,7 +39,7 @@ from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes
 from hsplit_flwr.health.aggregation import measure_aggregation
 from hsplit_flwr.health.steps import StepNotes
 from hsplit_flwr.lora import LoraFactors, LoraSpec
-from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed
+from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed, tail_seed
 from hsplit_flwr.planning.plan_book import PlanBook, Plans
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.report import plan_table
@@ -59,7 +59,7 @@ EvaluateResults = list[tuple[ClientProxy, EvaluateRes]]
 class StrategyConfig:
     """What a run does besides training steps."""
 
-    rule: str = "noise_free"
+    rule: str = EXACT_RULE
     """aggregation rule, one of `aggregation.RULES`"""
     min_nodes: int = 1
     """a round starts once so many SuperNodes are connected"""
@@ -169,9 +169,8 @@ class HSplitLoRAStrategy(Strategy):
         self._settle_plans(server_round, known)
         proxies = self._sample(known, server_round)
         tasks = self._open_round(server_round, "train", proxies)
-        self._tail.open_training(
-            tasks, self._roster.concurrency(tasks), derive_seed(self.training.seed, "tail", server_round)
-        )
+        seed = tail_seed(self.training.seed, server_round)
+        self._tail.open_training(tasks, self._roster.concurrency(tasks), seed, self.model.log.total)
         self._journal.phase(server_round, "configure", started)
         self._phase_started = time.perf_counter()
         return [
@@ -337,6 +336,7 @@ class HSplitLoRAStrategy(Strategy):
             plan=plan,
             training=self.training,
             workload=self._book.workload,
+            common_start=self.config.rule != EXACT_RULE,
         )
 
     def _close_round(self) -> dict[str, Ticket]:

@@ -77,7 +77,7 @@ def test_hsplitlora_is_what_a_deployment_computes(task: Task, hsplitlora: RunWit
     """The real strategy, clients and gRPC: same plans, same perplexity after every round."""
     strategy = HSplitLoRAStrategy(
         GlobalModel(task.files),
-        AdaptivePlanning(task.costs, task.server, PLANNER, alpha_over_rank=2.0),
+        AdaptivePlanning(task.costs, task.server, PLANNER, lora_alpha=16.0),
         task.training,
         config=StrategyConfig(federated_evaluation=False),
         limits=BarrierLimits(straggler_limit_s=300.0),

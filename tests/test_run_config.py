@@ -42,7 +42,7 @@ def test_what_is_absent_takes_the_defaults_of_the_dataclasses() -> None:
     assert settings.service == ServiceConfig()
     assert settings.limits == BarrierLimits()
     assert settings.tail_lora == LoraSpec()
-    assert settings.plans == {"0": ClientPlan(1, LoraSpec(2, 4.0)), "1": ClientPlan(3, LoraSpec(4, 8.0))}
+    assert settings.plans == {"0": ClientPlan(1, LoraSpec(2, 16.0)), "1": ClientPlan(3, LoraSpec(4, 16.0))}
     assert (settings.workload, settings.server_threads, settings.adapter_rank) == (
         Workload(sequence_length=96),
         0,
@@ -55,7 +55,7 @@ def test_every_key_arrives() -> None:
     settings = read_settings(
         {
             **SMALLEST,
-            "alpha-over-rank": 0.5,
+            "lora-alpha": 4.0,
             "target-modules": "q_proj v_proj",
             "tail-rank": 6,
             "aggregation": "svd",
@@ -92,17 +92,18 @@ def test_every_key_arrives() -> None:
             "budget-tolerance": 0.3,
             "importance-steps": 2,
             "importance-rows": 0,
+            "restart-warmup-steps": 1,
         },
         HERE,
     )
-    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0)
+    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0, 1)
     assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", True)
     assert (settings.planner.ranks, settings.planner.tail_rank, settings.planner.deadline_s) == ((1, 3), 6, 12.0)
     assert settings.replan == ReplanConfig(0.5, 0.3)
-    assert settings.alpha_over_rank == 0.5
+    assert settings.lora_alpha == 4.0
     assert settings.plans
-    assert settings.plans["1"] == ClientPlan(3, LoraSpec(4, 2.0, ("q_proj", "v_proj")))
-    assert settings.tail_lora == LoraSpec(6, 3.0, ("q_proj", "v_proj"))
+    assert settings.plans["1"] == ClientPlan(3, LoraSpec(4, 4.0, ("q_proj", "v_proj")))
+    assert settings.tail_lora == LoraSpec(6, 4.0, ("q_proj", "v_proj"))
     assert settings.strategy == StrategyConfig("svd", 3, 0.5, False, 90.0)
     assert settings.service == ServiceConfig(
         "0.0.0.0:7000",

@@ -11,6 +11,6 @@ from hsplit_flwr.segments import Segment, segment_from_model
 def adapted(model: GlobalModel, factors: Mapping[str, LoraFactors]) -> Segment:
     """The whole model with `factors` as its adapters; shares the tensors of `model`, which stays as it is."""
     whole = segment_from_model(model.segment.model)
-    spec = LoraSpec.of_ranks({name: pair.rank for name, pair in factors.items()}, 1.0)
+    spec = LoraSpec.of_scaling({name: pair.rank for name, pair in factors.items()}, 1.0)
     SegmentAdapters(whole, spec).set(factors)
     return whole

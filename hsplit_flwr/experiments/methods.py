@@ -1,7 +1,13 @@
 """HSplitLoRA, its ablations and its rivals, each as a configuration of one engine.
 
 Common to all: the same batches of the same clients in the same order, AdamW and the schedule of `TrainingConfig` over
-the whole run, LoRA of alpha = 2r on every linear layer (all but `ft`), and the token shares p_i.
+the whole run, LoRA on every linear layer (all but `ft`), and the token shares p_i. Rank 8 has alpha 16, everywhere.
+Other ranks have alpha 16 too where every round's adapters are merged (HSplitLoRA, ``flora``), else alpha = 2r: what is
+averaged or truncated across ranks needs one scaling.
+
+Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_armsc``, ``without_naa``) and three of ours
+(``without_balance``, ``without_one_alpha``, ``without_subspace``), each alone; ``hsplitlora_plain`` is without all of
+ours.
 
 How we read the rivals, where their texts leave a choice:
 
@@ -21,7 +27,7 @@ How we read the rivals, where their texts leave a choice:
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Where = Literal["split", "whole", "full", "server"]
@@ -43,6 +49,13 @@ class Method:
     """cuts and ranks by the planner; else one cut and one rank (split), or a rank by device (whole)"""
     importance: bool = True
     """the planner knows which weights matter"""
+    balanced: bool = True
+    """a planned round takes no longer than its slowest client needs for one block; else as long as memory leads to"""
+    one_alpha: bool = True
+    """planned adapters have one alpha; else one scaling alpha / r"""
+    subspace: bool = False
+    """new adapters start where the weights have changed so far (`subspace`), after a warm-up of two steps; else from an
+    A drawn at random"""
     self_pruning: bool = False
     stale_snapshots: bool = False
     """aggregates what SplitLoRA's released code does"""
@@ -50,11 +63,16 @@ class Method:
     """the server takes the batches of all clients in one step"""
 
 
+_HSPLITLORA = Method("HSplitLoRA", "split", planned=True, subspace=True)
 METHODS: Mapping[str, Method] = {
-    "hsplitlora": Method("HSplitLoRA", "split", planned=True),
-    "without_iwi": Method("HSplitLoRA without importance", "split", planned=True, importance=False),
-    "without_armsc": Method("HSplitLoRA with one cut and rank", "split"),
-    "without_naa": Method("HSplitLoRA with averaged factors", "split", rule="fedavg", planned=True),
+    "hsplitlora": _HSPLITLORA,
+    "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
+    "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
+    "without_naa": replace(_HSPLITLORA, title="HSplitLoRA with averaged factors", rule="fedavg"),
+    "without_balance": replace(_HSPLITLORA, title="HSplitLoRA without balanced rounds", balanced=False),
+    "without_one_alpha": replace(_HSPLITLORA, title="HSplitLoRA with alpha = 2r", one_alpha=False),
+    "without_subspace": replace(_HSPLITLORA, title="HSplitLoRA with A drawn anew", subspace=False),
+    "hsplitlora_plain": Method("HSplitLoRA, plain", "split", planned=True, balanced=False, one_alpha=False),
     "splitlora": Method("SplitLoRA", "split", rule="fedavg", carried=True),
     "splitlora_as_released": Method(
         "SplitLoRA as released", "split", rule="fedavg", carried=True, stale_snapshots=True

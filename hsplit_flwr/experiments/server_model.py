@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.experiments.methods import Method
-from hsplit_flwr.experiments.task import ALPHA_OVER_RANK, LARGEST_RANK, Task
+from hsplit_flwr.experiments.task import LARGEST_RANK, SCALING, Task
 from hsplit_flwr.experiments.whole_training import client_steps, train_whole
 from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, length_factor, whole_flops
 from hsplit_flwr.global_model import GlobalModel, Score, score_segment
@@ -24,7 +24,7 @@ class ServerTrainer:
         self._joint = method.joint_batches
         self._segment = GlobalModel(task.files).segment
         rank = task.spec.rank or LARGEST_RANK
-        self._adapters = SegmentAdapters(self._segment, LoraSpec(rank, ALPHA_OVER_RANK * rank))
+        self._adapters = SegmentAdapters(self._segment, LoraSpec(rank, SCALING * rank))
         self._adapters.reset(derive_seed(task.training.seed, "tail"))
         times = 1 if self._joint else len(task.devices)
         training = replace(

@@ -6,12 +6,12 @@ share the tensors of one model.
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
 from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.aggregation import EXACT_RULE, RULES, Contribution, aggregate, token_shares
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.client_head import Batch, TrainReport, train_head
 from hsplit_flwr.experiments.adapted import adapted
@@ -23,7 +23,7 @@ from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes,
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes, score_segment
 from hsplit_flwr.lora import LoraFactors
 from hsplit_flwr.optimisation import Optimiser
-from hsplit_flwr.plan import ClientPlan, derive_seed
+from hsplit_flwr.plan import ClientPlan, TrainingConfig, head_seed, tail_seed
 from hsplit_flwr.segments import Segment, block_of, segment_from_model
 from hsplit_flwr.server_tail import SharedTail
 
@@ -57,12 +57,14 @@ class SplitTrainer:
     def __init__(self, task: Task, method: Method) -> None:
         self._task = task
         self._method = method
+        warmup = TrainingConfig.restart_warmup_steps if method.subspace else 0
+        self._training = replace(task.training, restart_warmup_steps=warmup)
         self._model = GlobalModel(task.files)
         """never has adapters: what all segments take their tensors from"""
         self._book = plans_of(task, method)
         self._segment = segment_from_model(self._model.segment.model)
         self._shapes = linear_shapes(self._segment)
-        self._tail = SharedTail(self._segment, self._tail_adapters(), task.training, LIMITS)
+        self._tail = SharedTail(self._segment, self._tail_adapters(), self._training, LIMITS)
         self._heads: dict[str, _Head] = {}
         self._average: dict[str, LoraFactors] = {}
         """of the heads' adapters, where they are carried"""
@@ -119,8 +121,10 @@ class SplitTrainer:
         if self._average:
             adapters.set(self._average)
         else:
-            adapters.reset(self._adapter_seed(client, number))
-        optimiser = Optimiser(adapters.parameters(), self._task.training)
+            common_start = self._method.rule != EXACT_RULE
+            seed = head_seed(self._training.seed, number, client, common_start)
+            adapters.reset(seed, self._model.log.total if self._method.subspace else None)
+        optimiser = Optimiser(adapters.parameters(), self._training)
         version, _, lacking = self._model.since(self._versions.get(client, 0), plan.cut)
         self._versions[client] = version
         download = sum(tensor.nbytes for tensor in lacking.values()) + factor_bytes(self._average)
@@ -129,17 +133,12 @@ class SplitTrainer:
             self._heads[client] = head
         return head
 
-    def _adapter_seed(self, client: str, number: int) -> int:
-        """An average of A's and B's is of one thing only if all clients start alike; stacking has no such need."""
-        if self._method.rule == "noise_free":
-            return derive_seed(self._task.training.seed, "head", number, client)
-        return derive_seed(self._task.training.seed, "tail", number)
-
     def _train(self, heads: Mapping[str, _Head], number: int) -> dict[str, TrainReport]:
-        training = self._task.training
-        seed = derive_seed(training.seed, "tail", number)
+        training = self._training
+        seed = tail_seed(training.seed, number)
         goes_on = self._method.carried and number > 1
-        self._tail.open_training(heads, len(heads), None if goes_on else seed)
+        learned = self._model.log.total if self._method.subspace else None
+        self._tail.open_training(heads, len(heads), None if goes_on else seed, learned)
         first = (number - 1) * training.local_steps
 
         def train(client: str) -> TrainReport:

@@ -1,5 +1,6 @@
 """Cuts and ranks of the methods that split the model."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import Method
-from hsplit_flwr.experiments.task import ALPHA_OVER_RANK, RANK, RANKS, Task
+from hsplit_flwr.experiments.task import LORA_ALPHA, RANK, RANKS, SCALING, Task
 from hsplit_flwr.importance_history import ImportanceHistory
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan
@@ -31,6 +32,14 @@ class UnweightedPlanning(AdaptivePlanning):
         self.history = _NoHistory()
 
 
+class OneScalingPlanning(AdaptivePlanning):
+    """The planner with one scaling alpha / r for all ranks, instead of one alpha."""
+
+    def lora(self, ranks: Mapping[str, int]) -> LoraSpec:
+        """See `AdaptivePlanning`."""
+        return LoraSpec.of_scaling(ranks, SCALING)
+
+
 def plans_of(task: Task, method: Method) -> PlanBook:
     """The plans of `method` under `task`; a cut or rank that the run's spec states goes for all clients.
 
@@ -39,13 +48,15 @@ def plans_of(task: Task, method: Method) -> PlanBook:
     """
     spec, training, blocks = task.spec, task.training, task.costs.num_blocks
     if method.planned and not (spec.cut or spec.rank):
-        planning = AdaptivePlanning if method.importance else UnweightedPlanning
-        config = PlannerConfig(RANKS, tail_rank=RANK)
-        plans = planning(task.costs, task.server, config, alpha_over_rank=ALPHA_OVER_RANK)
+        planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
+        if not method.importance:
+            planning = UnweightedPlanning
+        config = PlannerConfig(RANKS, tail_rank=RANK, deadline_s=None if method.balanced else math.inf)
+        plans = planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
         return PlanBook(plans, None, None, training, blocks)
     rank = spec.rank or common_rank(task.costs, task.devices)
     cut = spec.cut or common_cut(task.costs, task.devices, rank)
-    lora = LoraSpec(rank, ALPHA_OVER_RANK * rank)
+    lora = LoraSpec(rank, LORA_ALPHA)
     return PlanBook(ClientPlan(cut, lora), lora, task.costs.workload, training, blocks)
 
 

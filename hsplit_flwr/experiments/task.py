@@ -30,7 +30,10 @@ RANKS = (1, 2, 4, 8, 16)
 RANK = 8
 """where one rank serves all, and the mean of the tail's"""
 LARGEST_RANK = 16
-ALPHA_OVER_RANK = 2.0
+LORA_ALPHA = 16.0
+"""of adapters that are merged every round, and where heads and tail have one rank"""
+SCALING = LORA_ALPHA / RANK
+"""alpha / r of whole-model adapters that are carried from round to round: what is averaged needs one for all ranks"""
 EVAL_BATCH_SIZE = 16
 
 
@@ -91,6 +94,7 @@ class Task:
                 local_steps=spec.local_steps,
                 learning_rate=spec.learning_rate,
                 warmup_steps=spec.warmup_steps,
+                restart_warmup_steps=0,
                 seed=spec.seed,
             ),
             streams={

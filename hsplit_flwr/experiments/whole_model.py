@@ -12,7 +12,7 @@ from hsplit_flwr.aggregation import RULES, Contribution, aggregate, token_shares
 from hsplit_flwr.experiments.adapted import adapted
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.pruning import penalty, ranks_after
-from hsplit_flwr.experiments.task import ALPHA_OVER_RANK, Task
+from hsplit_flwr.experiments.task import LORA_ALPHA, SCALING, Task
 from hsplit_flwr.experiments.whole_training import WholeReport, client_steps, train_whole
 from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, merge_flops, whole_flops, whole_work
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes, score_segment
@@ -125,7 +125,10 @@ class WholeTrainer:
 
     def _client_model(self, client: str, number: int) -> tuple[Segment, SegmentAdapters]:
         segment = segment_from_model(self._model.segment.model)
-        adapters = SegmentAdapters(segment, LoraSpec.of_ranks(self._ranks[client], ALPHA_OVER_RANK))
+        ranks = self._ranks[client]
+        carried = self._method.carried
+        spec = LoraSpec.of_scaling(ranks, SCALING) if carried else LoraSpec.of_ranks(ranks, LORA_ALPHA)
+        adapters = SegmentAdapters(segment, spec)
         adapters.reset(derive_seed(self._task.training.seed, "head", number, client))
         if self._global:
             adapters.set({name: resized(self._global[name], fresh) for name, fresh in adapters.factors().items()})

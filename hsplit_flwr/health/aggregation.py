@@ -16,12 +16,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hsplit_flwr.aggregation import RULES, Contribution, Term, noise_free, product_norm, terms_by_module
+from hsplit_flwr.aggregation import EXACT_RULE, RULES, Contribution, Term, noise_free, product_norm, terms_by_module
 from hsplit_flwr.health.records import AdapterCoverage, AggregationHealth, MatrixSpectrum
 from hsplit_flwr.lora import LoraFactors
 
 _log = logging.getLogger("hsplit_flwr")
-EXACT_RULE = "noise_free"
 MATRICES = 4
 """Measured per round: a few show what all do, and cost little beside aggregating all of them."""
 KEPT_VALUES = 32

@@ -62,12 +62,11 @@ class PlanBook:
             raise ConfigError(f"Expected a client that can take part, found none: {reasons}")
         if not decision.reasons:
             return decision
-        alpha_over_rank = self.adaptive.alpha_over_rank
         self._plans = {
-            client: ClientPlan(planned.cut, LoraSpec.of_ranks(planned.ranks, alpha_over_rank))
+            client: ClientPlan(planned.cut, self.adaptive.lora(planned.ranks))
             for client, planned in decision.plan.clients.items()
         }
-        self.tail_lora = LoraSpec.of_ranks(decision.plan.tail.ranks, alpha_over_rank)
+        self.tail_lora = self.adaptive.lora(decision.plan.tail.ranks)
         return decision
 
     def takes_part(self, client: str) -> bool:

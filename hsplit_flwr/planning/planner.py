@@ -16,13 +16,17 @@ The server's memory counts every client's activations at once; in truth only cli
 the sum errs on the safe side. The tail's own ranks follow from `tail_rank` and the importance alone: they maximise
 sum_m I_m g(r_m) over the blocks from 1 on, subject to sum_m r_m (d_in + d_out) <= tail_rank sum_m (d_in + d_out).
 
+The objective counts what heads train, as if nobody trained the rest. The tail does; so a deeper head is worth no longer
+a round, and without a stated deadline a round ends when the slowest client can be done (`balance`).
+
 As many clients as possible take part (`participants`); the objective comes second. With the same clients taking
 part, more of any budget or a later deadline never gives a lower objective (`greedy` says how far that goes). The
 paper's own formulation is not public text to us; this one is ours.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,6 +34,7 @@ import numpy as np
 from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning import exact, greedy
+from hsplit_flwr.planning.balance import balanced_deadline
 from hsplit_flwr.planning.limits import limits
 from hsplit_flwr.planning.participants import participants
 from hsplit_flwr.planning.problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
@@ -51,7 +56,8 @@ class PlannerConfig:
     tail_rank: int = 8
     """mean rank of the tail's adapters, weighted by what a unit of rank costs; spread by importance"""
     deadline_s: float | None = None
-    """for a round: all steps and the adapters' upload; None: no deadline"""
+    """for a round: all steps and the adapters' upload; inf: no deadline; None: what the slowest client needs for the
+    shallowest head (`balance.balanced_deadline`)"""
 
     def __post_init__(self) -> None:
         whole = all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in self.ranks)
@@ -61,8 +67,8 @@ class PlannerConfig:
             )
         if not (isinstance(self.tail_rank, int) and self.tail_rank >= 0):
             raise ConfigError(f"Expected tail_rank as a whole number >= 0, found {self.tail_rank!r}.")
-        if self.deadline_s is not None and not 0 < self.deadline_s < np.inf:
-            raise ConfigError(f"Expected deadline_s > 0 and finite, or None, found {self.deadline_s!r}.")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ConfigError(f"Expected deadline_s > 0 (inf: none), or None, found {self.deadline_s!r}.")
 
 
 def plan(
@@ -135,15 +141,16 @@ def _problem(
 ) -> Problem:
     if not clients:
         raise ConfigError("Expected at least one client's budget, found none. Wait for clients to report theirs.")
-    return Problem.from_costs(
+    problem = Problem.from_costs(
         costs,
         importance,
         clients,
         server,
         ranks=config.ranks,
         tail_rank=config.tail_rank,
-        deadline_s=config.deadline_s,
+        deadline_s=config.deadline_s or math.inf,
     )
+    return problem if config.deadline_s else replace(problem, deadline_s=balanced_deadline(problem))
 
 
 def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str]) -> RoundPlan:

@@ -125,7 +125,7 @@ class Problem:
         *,
         ranks: Sequence[int],
         tail_rank: float,
-        deadline_s: float | None = None,
+        deadline_s: float = math.inf,
     ) -> "Problem":
         """The problem of a model.
 
@@ -167,7 +167,7 @@ class Problem:
             **client_arrays(clients),
             server_memory=server.memory_bytes,
             server_flops_per_s=server.flops_per_s,
-            deadline_s=math.inf if deadline_s is None else deadline_s,
+            deadline_s=deadline_s,
         )
 
 

@@ -14,6 +14,7 @@ from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.importance_history import ImportanceHistory, drift
+from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.planning.planner import PlannerConfig, plan
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.results import client_order
@@ -54,7 +55,7 @@ class AdaptivePlanning:
         server: the server's budget.
         planner: candidate ranks, deadline.
         replan: thresholds.
-        alpha_over_rank: LoRA's scaling, alpha / r, of every adapter.
+        lora_alpha: alpha of every adapter, whatever its rank; its scaling is alpha / r.
         importance: module name -> importance known before training (of an earlier run); default: all equal.
 
     Raises:
@@ -68,11 +69,11 @@ class AdaptivePlanning:
         planner: PlannerConfig | None = None,
         replan: ReplanConfig | None = None,
         *,
-        alpha_over_rank: float = 2.0,
+        lora_alpha: float = 16.0,
         importance: Profile | None = None,
     ) -> None:
         self.costs = costs
-        self.alpha_over_rank = alpha_over_rank
+        self._lora_alpha = lora_alpha
         self.history = ImportanceHistory()
         self._server = server
         self._planner = planner or PlannerConfig()
@@ -97,6 +98,10 @@ class AdaptivePlanning:
     def profile(self) -> Profile:
         """Importance by module, sum 1; all equal before anything was measured."""
         return self.history.profile or self._uniform
+
+    def lora(self, ranks: Mapping[str, int]) -> LoraSpec:
+        """The adapters of a head or tail of these ranks."""
+        return LoraSpec.of_ranks(ranks, self._lora_alpha)
 
     def observe_budget(self, client: str, budget: Budget) -> None:
         """`client` says what it can afford from now on."""
