@@ -9,6 +9,7 @@ simulations/README.md.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hsplit_flwr.lora import LoraFactors
 
@@ -30,9 +31,12 @@ def restart_lora_A(fresh: Tensor, learned: Tensor | LoraFactors) -> Tensor:
         responses = fresh @ learned.A.T @ (learned.B.T @ learned.B) @ learned.A
     else:
         responses = fresh @ learned.T @ learned
-    size = responses.norm()
-    if not size > 0:
+    if not responses.any():
         return fresh
-    start = responses / size + RANDOM_PART * fresh / fresh.norm()
-    rows, _ = torch.linalg.qr(start.T)
-    return rows.T * 3**-0.5  # sqrt(d_in) times the standard deviation of uniform(-d_in^-0.5, d_in^-0.5)
+    start = _unit_rows(responses) + RANDOM_PART * _unit_rows(fresh)
+    columns: Tensor = torch.linalg.qr(start.T).Q
+    return columns.T * 3**-0.5  # sqrt(d_in) times the standard deviation of uniform(-d_in^-0.5, d_in^-0.5)
+
+
+def _unit_rows(matrix: Tensor) -> Tensor:
+    return functional.normalize(matrix, dim=1, eps=torch.finfo(matrix.dtype).tiny)

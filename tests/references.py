@@ -67,13 +67,13 @@ def load_reference() -> PreTrainedModel:
     return model
 
 
-def with_adapters(start: Mapping[str, Pair]) -> tuple[Any, dict[str, Pair]]:
-    """PEFT's model with adapters of alpha = 2r that start there; the adapters by module."""
+def with_adapters(start: Mapping[str, Pair], alpha: float | None = None) -> tuple[Any, dict[str, Pair]]:
+    """PEFT's model with adapters of one alpha, or of alpha = 2r, that start there; the adapters by module."""
     ranks = {name: A.shape[0] for name, (A, _) in start.items()}
     config = peft.LoraConfig(
         target_modules=list(start),
         rank_pattern=ranks,
-        alpha_pattern={name: SCALING * rank for name, rank in ranks.items()},
+        alpha_pattern={name: alpha or SCALING * rank for name, rank in ranks.items()},
         fan_in_fan_out=True,
     )
     model = peft.get_peft_model(load_reference(), config).eval()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.planning.balance import balanced_deadline
 from hsplit_flwr.planning.greedy import solve
 from hsplit_flwr.planning.participants import participants
 from hsplit_flwr.planning.planner import PlannerConfig, Solver, exact_solver, plan, plan_exact, plan_problem
@@ -29,6 +30,7 @@ ROUNDING = 1e-8
 SOLVER_ROUNDING = 1e-5
 """relative; HiGHS's feasibility tolerance is 1e-6 of a scaled row"""
 SERVER = Budget(10**12, 1e13, 1e9, 1e9)
+NO_DEADLINE = PlannerConfig(deadline_s=math.inf)
 TIGHTNESS: tuple[Tight, ...] = ("memory", "deadline", "both", "none")
 
 
@@ -263,7 +265,7 @@ def test_sharing_is_exact_and_within_its_bound(seed: int) -> None:
 
 def test_ranks_differ_by_importance_and_zero_occurs(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     smallest, full = costs.head_base_bytes(3), 16 * float(costs.rank_bytes.sum())
-    found = plan(costs, importance, {"a": device(smallest + 0.1 * full)}, SERVER, PlannerConfig())
+    found = plan(costs, importance, {"a": device(smallest + 0.1 * full)}, SERVER, NO_DEADLINE)
     ranks = list(found.clients["a"].ranks.values())
     assert 0 in ranks
     assert len(set(ranks)) > 2
@@ -272,11 +274,11 @@ def test_ranks_differ_by_importance_and_zero_occurs(costs: ModelCosts, importanc
 
 def test_matrices_without_importance_get_no_adapter(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     name = costs.matrices[0].name
-    found = plan(costs, {**importance, name: 0.0}, {"a": device()}, SERVER, PlannerConfig())
+    found = plan(costs, {**importance, name: 0.0}, {"a": device()}, SERVER, NO_DEADLINE)
     assert [module for module, rank in found.clients["a"].ranks.items() if rank == 0] == [name]
 
 
-@pytest.mark.parametrize("deadline_s", [None, 2.0])
+@pytest.mark.parametrize("deadline_s", [None, 2.0, math.inf])
 def test_figures_are_those_of_the_cost_model(
     costs: ModelCosts, importance: Mapping[str, float], deadline_s: float | None
 ) -> None:
@@ -443,8 +445,9 @@ def test_scale_of_importance_does_not_matter(costs: ModelCosts, importance: Mapp
 
 def test_plan_exact_is_the_same_problem(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     clients = {"a": device(costs.head_base_bytes(2) * 1.02), "b": device(costs.head_base_bytes(1) * 1.01)}
-    found = plan(costs, importance, clients, SERVER, PlannerConfig())
-    optimal = plan_exact(costs, importance, clients, SERVER, PlannerConfig())
+    config = PlannerConfig()
+    found = plan(costs, importance, clients, SERVER, config)
+    optimal = plan_exact(costs, importance, clients, SERVER, config)
     assert (1 - WORST_GAP) * optimal.value <= found.value <= optimal.value * (1 + 1e-4)
 
 
@@ -482,13 +485,53 @@ def test_no_clients_is_refused(costs: ModelCosts, importance: Mapping[str, float
         plan(costs, importance, {}, SERVER, PlannerConfig())
 
 
+def test_without_a_deadline_a_round_is_as_long_as_the_slowest_client_needs(
+    costs: ModelCosts, importance: Mapping[str, float]
+) -> None:
+    """The slow one has time for one block at full ranks, the others use the time that they would wait for it."""
+    alone = {name: device(flops=flops) for name, flops in (("slow", 1e9), ("fast", 1e10), ("faster", 1e11))}
+    found = plan(costs, importance, alone, SERVER, PlannerConfig())
+    slow, fast, faster = (found.clients[name] for name in alone)
+    inside = [name for name, matrix in zip(slow.ranks, costs.matrices, strict=False) if matrix.block == 0]
+    one_block = costs.head_flops(1, dict.fromkeys(inside, 16)) / 1e9 * costs.workload.local_steps
+    assert slow.cut < fast.cut <= faster.cut
+    assert found.round_s == pytest.approx(slow.round_s, rel=0.05)
+    assert found.round_s >= one_block
+    quick = plan(costs, importance, {"faster": alone["faster"]}, SERVER, PlannerConfig())
+    assert quick.round_s < found.round_s
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_balanced_round_leaves_nobody_out_who_has_the_memory(seed: int) -> None:
+    problem = replace(random_problem(seed, clients=5, blocks=6, matrices=3, tight="memory"), deadline_s=math.inf)
+    problem = replace(problem, memory=problem.memory * np.random.default_rng(seed).choice([0.1, 1.0], 5))
+    timed = replace(problem, deadline_s=balanced_deadline(problem))
+    try:
+        before = plan_problem(problem, solve)
+    except ConfigError:
+        assert timed.deadline_s == math.inf  # the server lacks memory, whatever the time
+        return
+    after = plan_problem(timed, solve)
+    check(timed, after)
+    assert after.clients.keys() == before.clients.keys()
+    assert after.value <= before.value * (1 + ROUNDING)
+
+
+def test_no_balance_where_the_server_cannot_hold_the_shallowest_heads() -> None:
+    problem = random_problem(1, clients=3, blocks=6, matrices=2, tight="none")
+    least = problem.server_bytes(3, 3)
+    assert balanced_deadline(replace(problem, server_memory=least)) == math.inf
+    assert balanced_deadline(replace(problem, memory=problem.head_bytes[0] - np.ones(3))) == math.inf
+    assert balanced_deadline(problem) < math.inf
+
+
 @pytest.mark.parametrize("ranks", [(), (0, 2), (2, 2), (2, -1), (2.5,), (True, 2)])
 def test_candidate_ranks_are_checked(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="Expected at least one candidate rank"):
         PlannerConfig(ranks=ranks)
 
 
-@pytest.mark.parametrize("deadline_s", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("deadline_s", [0.0, -1.0, math.nan])
 def test_deadline_is_checked(deadline_s: float) -> None:
     with pytest.raises(ConfigError, match="Expected deadline_s > 0"):
         PlannerConfig(deadline_s=deadline_s)

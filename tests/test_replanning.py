@@ -1,6 +1,7 @@
 """Plans that follow budgets and importance: when they change, why, and that nothing learnt is lost by it."""
 
 import json
+import math
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +38,7 @@ STEPS = 3
 CLIENTS = ("0", "1", "2")
 WORKLOAD = Workload(batch_size=2, sequence_length=10, local_steps=STEPS)
 SERVER = Budget(10**10, 1e12, 1e9, 1e9)
-CONFIG = PlannerConfig(ranks=(1, 2, 4), tail_rank=2)
+CONFIG = PlannerConfig(ranks=(1, 2, 4), tail_rank=2, deadline_s=math.inf)
 DATA = {c: random_batches(STEPS, seed=int(c)) for c in CLIENTS}
 EVALUATION = random_batches(3, seed=9)
 

@@ -88,10 +88,10 @@ def test_flora_adds_what_every_client_trained_to_the_weights(task: Task) -> None
     trainer.round(1, tuple(RANKS))
     expected = linear_weights(load_reference())
     for client, share in token_shares(task, RANKS).items():
-        model, pairs = with_adapters(fresh(RANKS[client], derive_seed(0, "head", 1, client)))
+        model, pairs = with_adapters(fresh(RANKS[client], derive_seed(0, "head", 1, client)), alpha=16.0)
         train(model, adamw(flat(pairs)), [[batch] for batch in client_batches(task, client, 1)], RATES[0])
         for name, (A, B) in pairs.items():
-            expected[name] += share * dense(A.detach(), B.detach())
+            expected[name] += share * dense(A.detach(), B.detach(), 16.0 / RANKS[client])
     merged = trainer._model.segment.linear_modules()
     for name, weight in expected.items():
         found = merged[name].weight

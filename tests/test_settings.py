@@ -1,5 +1,6 @@
 """The settings: what they state for LLaMA-2-7B, how they scale, and that every client has something to hold."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +53,7 @@ def costs_of(model: str, batch: int = RunSpec.batch_size, length: int = RunSpec.
 
 def planned(costs: ModelCosts, devices: dict[str, Budget], server: Budget) -> RoundPlan:
     importance = {matrix.name: 1.0 for matrix in costs.matrices}
-    return plan(costs, importance, devices, server, PlannerConfig())
+    return plan(costs, importance, devices, server, PlannerConfig(deadline_s=math.inf))
 
 
 def spread(setting: Setting, field: Callable[[Budget], float]) -> float:

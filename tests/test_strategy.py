@@ -25,7 +25,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.global_model import GlobalModel
 from hsplit_flwr.lora import LoraFactors, LoraSpec
 from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.plan import ClientPlan, TrainingConfig
+from hsplit_flwr.plan import ClientPlan, RoundTask, TrainingConfig
 from hsplit_flwr.roster import Roster
 from hsplit_flwr.segments import Segment
 from hsplit_flwr.server import HSplitLoRAServer
@@ -410,6 +410,18 @@ def test_a_bad_client_is_left_out_and_the_weights_renormalised(model: Path, kind
     strategy.close()
     assert played.metrics["clients"] == 3
     assert not strategy.history[1].failures
+
+
+@pytest.mark.parametrize(("rule", "starts"), [("noise_free", 3), ("fedavg", 1), ("zero_pad", 1), ("svd", 1)])
+def test_what_is_averaged_starts_alike(model: Path, rule: str, starts: int) -> None:
+    """The average of factors that start from unrelated A's is of unrelated things."""
+    strategy = make_strategy(model, rule=rule)
+    told = strategy.configure_fit(
+        server_round=1, parameters=NOTHING, client_manager=manager_of(*node_per_client(model))
+    )
+    tasks = [RoundTask.from_json(str(ins.config[TASK_KEY])) for _, ins in told]
+    strategy.close()
+    assert len({task.adapter_seed for task in tasks}) == starts
 
 
 def test_nobody_finishes_and_the_run_goes_on(model: Path, strategy: HSplitLoRAStrategy) -> None:

@@ -16,8 +16,8 @@ The server's memory counts every client's activations at once; in truth only cli
 the sum errs on the safe side. The tail's own ranks follow from `tail_rank` and the importance alone: they maximise
 sum_m I_m g(r_m) over the blocks from 1 on, subject to sum_m r_m (d_in + d_out) <= tail_rank sum_m (d_in + d_out).
 
-The objective counts what heads train, as if nobody trained the rest. The tail does; so a deeper head is worth no longer
-a round, and without a stated deadline a round ends when the slowest client can be done (`balance`).
+The objective counts what heads train, as if nobody trained the rest. The tail does; so a deeper head is not worth a
+longer round, and without a stated deadline a round ends when the slowest client can be done (`balance`).
 
 As many clients as possible take part (`participants`); the objective comes second. With the same clients taking
 part, more of any budget or a later deadline never gives a lower objective (`greedy` says how far that goes). The
