@@ -21,6 +21,7 @@ from hsplit_flwr.experiments.summary import (
     perplexity_table,
     search_table,
     speed_up_table,
+    speed_ups_table,
     targets,
     text_table,
     time_table,
@@ -203,6 +204,19 @@ def test_speed_up_against_the_best_rival_of_each_seed() -> None:
     assert row[-2:] == ["50.0, 1 of 2", "0.40x, 1 of 2"]
     never = runs_of(run("hsplitlora", [9, 3]), run("hetlora", [9, 2]))
     assert cells(speed_up_table(never, "hsplitlora", RIVALS, markdown=True))[1][-2:] == ["-", "-"]
+
+
+def test_speed_up_against_every_rival() -> None:
+    """HetLoRA ends at 10 and 30, SplitLoRA at 20 and 10; in between, the loss is linear in time."""
+    hetlora = 20 / (10 * math.log(1000 / 30) / math.log(1000 / 10))
+    splitlora = 40 / (5 * math.log(1000 / 20) / math.log(1000 / 10))
+    table = speed_ups_table(speeds(), "hsplitlora", ["hetlora", "splitlora", "ft"], markdown=True)
+    assert cells(table) == [
+        ["hsplitlora against", "alike, iid"],
+        ["hetlora", f"{(4 + hetlora) / 2:.2f}x ({hetlora:.2f}x - 4.00x)"],
+        ["splitlora", f"{(splitlora + 4) / 2:.2f}x (4.00x - {splitlora:.2f}x)"],
+        ["ft", "-"],
+    ]
 
 
 def test_costs_are_per_client_and_round() -> None:

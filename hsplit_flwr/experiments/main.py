@@ -24,6 +24,7 @@ from hsplit_flwr.experiments.summary import (
     perplexity_table,
     search_table,
     speed_up_table,
+    speed_ups_table,
     text_table,
     time_table,
 )
@@ -102,6 +103,9 @@ def _table(options: argparse.Namespace) -> int:
     sections = {
         "Final perplexity": perplexity_table(runs, markdown=options.markdown),
         f"{options.ours} against the best rival": speed_up_table(runs, options.ours, rivals, markdown=options.markdown),
+        f"{options.ours} against every rival: how much sooner it is where the rival ends": speed_ups_table(
+            runs, options.ours, rivals, markdown=options.markdown
+        ),
         "Virtual seconds to the best rival's final perplexity": time_table(runs, rivals, markdown=options.markdown),
         "Costs": cost_table(runs, markdown=options.markdown),
         "Text scores": text_table(runs, markdown=options.markdown),

@@ -4,7 +4,7 @@ Pure functions: `StoredRuns` in, text out.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from hsplit_flwr.experiments.stored_runs import StoredRun, StoredRuns, by_seed
 from hsplit_flwr.reporting import MISSING, format_bytes, format_number, format_seconds, format_table
@@ -55,8 +55,7 @@ def speed_up_table(runs: StoredRuns, ours: str, rivals: Collection[str], *, mark
         best = targets(of_scenario, rivals)
         contenders = [run for run in of_scenario if run.spec.method == ours and run.spec.seed in best]
         for variant, mine in runs.variants(contenders).items():
-            times = [(_own_time(best[run.spec.seed]), _time_to(run, best[run.spec.seed])) for run in mine]
-            ratios = [theirs / own if own else math.inf for theirs, own in times if own is not None]
+            times = _times(mine, best)
             beaten = [best[run.spec.seed] for run in mine]
             count = len(best)
             rows.append(
@@ -68,10 +67,27 @@ def speed_up_table(runs: StoredRuns, ours: str, rivals: Collection[str], *, mark
                     over_seeds([run.final_perplexity for run in mine], count),
                     over_seeds([theirs for theirs, _ in times], count, format_seconds),
                     over_seeds([own for _, own in times if own is not None], count, format_seconds),
-                    over_seeds(ratios, count, lambda ratio: f"{ratio:.2f}x"),
+                    _speed_up(times, count),
                 ]
             )
     return format_table(header, rows, markdown, left_aligned=3)
+
+
+def speed_ups_table(runs: StoredRuns, ours: str, rivals: Collection[str], *, markdown: bool = False) -> str:
+    """How much sooner the method `ours` is where each rival ends: a row per rival, a column per scenario.
+
+    A seed's figure is the rival's virtual time to its final perplexity over that of `ours` to the same.
+    """
+    scenarios = runs.scenarios()
+    rows = []
+    for rival in rivals:
+        cells = []
+        for of_scenario in scenarios.values():
+            goals = targets(of_scenario, [rival])
+            mine = [run for run in of_scenario if run.spec.method == ours and run.spec.seed in goals]
+            cells.append(_speed_up(_times(mine, goals), len(goals)))
+        rows.append([rival, *cells])
+    return format_table([f"{ours} against", *scenarios], rows, markdown, left_aligned=1)
 
 
 def cost_table(runs: StoredRuns, *, markdown: bool = False) -> str:
@@ -174,6 +190,16 @@ def seeds(runs: Sequence[StoredRun]) -> int:
 def mean(values: Sequence[float]) -> float:
     """Of at least one value."""
     return sum(values) / len(values)
+
+
+def _times(mine: Sequence[StoredRun], goals: Mapping[int, StoredRun]) -> list[tuple[float, float | None]]:
+    """Of every seed, the virtual seconds of the rival and of ours to the rival's final perplexity."""
+    return [(_own_time(goals[run.spec.seed]), _time_to(run, goals[run.spec.seed])) for run in mine]
+
+
+def _speed_up(times: Sequence[tuple[float, float | None]], wanted: int) -> str:
+    ratios = [theirs / own if own else math.inf for theirs, own in times if own is not None]
+    return over_seeds(ratios, wanted, lambda ratio: f"{ratio:.2f}x")
 
 
 def _own_time(rival: StoredRun) -> float:

@@ -15,6 +15,7 @@ meaning representations no client has. Prints one table (mean and spread over se
 import argparse
 import json
 import logging
+import math
 import statistics
 import sys
 import time
@@ -146,7 +147,8 @@ def main() -> None:
     training = TrainingConfig(
         rounds=options.rounds, local_steps=options.local_steps, learning_rate=options.learning_rate
     )
-    planner = PlannerConfig(ranks=tuple(map(int, options.ranks.split(","))), tail_rank=options.tail_rank)
+    ranks = tuple(map(int, options.ranks.split(",")))
+    planner = PlannerConfig(ranks=ranks, tail_rank=options.tail_rank, deadline_s=math.inf)
     runs = []
     for seed in range(options.seeds):
         for arm in options.arms.split(","):
