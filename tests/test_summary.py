@@ -383,6 +383,7 @@ def test_the_command_prints_the_tables(store: str, capsys: pytest.CaptureFixture
     assert headings == [
         "### Final perplexity",
         "### hsplitlora against the best rival",
+        "### hsplitlora against every rival: how much sooner it is where the rival ends",
         "### Virtual seconds to the best rival's final perplexity",
         "### Costs",
     ]
