@@ -15,6 +15,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.plan import PROTOCOL_VERSION
 from hsplit_flwr.wire import (
     DTYPES,
     KINDS,
@@ -161,7 +162,7 @@ class Malformed(Enum):
     INNER_NULL = with_header("null"), "malformed_frame"
     DEEPLY_NESTED = raw(b'{"__metadata__":' + b"[" * 200_000), "malformed_frame"
     DEEPLY_NESTED_INNER = with_header("[" * 200_000), "malformed_frame"
-    DEEPLY_NESTED_VALUE = with_header('{"protocol":1,"run":' + "[" * 900 + "]" * 900 + "}"), "malformed_frame"
+    DEEPLY_NESTED_VALUE = with_header(f'{{"protocol":{PROTOCOL_VERSION},"run":' + "[" * 900 + "]" * 900 + "}"), "malformed_frame"
     UNKNOWN_KIND = changed(kind="steal"), "malformed_frame"
     KIND_OF_ANOTHER_CASE = changed(kind="Train"), "malformed_frame"
     UNKNOWN_FIELD = changed(surprise=1), "malformed_frame"
@@ -182,11 +183,11 @@ class Malformed(Enum):
     INT_BEYOND_64_BITS = changed(have=1 << 64), "malformed_frame"
     NEGATIVE_INT = changed(have=-1), "malformed_frame"
     INT_OF_TOO_MANY_DIGITS = with_header('{"protocol": 1' + "0" * 5000 + "}"), "malformed_frame"
-    OTHER_PROTOCOL = changed(protocol=2), "protocol_version"
+    OTHER_PROTOCOL = changed(protocol=PROTOCOL_VERSION + 1), "protocol_version"
     NO_PROTOCOL = without("protocol"), "protocol_version"
-    PROTOCOL_AS_TEXT = changed(protocol="1"), "protocol_version"
-    PROTOCOL_AS_BOOL = changed(protocol=True), "malformed_frame"
-    FUTURE_FIELDS_OF_ANOTHER_PROTOCOL = changed(protocol=2, surprise=1), "protocol_version"
+    PROTOCOL_AS_TEXT = changed(protocol=str(PROTOCOL_VERSION)), "protocol_version"
+    PROTOCOL_AS_FLOAT = changed(protocol=float(PROTOCOL_VERSION)), "malformed_frame"
+    FUTURE_FIELDS_OF_ANOTHER_PROTOCOL = changed(protocol=PROTOCOL_VERSION + 1, surprise=1), "protocol_version"
     UNKNOWN_DTYPE = raw_tensor("F7", [1], 4), "malformed_frame"
     DTYPE_UNKNOWN_TO_TORCH = raw_tensor("F8_E8M0", [4], 4), "malformed_frame"
     SHAPE_BEYOND_THE_DATA = raw_tensor("F32", [1 << 40], 4), "malformed_frame"
