@@ -162,7 +162,10 @@ class Malformed(Enum):
     INNER_NULL = with_header("null"), "malformed_frame"
     DEEPLY_NESTED = raw(b'{"__metadata__":' + b"[" * 200_000), "malformed_frame"
     DEEPLY_NESTED_INNER = with_header("[" * 200_000), "malformed_frame"
-    DEEPLY_NESTED_VALUE = with_header(f'{{"protocol":{PROTOCOL_VERSION},"run":' + "[" * 900 + "]" * 900 + "}"), "malformed_frame"
+    DEEPLY_NESTED_VALUE = (
+        with_header(f'{{"protocol":{PROTOCOL_VERSION},"run":' + "[" * 900 + "]" * 900 + "}"),
+        "malformed_frame",
+    )
     UNKNOWN_KIND = changed(kind="steal"), "malformed_frame"
     KIND_OF_ANOTHER_CASE = changed(kind="Train"), "malformed_frame"
     UNKNOWN_FIELD = changed(surprise=1), "malformed_frame"
