@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from hsplit_flwr.block_layout import PATCHING
-from hsplit_flwr.deltas import WeightDelta
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraFactors, LoraSpec, init_lora_A
 from hsplit_flwr.plan import derive_seed
 from hsplit_flwr.segments import Segment
-from hsplit_flwr.subspace import restart_lora_A
 
 ADAPTER = "default"
 
@@ -45,25 +43,20 @@ class SegmentAdapters:
         """Whole-model names of the adapted modules, in the order of the model."""
         return list(self._layers)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The trainable tensors: A and B of every module, in the order of `module_names`."""
-        return [p for layer in self._layers.values() for p in _pair(layer)]
+    def parameters(self, names: Iterable[str] | None = None) -> list[nn.Parameter]:
+        """The trainable tensors: A and B of every module, in the order of `names` (default: `module_names`)."""
+        return [p for name in (self._layers if names is None else names) for p in _pair(self._layers[name])]
 
-    def reset(self, seed: int, learned: WeightDelta | None = None) -> None:
+    def reset(self, seed: int, names: Iterable[str] | None = None) -> None:
         """Start afresh: B = 0, A by `seed` and the module's name (so that it does not depend on who holds what).
 
         Args:
             seed: of A.
-            learned: what training changed so far; A starts in its subspace (`subspace.py`).
+            names: of the modules that do; default: all.
         """
-        learned = learned or WeightDelta()
-        changed = set(learned.names())
-        for name, layer in self._layers.items():
-            A, B = _pair(layer)
-            start = init_lora_A(A.shape[0], A.shape[1], derive_seed(seed, name))
-            if name in changed:
-                start = restart_lora_A(start, learned.form(name))
-            A.data.copy_(start)
+        for name in self._layers if names is None else names:
+            A, B = _pair(self._layers[name])
+            A.data.copy_(init_lora_A(A.shape[0], A.shape[1], derive_seed(seed, name)))
             B.data.zero_()
             A.grad = B.grad = None
 

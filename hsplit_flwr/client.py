@@ -140,9 +140,9 @@ class HSplitLoRAClient(NumPyClient):
         head = self._load_head(task)
         started = time.perf_counter()
         with self._open_tail(task, head) as tail:
-            learned = self._update_weights(task, head, tail)
+            self._update_weights(task, head, tail)
             adapters = SegmentAdapters(head, task.plan.lora, head.linear_modules())
-            adapters.reset(task.adapter_seed, learned)
+            adapters.reset(task.adapter_seed)
             load_s = time.perf_counter() - started
             batches = _bounded(self._client_data(task.client).training_batches(task.first_step), task.workload)
             report = train_head(head, adapters, batches, tail, task.training, task.first_step)
@@ -221,8 +221,7 @@ class HSplitLoRAClient(NumPyClient):
     def _client_data(self, client: str) -> ClientData:
         return self._data(client) if callable(self._data) else self._data
 
-    def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail) -> WeightDelta:
-        """Bring `head` to the newest weights; returns their delta from the base."""
+    def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail) -> None:
         shapes = linear_shapes(head)
         state = DeltaState(self._context, task.run, task.client)
         replica = state.load(shapes)
@@ -232,7 +231,6 @@ class HSplitLoRAClient(NumPyClient):
         replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
         merge_delta(head, self._files, replica.total, replica.total.names())
         state.save(replica)
-        return replica.total
 
 
 @lru_cache(maxsize=4)

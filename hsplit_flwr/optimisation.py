@@ -28,6 +28,12 @@ class Optimiser:
         if self._adamw:
             self._adamw.zero_grad(set_to_none=True)
 
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Start afresh with these: AdamW forgets its moments of them."""
+        if self._adamw:
+            for parameter in parameters:
+                self._adamw.state.pop(parameter, None)
+
     def step(self, run_step: int) -> None:
         """Clip and apply the gradients with the learning rate of run step `run_step` (0-based).
 

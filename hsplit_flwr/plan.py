@@ -20,8 +20,7 @@ SCHEDULES = ("linear", "cosine", "constant")
 class TrainingConfig:
     """How heads and tail train: AdamW under one learning-rate schedule that spans the whole run.
 
-    Adapters and AdamW state start afresh every round, after the merge; the schedule does not, but for a short warm-up:
-    AdamW's first steps are of full length in every coordinate, whatever it knows of them.
+    Adapters that are aggregated start afresh every round, and AdamW with them; the schedule does not.
     Head and tail clip their own gradients to `max_grad_norm` (0: no clipping).
     """
 
@@ -29,7 +28,6 @@ class TrainingConfig:
     local_steps: int = 20
     learning_rate: float = 2e-3
     warmup_steps: int = 10
-    """of the run"""
     schedule: str = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -39,13 +37,16 @@ class TrainingConfig:
     """the first steps of every round that also measure weight importance (`importance.py`); 0: none"""
     importance_rows: int = 2
     """rows of each batch that importance is measured on; 0: all"""
-    restart_warmup_steps: int = 2
-    """first steps of a round, after the run's own warm-up, with a lower learning rate"""
+    joint_steps: bool = False
+    """the tail takes one optimiser step on the batches of all clients of a step; else one on each client's batch"""
+    tail_passes: int = 1
+    """over the batches of a step; those after the first are the tail's alone, taken once the clients have their answers
+    and compute"""
 
     def __post_init__(self) -> None:
         _require(_whole(self.rounds, 1) and _whole(self.local_steps, 1), "rounds and local_steps >= 1", self)
-        warmups = _whole(self.warmup_steps, 0) and _whole(self.restart_warmup_steps, 0)
-        _require(warmups, "warmup_steps and restart_warmup_steps >= 0", self)
+        _require(_whole(self.warmup_steps, 0), "warmup_steps >= 0", self)
+        _require(_whole(self.tail_passes, 1), "tail_passes >= 1", self)
         importance = _whole(self.importance_steps, 0) and _whole(self.importance_rows, 0)
         _require(importance, "importance_steps and importance_rows >= 0", self)
         _require(0 < self.learning_rate < math.inf, "learning_rate > 0", self)
@@ -60,26 +61,14 @@ class TrainingConfig:
         return self.rounds * self.local_steps
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of run step `step` (0-based): linear warm-up, then the schedule down to zero.
-
-        From the second round on, step k < `restart_warmup_steps` of a round takes (k+1) / (`restart_warmup_steps` + 1)
-        of that.
-        """
+        """The learning rate of run step `step` (0-based): linear warm-up, then the schedule down to zero."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        rate = self.learning_rate * self._scheduled(step)
-        of_round = step % self.local_steps
-        if step >= self.local_steps and of_round < self.restart_warmup_steps:
-            rate *= (of_round + 1) / (self.restart_warmup_steps + 1)
-        return rate
-
-    def _scheduled(self, step: int) -> float:
-        """What the schedule leaves of the learning rate at a step after the warm-up."""
         if self.schedule == "constant":
-            return 1.0
+            return self.learning_rate
         done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
         left = max(0.0, 1.0 - done)
-        return left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+        return self.learning_rate * (left if self.schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
 @dataclass(frozen=True)

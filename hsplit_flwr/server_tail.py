@@ -1,18 +1,21 @@
 """The shared tail: one set of blocks and adapters that all clients of a round train together.
 
-One step's objective is the token-weighted mean loss over the clients in the step, J = sum_i S_i / sum_i n_i, with S_i
-the summed loss and n_i the target tokens of client i. The tail takes one AdamW step on J; client i gets the gradient
-of its own mean loss S_i / n_i. Clients of equal cut and length run as one batch; groups accumulate, then one step.
+In a step the tail takes one AdamW step on each client's mean loss S_i / n_i, one client after another (S_i: summed
+loss, n_i: target tokens of client i; SplitFedV2, arXiv:2004.12088): as many tokens, and N times the optimiser steps.
+With `TrainingConfig.joint_steps` it takes one on the token-weighted mean over all clients, J = sum_i S_i / sum_i n_i;
+clients of equal cut and length then run as one batch, groups accumulate. Either way client i gets the gradient of its
+own mean loss. Further passes over the same batches (`tail_passes`) are for the tail alone.
 In its first steps of a round the importance of the tail's weights is measured too, on each client's rows apart.
 """
 
+import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,13 +23,15 @@ from torch.nn import functional as F
 
 from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.barrier import BarrierLimits, StepBarrier
-from hsplit_flwr.deltas import WeightDelta
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange import ScoreReply, StepReply, target_tokens
 from hsplit_flwr.importance import ImportanceProbe, MeanImportance, SampledRows, sample_rows
+from hsplit_flwr.lora import LoraFactors
 from hsplit_flwr.optimisation import Optimiser
 from hsplit_flwr.plan import TrainingConfig
 from hsplit_flwr.segments import Segment
+
+_log = logging.getLogger("hsplit_flwr")
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class StepReport:
     """token-weighted mean over the clients, nats per token"""
     tokens: int
     compute_s: float
-    """the tail's own forward, backward and optimiser step"""
+    """the tail's own forward, backward and optimiser steps, until the last client had its answer"""
     round_clients: int
     """clients that were given this round's task"""
 
@@ -91,6 +96,8 @@ class SharedTail:
         self._on_step = on_step
         self._compute = threading.Lock()
         self._optimiser: Optimiser | None = None
+        self._at_open: dict[str, LoraFactors] = {}
+        """the adapters when the round was opened"""
         self._barrier: StepBarrier[_Request] | None = None
         self._worker: threading.Thread | None = None
         self._importance: dict[str, MeanImportance] = {}
@@ -105,22 +112,24 @@ class SharedTail:
         self,
         clients: Iterable[str],
         concurrency: int,
-        adapter_seed: int | None,
-        learned: WeightDelta | None = None,
+        adapter_seed: int,
+        goes_on: Collection[str] = (),
     ) -> None:
-        """Start a training round: a barrier over `clients`, fresh adapters and optimiser.
+        """Start a training round: a barrier over `clients`, fresh adapters and optimiser state.
 
         Args:
             clients: who is expected.
             concurrency: how many of them train at a time.
-            adapter_seed: of the adapters; None: adapters and optimiser go on.
-            learned: see `SegmentAdapters.reset`.
+            adapter_seed: of the adapters.
+            goes_on: modules whose adapters and optimiser state stay as they are.
         """
         self.close_training()
-        if adapter_seed is not None:
-            self.adapters.reset(adapter_seed, learned)
-        if adapter_seed is not None or self._optimiser is None:
+        fresh = [name for name in self.adapters.module_names if name not in goes_on]
+        self.adapters.reset(adapter_seed, fresh)
+        if self._optimiser is None:
             self._optimiser = Optimiser(self.adapters.parameters(), self._config)
+        self._optimiser.forget(self.adapters.parameters(fresh))
+        self._at_open = self.adapters.factors()
         self._importance = defaultdict(MeanImportance)
         members = list(clients)
         self._round_clients = len(members)
@@ -137,6 +146,16 @@ class SharedTail:
         dropped = self._barrier.dropped
         self._barrier = self._worker = None
         return dropped
+
+    def undo_training(self) -> None:
+        """Make the adapters what they were when the round was opened; the optimiser starts afresh."""
+        self.adapters.set(self._at_open)
+        self._optimiser = None
+
+    def replace_adapters(self, adapters: SegmentAdapters) -> None:
+        """Train `adapters` from now on, which are in the segment already."""
+        self.adapters = adapters
+        self._optimiser = None
 
     def importance(self) -> dict[str, dict[str, float]]:
         """Client id -> whole-model module name -> importance, from the client's cut on (`importance.py`).
@@ -181,9 +200,11 @@ class SharedTail:
         try:
             while (requests := barrier.take()) is not None:
                 with self._compute:
-                    report = self._train_without_poison(requests)
-                if report and self._on_step:
-                    self._on_step(report)
+                    batches = [requests] if self._config.joint_steps else [[request] for request in requests]
+                    done = [(b, report) for b in batches if (report := self._train_without_poison(b))]
+                    self._train_again([[r for r in b if r.client in report.clients] for b, report in done])
+                if done and self._on_step:
+                    self._on_step(_merged([report for _, report in done]))
         finally:  # whatever ends this thread, no client may wait for it
             _refuse(barrier.close())
 
@@ -205,6 +226,17 @@ class SharedTail:
                 request.reply.set_result(replies[request.client])
             return report
         return None
+
+    def _train_again(self, batches: Sequence[list[_Request]]) -> None:
+        """The further passes over a step's batches, whose clients have their answers."""
+        assert self._optimiser is not None
+        try:
+            for batch in (batch for _ in range(self._config.tail_passes - 1) for batch in batches):
+                self._accumulate_all([replace(request, measured=False) for request in batch])
+                if sum(target_tokens(request.labels) for request in batch):
+                    self._optimiser.step(max(request.run_step for request in batch))
+        except ExchangeError as error:
+            _log.warning("the tail leaves out further passes of this step: %s", error)
 
     def _failure_alone(self, request: _Request) -> Exception | None:
         try:
@@ -278,6 +310,19 @@ class SharedTail:
             own_mean = gradient * (total / tokens) if tokens else gradient
             replies[request.client] = StepReply(own_mean, nll / max(1, tokens), tokens)
         return replies
+
+
+def _merged(reports: Sequence[StepReport]) -> StepReport:
+    """One report of a step whose clients were trained on one after another."""
+    tokens = sum(report.tokens for report in reports)
+    return StepReport(
+        step=max(report.step for report in reports),
+        clients=tuple(client for report in reports for client in report.clients),
+        loss=sum(report.loss * report.tokens for report in reports) / max(1, tokens),
+        tokens=tokens,
+        compute_s=sum(report.compute_s for report in reports),
+        round_clients=reports[0].round_clients,
+    )
 
 
 def _refuse(untaken: Iterable[_Request]) -> None:

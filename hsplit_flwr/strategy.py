@@ -27,8 +27,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
-from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.aggregation import EXACT_RULE, RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.aggregation import EXACT_RULE, RULES, Contribution, token_shares
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.client import PROBE_KEY, TASK_KEY
 from hsplit_flwr.client_head import Batch
@@ -39,14 +38,15 @@ from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes
 from hsplit_flwr.health.aggregation import measure_aggregation
 from hsplit_flwr.health.steps import StepNotes
 from hsplit_flwr.lora import LoraFactors, LoraSpec
-from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed, tail_seed
+from hsplit_flwr.plan import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed
 from hsplit_flwr.planning.plan_book import PlanBook, Plans
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.report import plan_table
 from hsplit_flwr.results import ClientRecord, Journal, RoundRecord
 from hsplit_flwr.roster import Roster
 from hsplit_flwr.segments import block_of
-from hsplit_flwr.server_tail import SharedTail, StepReport
+from hsplit_flwr.server_tail import StepReport
+from hsplit_flwr.tail_rounds import TailRounds
 from hsplit_flwr.tail_service import ServiceConfig, TailService, Ticket
 from hsplit_flwr.task_proxy import TaskProxy, describe_failure
 
@@ -140,7 +140,8 @@ class HSplitLoRAStrategy(Strategy):
             )
         self._shapes = linear_shapes(model.segment)
         self._steps = StepNotes(on_step)
-        self._tail = SharedTail(model.segment, self._tail_adapters(), training, limits, self._steps)
+        self._tail_rounds = TailRounds(model, model.segment, self._book, training, limits, self._steps)
+        self._tail = self._tail_rounds.tail
         self._service_config = replace(service or ServiceConfig(), activation_dtype=training.activation_dtype)
         self._service: TailService | None = None
         self._round_plans: dict[str, ClientPlan] = {}
@@ -169,8 +170,7 @@ class HSplitLoRAStrategy(Strategy):
         self._settle_plans(server_round, known)
         proxies = self._sample(known, server_round)
         tasks = self._open_round(server_round, "train", proxies)
-        seed = tail_seed(self.training.seed, server_round)
-        self._tail.open_training(tasks, self._roster.concurrency(tasks), seed, self.model.log.total)
+        self._tail_rounds.open(server_round, tasks, self._roster.concurrency(tasks))
         self._journal.phase(server_round, "configure", started)
         self._phase_started = time.perf_counter()
         return [
@@ -189,8 +189,6 @@ class HSplitLoRAStrategy(Strategy):
         started = time.perf_counter()
         dropped = self._tail.close_training()
         tickets = self._close_round()
-        tail_factors = self._tail.adapters.factors()
-        self._tail.adapters.reset(self.training.seed)  # B = 0: evaluation sees the merged weights alone
         finished, refused = self._finished(results, tickets)
         self._observe_budgets(results)
         stragglers = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
@@ -203,12 +201,14 @@ class HSplitLoRAStrategy(Strategy):
         tokens = {client: tickets[client].tokens for client in finished}
         if sum(tokens.values()) == 0:
             _log.warning("round %d: no client finished, the weights stay as they are", server_round)
+            self._tail.undo_training()
             return None, {}
         shares = token_shares(tokens)
         contributions = [
             Contribution(shares[client], tickets[client].cut, done.adapters) for client, done in finished.items()
         ]
-        self.model.apply(aggregate(contributions, tail_factors, block_of, RULES[self.config.rule]))
+        tail_factors = self._tail.adapters.factors()
+        self._tail_rounds.merge(contributions, tail_factors, self.config.rule)
         heads = {client: done.importance for client, done in finished.items()}
         self._book.observe_importance(heads, self._tail.importance(), shares, self._shapes)
         self._journal.note(server_round, importance=self._book.history.profile)
@@ -270,7 +270,8 @@ class HSplitLoRAStrategy(Strategy):
         return score.loss, {"perplexity": score.perplexity, "clients": len(scored)}
 
     def remove_adapters(self) -> None:
-        """Take the (merged and emptied) adapters out of the model, to save it. Only after `close`."""
+        """Merge what is not merged yet and take the adapters out of the model, to save it. Only after `close`."""
+        self._tail_rounds.settle()
         self._tail.adapters.remove()
 
     def close(self) -> None:
@@ -297,12 +298,7 @@ class HSplitLoRAStrategy(Strategy):
                 "round %d: new plan: %s\n%s", server_round, "; ".join(decision.reasons), plan_table(decision.plan)
             )
             self._journal.note(server_round, plan=decision.plan)
-            self._tail.adapters.remove()  # nothing is lost: they are merged and empty between rounds
-            self._tail.adapters = self._tail_adapters()
-
-    def _tail_adapters(self) -> SegmentAdapters:
-        names = [name for name in self._shapes if block_of(name) >= 1]  # block 0 is always a head's
-        return SegmentAdapters(self.model.segment, self._book.tail_lora, names)
+            self._tail_rounds.replan()
 
     def _sample(self, known: Mapping[str, ClientProxy], server_round: int) -> dict[str, ClientProxy]:
         able = sorted(filter(self._book.takes_part, known))

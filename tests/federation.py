@@ -110,9 +110,13 @@ def play_round(strategy: HSplitLoRAStrategy, manager: SimpleClientManager, numbe
 
 
 def weights_of(strategy: HSplitLoRAStrategy) -> dict[str, Tensor]:
-    """The global model's weight of every linear layer, as the layer stores it."""
+    """The global model's weight of every linear layer, as the layer stores it, with what is not merged yet."""
     layers = strategy.model.segment.linear_modules()
-    return {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
+    weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
+    for name, factors in strategy._tail_rounds.unmerged().items():
+        update = factors.delta()
+        weights[name] += update if isinstance(layers[name], torch.nn.Linear) else update.T
+    return weights
 
 
 def random_batches(count: int, seed: int, rows: int = 2, width: int = 10, prompt: int = 3) -> list[Batch]:

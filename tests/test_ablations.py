@@ -78,7 +78,7 @@ def test_hsplitlora_is_what_a_deployment_computes(task: Task, hsplitlora: RunWit
     strategy = HSplitLoRAStrategy(
         GlobalModel(task.files),
         AdaptivePlanning(task.costs, task.server, PLANNER, lora_alpha=16.0),
-        replace(task.training, restart_warmup_steps=2),
+        task.training,
         config=StrategyConfig(federated_evaluation=False),
         limits=BarrierLimits(straggler_limit_s=300.0),
         eval_batches=task.eval_batches,

@@ -169,9 +169,9 @@ def reference(*steps: Mapping[str, int], architecture: str = "llama") -> tuple[S
     tail.open_training(clients, 1, adapter_seed=7)
     replies: dict[str, StepReply] = {}
     for step in steps:
-        requests = {client: tail_request(client, number) for client, number in sorted(step.items())}
-        found, _ = tail._train(list(requests.values()))
-        replies |= {f"{client}{number}": found[client] for client, number in step.items()}
+        for client, number in sorted(step.items()):
+            found, _ = tail._train([tail_request(client, number)])
+            replies[f"{client}{number}"] = found[client]
     state = learned(tail)
     tail.close_training()
     return state, replies

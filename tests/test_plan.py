@@ -135,10 +135,11 @@ def test_fresh_adapters_differ_by_client_and_round_only() -> None:
         ({"learning_rate": -1e-3}, "learning_rate > 0"),
         ({"learning_rate": math.nan}, "learning_rate > 0"),
         ({"learning_rate": math.inf}, "learning_rate > 0"),
-        ({"warmup_steps": -1}, "warmup_steps and restart_warmup_steps >= 0"),
-        ({"restart_warmup_steps": -1}, "warmup_steps and restart_warmup_steps >= 0"),
+        ({"warmup_steps": -1}, "warmup_steps >= 0"),
+        ({"tail_passes": 0}, "tail_passes >= 1"),
+        ({"tail_passes": 1.5}, "tail_passes >= 1"),
         ({"rounds": 2.5}, "rounds and local_steps >= 1, found .*rounds=2.5"),
-        ({"warmup_steps": 1.5}, "warmup_steps and restart_warmup_steps >= 0"),
+        ({"warmup_steps": 1.5}, "warmup_steps >= 0"),
         ({"weight_decay": -0.1}, "weight_decay >= 0"),
         ({"weight_decay": math.nan}, "weight_decay >= 0"),
         ({"weight_decay": math.inf}, "weight_decay >= 0"),
@@ -178,15 +179,12 @@ def test_a_table_names_the_same_clients_twice() -> None:
 
 def rates(schedule: str, warmup: int, total: int) -> list[float]:
     config = TrainingConfig(rounds=1, local_steps=total, learning_rate=0.8, warmup_steps=warmup, schedule=schedule)
-    config = replace(config, restart_warmup_steps=0)
     return [config.learning_rate_at(step) for step in range(total + 3)]
 
 
 def test_learning_rates_by_hand() -> None:
     assert rates("linear", 2, 6) == pytest.approx([0.4, 0.8, 0.8, 0.6, 0.4, 0.2, 0, 0, 0])
     assert rates("constant", 2, 4) == pytest.approx([0.4] + [0.8] * 6)
-    restarted = TrainingConfig(2, 4, 0.8, warmup_steps=1, schedule="constant", restart_warmup_steps=3)
-    assert [restarted.learning_rate_at(step) for step in range(8)] == pytest.approx([0.8] * 4 + [0.2, 0.4, 0.6, 0.8])
     half = 0.4 * math.sqrt(0.5)  # 0.8 (1 + cos(pi / 4)) / 2 = 0.4 + half
     assert rates("cosine", 0, 4) == pytest.approx([0.8, 0.4 + half, 0.4, 0.4 - half, 0, 0, 0])
 

@@ -76,7 +76,8 @@ def check(problem: Problem, found: RoundPlan, tolerance: float = ROUNDING) -> No
         step = flops / problem.flops_per_s[i] + transfer + 2 * problem.latency[i] + server_step
         upload = sum(rank[m] * problem.rank_wire_bytes[m] for m in held) + problem.round_bytes_up[client.cut - 1]
         assert client.step_s == pytest.approx(step, rel=ROUNDING)
-        assert client.round_s == pytest.approx(problem.local_steps * step + upload / problem.uplink[i], rel=ROUNDING)
+        exchange = upload / problem.uplink[i] + problem.round_bytes_down[client.cut - 1] / problem.downlink[i]
+        assert client.round_s == pytest.approx(problem.local_steps * step + exchange, rel=ROUNDING)
         assert client.round_s <= problem.deadline_s * (1 + tolerance)
         value = sum(problem.importance[m] * gain(rank[m]) for m in held)
         assert client.value == pytest.approx(value, rel=ROUNDING)

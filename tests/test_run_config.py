@@ -92,11 +92,12 @@ def test_every_key_arrives() -> None:
             "budget-tolerance": 0.3,
             "importance-steps": 2,
             "importance-rows": 0,
-            "restart-warmup-steps": 1,
+            "joint-steps": True,
+            "tail-passes": 3,
         },
         HERE,
     )
-    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0, 1)
+    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0, True, 3)
     assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", True)
     assert (settings.planner.ranks, settings.planner.tail_rank, settings.planner.deadline_s) == ((1, 3), 6, 12.0)
     assert settings.replan == ReplanConfig(0.5, 0.3)

@@ -133,7 +133,7 @@ def test_clients_of_unequal_cuts_get_the_gradient_of_their_own_mean_loss() -> No
     model = tiny_model("llama")
     whole = segment_from_model(model)
     names = [n for n in whole.linear_modules() if int(n.split(".")[2]) >= 1]
-    sgd_like = TrainingConfig(rounds=1, local_steps=1, learning_rate=1e-3, warmup_steps=0, max_grad_norm=0.0)
+    sgd_like = TrainingConfig(1, 1, 1e-3, warmup_steps=0, max_grad_norm=0.0, joint_steps=True)
     tail = SharedTail(whole, SegmentAdapters(whole, LORA, names), sgd_like, BarrierLimits(10, 10, 10))
     tail.open_training(["a", "b", "c"], concurrency=3, adapter_seed=3)
     cuts = {"a": 1, "b": 3, "c": 1}

@@ -4,8 +4,9 @@ Every client and the server is a process that spends virtual seconds or sleeps u
 protocol (`client_head`, `server_tail`, `barrier`):
 
     client   download; then per step: forward, send, *wait for the tail*, receive, backward; then upload
-    server   per step: waits for every client that still has a step of that number, computes the sum of their tails,
-             answers all at once; after the last upload: aggregates, and the round ends
+    server   per step: waits for every client that still has a step of that number; computes their tails one after
+             another and answers each as it is done (joint steps: all at once, at the end); takes its further passes;
+             after the last upload: aggregates, and the round ends
 
 A client never computes while it sends or receives. Links do not share anything: each client's is its own, and the
 server's is not looked at. A transfer takes the one-way latency + bytes / rate; where there is nothing to send there is
@@ -130,6 +131,8 @@ def play_round(
     *,
     start_s: float = 0.0,
     aggregate_flops: float = 0.0,
+    joint_steps: bool = False,
+    tail_passes: int = 1,
 ) -> RoundTimeline:
     """One round in virtual time; the same for `work` in any order.
 
@@ -139,6 +142,7 @@ def play_round(
         server: its compute; nothing else of it is looked at.
         start_s: when the round starts.
         aggregate_flops: of the server, once all clients have uploaded.
+        joint_steps: see `TrainingConfig`, as for `tail_passes`.
 
     Raises:
         ConfigError: a client twice, without a device, or named as the server is; a number out of range.
@@ -152,7 +156,7 @@ def play_round(
         raise ConfigError(f"Expected finite start_s and aggregate_flops >= 0, found {start_s} and {aggregate_flops}.")
     by_client = {item.client: item for item in work}
     simulation = _Round([by_client[client] for client in clients], devices, server, start_s)
-    return simulation.play(aggregate_flops)
+    return simulation.play(aggregate_flops, joint_steps, tail_passes)
 
 
 class _Round:
@@ -170,10 +174,10 @@ class _Round:
         self._uploaded = 0
         self._intervals: dict[str, list[Interval]] = {}
 
-    def play(self, aggregate_flops: float) -> RoundTimeline:
+    def play(self, aggregate_flops: float, joint_steps: bool, tail_passes: int) -> RoundTimeline:
         """Run all processes to their ends."""
         processes = {item.client: self._client(item) for item in self._work}
-        processes[SERVER] = self._serve(aggregate_flops)
+        processes[SERVER] = self._serve(aggregate_flops, joint_steps, tail_passes)
         self._intervals = {who: [] for who in processes}
         self._queue = [(self._now, who) for who in processes]
         heapq.heapify(self._queue)
@@ -211,20 +215,25 @@ class _Round:
         self._uploaded += 1
         self._wake(SERVER)
 
-    def _serve(self, aggregate_flops: float) -> Process:
+    def _serve(self, aggregate_flops: float, joint_steps: bool, tail_passes: int) -> Process:
         step = 0
         while members := [item for item in self._work if item.tail_flops and item.steps > step]:
             while self._arrived < len(members):
                 yield None
             self._arrived = 0
-            flops = math.fsum(item.tail_flops for item in members)
-            yield self._spend(SERVER, "tail", step, flops / self._server.flops_per_s)
-            for item in members:
-                self._wake(item.client)
+            for together in [members] if joint_steps else [[item] for item in members]:
+                yield self._spend(SERVER, "tail", step, self._tail_s(together))
+                for item in together:
+                    self._wake(item.client)
+            if tail_passes > 1:
+                yield self._spend(SERVER, "tail", step, (tail_passes - 1) * self._tail_s(members))
             step += 1
         while self._uploaded < len(self._work):
             yield None
         yield self._spend(SERVER, "aggregate", None, aggregate_flops / self._server.flops_per_s)
+
+    def _tail_s(self, members: Sequence[ClientWork]) -> float:
+        return math.fsum(item.tail_flops for item in members) / self._server.flops_per_s
 
     def _spend(self, who: str, what: What, step: int | None, seconds: float) -> float:
         """Write down what `who` does from now on; returns `seconds`."""

@@ -81,6 +81,8 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
                 task.server,
                 start_s=evaluations[-1].virtual_s,
                 aggregate_flops=outcome.server_flops,
+                joint_steps=method.joint_steps,
+                tail_passes=method.tail_passes,
             )
         )
         last = number == spec.rounds

@@ -5,14 +5,15 @@ the whole run, LoRA on every linear layer (all but `ft`), and the token shares p
 Other ranks have alpha 16 too where every round's adapters are merged (HSplitLoRA, ``flora``), else alpha = 2r: what is
 averaged or truncated across ranks needs one scaling.
 
-Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_armsc``, ``without_naa``) and three of ours
-(``without_balance``, ``without_one_alpha``, ``without_subspace``), each alone; ``hsplitlora_plain`` is without all of
-ours.
+Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_armsc``, ``without_naa``) and four of ours
+(``with_joint_steps``, ``without_balance``, ``without_one_alpha``, ``without_going_on``), each alone.
+``hsplitlora_4_passes`` is HSplitLoRA whose tail trains four times on what it is sent, while clients and links are busy.
 
 How we read the rivals, where their texts leave a choice:
 
 * ``splitlora`` (arXiv:2407.00952): one cut and one rank for all, which the weakest device affords; heads' factors are
-  averaged and handed back, the tail's adapters and all optimisers go on over the whole run.
+  averaged and handed back, the tail's adapters and all optimisers go on over the whole run. The server takes an
+  optimiser step on each client's batch, as the released code does; ``splitlora_joint`` takes one on all of them.
 * ``splitlora_as_released`` (https://github.com/FDU-INC/Split_LoRA, gpt2_ft_sfl.py): its aggregation averages N + 1
   snapshots of N clients without weights. Each was taken before that client's last step, and the first client has two.
 * ``hetlora`` (arXiv:2401.06432): the whole model on every client, rank by device, zero-padding, sparsity-weighted
@@ -53,35 +54,37 @@ class Method:
     """a planned round takes no longer than its slowest client needs for one block; else as long as memory leads to"""
     one_alpha: bool = True
     """planned adapters have one alpha; else one scaling alpha / r"""
-    subspace: bool = False
-    """new adapters start where the weights have changed so far (`subspace`), after a warm-up of two steps; else from an
-    A drawn at random"""
+    tail_goes_on: bool = True
+    """adapters that the tail alone trains go on from round to round; else all start afresh"""
+    tail_passes: int = 1
+    """of the tail over the batches of a step"""
     self_pruning: bool = False
     stale_snapshots: bool = False
     """aggregates what SplitLoRA's released code does"""
-    joint_batches: bool = True
-    """the server takes the batches of all clients in one step"""
+    joint_steps: bool = False
+    """the server takes one optimiser step on the batches of all clients together; else one on each client's batch"""
 
 
-_HSPLITLORA = Method("HSplitLoRA", "split", planned=True, subspace=True)
+_HSPLITLORA = Method("HSplitLoRA", "split", planned=True)
+_SPLITLORA = Method("SplitLoRA", "split", rule="fedavg", carried=True)
 METHODS: Mapping[str, Method] = {
     "hsplitlora": _HSPLITLORA,
+    "hsplitlora_4_passes": replace(_HSPLITLORA, title="HSplitLoRA, 4 tail passes", tail_passes=4),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
     "without_naa": replace(_HSPLITLORA, title="HSplitLoRA with averaged factors", rule="fedavg"),
+    "with_joint_steps": replace(_HSPLITLORA, title="HSplitLoRA with joint tail steps", joint_steps=True),
     "without_balance": replace(_HSPLITLORA, title="HSplitLoRA without balanced rounds", balanced=False),
     "without_one_alpha": replace(_HSPLITLORA, title="HSplitLoRA with alpha = 2r", one_alpha=False),
-    "without_subspace": replace(_HSPLITLORA, title="HSplitLoRA with A drawn anew", subspace=False),
-    "hsplitlora_plain": Method("HSplitLoRA, plain", "split", planned=True, balanced=False, one_alpha=False),
-    "splitlora": Method("SplitLoRA", "split", rule="fedavg", carried=True),
-    "splitlora_as_released": Method(
-        "SplitLoRA as released", "split", rule="fedavg", carried=True, stale_snapshots=True
-    ),
+    "without_going_on": replace(_HSPLITLORA, title="HSplitLoRA, all adapters afresh", tail_goes_on=False),
+    "splitlora": _SPLITLORA,
+    "splitlora_joint": replace(_SPLITLORA, title="SplitLoRA, joint tail steps", joint_steps=True),
+    "splitlora_as_released": replace(_SPLITLORA, title="SplitLoRA as released", stale_snapshots=True),
     "hetlora": Method("HetLoRA", "whole", rule="zero_pad", carried=True, self_pruning=True),
     "flora": Method("FLoRA", "whole"),
     "flexlora": Method("FlexLoRA", "whole", rule="svd", carried=True),
-    "cenlora": Method("CenLoRA", "server"),
-    "cenlora_small_batch": Method("CenLoRA, small batches", "server", joint_batches=False),
+    "cenlora": Method("CenLoRA", "server", joint_steps=True),
+    "cenlora_small_batch": Method("CenLoRA, small batches", "server"),
     "ft": Method("FT", "full"),
 }
 RIVALS = ("splitlora", "hetlora", "flora", "flexlora", "cenlora", "ft")

@@ -21,7 +21,7 @@ class ServerTrainer:
 
     def __init__(self, task: Task, method: Method) -> None:
         self._task = task
-        self._joint = method.joint_batches
+        self._joint = method.joint_steps
         self._segment = GlobalModel(task.files).segment
         rank = task.spec.rank or LARGEST_RANK
         self._adapters = SegmentAdapters(self._segment, LoraSpec(rank, SCALING * rank))

@@ -23,9 +23,9 @@ from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes,
 from hsplit_flwr.global_model import GlobalModel, Score, linear_shapes, score_segment
 from hsplit_flwr.lora import LoraFactors
 from hsplit_flwr.optimisation import Optimiser
-from hsplit_flwr.plan import ClientPlan, TrainingConfig, head_seed, tail_seed
+from hsplit_flwr.plan import ClientPlan, head_seed
 from hsplit_flwr.segments import Segment, block_of, segment_from_model
-from hsplit_flwr.server_tail import SharedTail
+from hsplit_flwr.tail_rounds import TailRounds
 
 LIMITS = BarrierLimits(start_gate_s=60.0, straggler_limit_s=600.0, step_limit_s=600.0)
 """nobody is late here: a step always takes all clients, so that a run does not depend on the machine's load"""
@@ -57,14 +57,13 @@ class SplitTrainer:
     def __init__(self, task: Task, method: Method) -> None:
         self._task = task
         self._method = method
-        warmup = TrainingConfig.restart_warmup_steps if method.subspace else 0
-        self._training = replace(task.training, restart_warmup_steps=warmup)
+        self._training = replace(task.training, joint_steps=method.joint_steps, tail_passes=method.tail_passes)
         self._model = GlobalModel(task.files)
         """never has adapters: what all segments take their tensors from"""
         self._book = plans_of(task, method)
-        self._segment = segment_from_model(self._model.segment.model)
-        self._shapes = linear_shapes(self._segment)
-        self._tail = SharedTail(self._segment, self._tail_adapters(), self._training, LIMITS)
+        segment = segment_from_model(self._model.segment.model)
+        self._shapes = linear_shapes(segment)
+        self._rounds = TailRounds(self._model, segment, self._book, self._training, LIMITS)
         self._heads: dict[str, _Head] = {}
         self._average: dict[str, LoraFactors] = {}
         """of the heads' adapters, where they are carried"""
@@ -75,8 +74,7 @@ class SplitTrainer:
         """Plan, train, aggregate."""
         decision = self._book.settle(present, self._task.devices)
         if decision and decision.reasons:
-            self._tail.adapters.remove()
-            self._tail.adapters = self._tail_adapters()
+            self._rounds.replan()
         heads = {client: self._head(client, number) for client in present if self._book.takes_part(client)}
         reports = self._train(heads, number)
         update = self._carry(heads, reports) if self._method.carried else self._merge(heads, reports)
@@ -99,14 +97,8 @@ class SplitTrainer:
         return self._evaluated().model
 
     def _evaluated(self) -> Segment:
-        if not self._average:
-            return self._model.segment
-        return adapted(self._model, {**self._average, **self._tail.adapters.factors()})
-
-    def _tail_adapters(self) -> SegmentAdapters:
-        first = 1 if self._book.adaptive else self._book.plan("0").cut
-        names = [name for name in self._shapes if block_of(name) >= first]
-        return SegmentAdapters(self._segment, self._book.tail_lora, names)
+        unmerged = {**self._average, **self._rounds.unmerged()}
+        return adapted(self._model, unmerged) if unmerged else self._model.segment
 
     def _head(self, client: str, number: int) -> _Head:
         """`client`'s head of this round: at the newest weights, its adapters afresh or carried on."""
@@ -123,7 +115,7 @@ class SplitTrainer:
         else:
             common_start = self._method.rule != EXACT_RULE
             seed = head_seed(self._training.seed, number, client, common_start)
-            adapters.reset(seed, self._model.log.total if self._method.subspace else None)
+            adapters.reset(seed)
         optimiser = Optimiser(adapters.parameters(), self._training)
         version, _, lacking = self._model.since(self._versions.get(client, 0), plan.cut)
         self._versions[client] = version
@@ -134,19 +126,16 @@ class SplitTrainer:
         return head
 
     def _train(self, heads: Mapping[str, _Head], number: int) -> dict[str, TrainReport]:
-        training = self._training
-        seed = tail_seed(training.seed, number)
-        goes_on = self._method.carried and number > 1
-        learned = self._model.log.total if self._method.subspace else None
-        self._tail.open_training(heads, len(heads), None if goes_on else seed, learned)
+        training, tail = self._training, self._rounds.tail
+        self._rounds.open(number, heads, len(heads))
         first = (number - 1) * training.local_steps
 
         def train(client: str) -> TrainReport:
             head = heads[client]
             try:
-                session = self._tail.join(client, head.plan.cut, first)
+                session = tail.join(client, head.plan.cut, first)
             except BaseException:
-                self._tail.withdraw(client)
+                tail.withdraw(client)
                 raise
             try:
                 batches = recorded(self._task.streams[client](first), head.shapes)
@@ -157,21 +146,19 @@ class SplitTrainer:
 
         with ThreadPoolExecutor(len(heads)) as pool:
             reports = dict(zip(heads, pool.map(train, heads), strict=True))
-        self._tail.close_training()
+        tail.close_training()
         return reports
 
     def _merge(self, heads: Mapping[str, _Head], reports: Mapping[str, TrainReport]) -> dict[str, LoraFactors]:
         """The round's update goes into the weights, by the method's rule."""
         shares = token_shares({client: report.tokens for client, report in reports.items()})
         contributions = [Contribution(shares[c], h.plan.cut, h.adapters.factors()) for c, h in heads.items()]
-        update = aggregate(contributions, self._tail.adapters.factors(), block_of, RULES[self._method.rule])
-        self._tail.adapters.reset(0)
+        tail = self._rounds.tail
+        update = self._rounds.merge(contributions, tail.adapters.factors(), self._method.rule)
+        if not self._method.tail_goes_on:
+            self._rounds.settle()
         measured = {client: report.importance for client, report in reports.items()}
-        self._book.observe_importance(measured, self._tail.importance(), shares, self._shapes)
-        self._model.apply(update)
-        layers = self._model.segment.linear_modules()
-        for name, layer in self._segment.linear_modules().items():
-            layer.weight.data = layers[name].weight.data
+        self._book.observe_importance(measured, tail.importance(), shares, self._shapes)
         return update
 
     def _carry(self, heads: Mapping[str, _Head], reports: Mapping[str, TrainReport]) -> dict[str, LoraFactors]:
@@ -183,6 +170,7 @@ class SplitTrainer:
             shares = token_shares({client: report.tokens for client, report in reports.items()})
             contributions = [Contribution(shares[c], h.plan.cut, h.adapters.factors()) for c, h in heads.items()]
         self._average = aggregate(contributions, {}, block_of, RULES[self._method.rule])
+        self._rounds.go_on()
         return self._average
 
     def _work(self, client: str, head: _Head) -> ClientWork:

@@ -94,7 +94,6 @@ class Task:
                 local_steps=spec.local_steps,
                 learning_rate=spec.learning_rate,
                 warmup_steps=spec.warmup_steps,
-                restart_warmup_steps=0,
                 seed=spec.seed,
             ),
             streams={

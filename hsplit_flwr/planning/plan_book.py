@@ -88,6 +88,12 @@ class PlanBook:
             )
         return self._plans[client]
 
+    @property
+    def deepest_cut(self) -> int:
+        """The largest cut of all plans in force; 1 where there are none yet."""
+        plans = [self._plans] if isinstance(self._plans, ClientPlan) else self._plans.values()
+        return max((plan.cut for plan in plans), default=1)
+
     def observe_budget(self, client: str, budget: Budget | None) -> None:
         """`client` says what it can afford from the next round on, if it says anything."""
         if self.adaptive and budget:

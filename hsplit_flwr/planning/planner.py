@@ -7,8 +7,8 @@ candidate, to
 
     subject to  head_base_bytes(s_i) + sum_m r_im rank_bytes_m  <=  memory_i                                 every i
                 steps * (head_flops(s_i, r_i) / compute_i + up / uplink_i + down / downlink_i + 2 latency_i + t)
-                    + 4 sum_m r_im (d_in + d_out) / uplink_i  <=  deadline                                   every i
-                t = sum_i tail_flops(s_i) / server compute
+                    + 4 sum_m r_im (d_in + d_out) / uplink_i + update(s_i) / downlink_i  <=  deadline        every i
+                t = sum_i tail_flops(s_i) / server compute;  update(s): bytes by which a round changes a head, at most
                 weights + tail adapters with optimiser state + sum_i activations(s_i)  <=  server memory
 
 The tail serves the clients of a step one after another, so t couples them: a deeper cut of one gives all others time.
@@ -56,8 +56,8 @@ class PlannerConfig:
     tail_rank: int = 8
     """mean rank of the tail's adapters, weighted by what a unit of rank costs; spread by importance"""
     deadline_s: float | None = None
-    """for a round: all steps and the adapters' upload; inf: no deadline; None: what the slowest client needs for the
-    shallowest head (`balance.balanced_deadline`)"""
+    """for a round: download, all steps and the adapters' upload; inf: no deadline; None: what the slowest client needs
+    for the shallowest head (`balance.balanced_deadline`)"""
 
     def __post_init__(self) -> None:
         whole = all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in self.ranks)
@@ -156,7 +156,7 @@ def _problem(
 def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str]) -> RoundPlan:
     blocks, steps = tail_blocks(problem, solution), problem.local_steps
     server_step = problem.server_step_s(blocks, problem.num_clients)
-    whole, upload = own_seconds(problem, solution)
+    whole, exchange = own_seconds(problem, solution)
     value, memory = values(problem, solution), needed_bytes(problem, solution)
     found = limits(problem, solution)
     ranks = _RankTables(problem)
@@ -167,7 +167,7 @@ def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str
             ranks=ranks.of(solution, i),
             memory_bytes=round(memory[i]),
             memory_budget_bytes=round(problem.memory[i]),
-            step_s=float((whole[i] - upload[i]) / steps + server_step),
+            step_s=float((whole[i] - exchange[i]) / steps + server_step),
             round_s=float(whole[i] + steps * server_step),
             limited_by=found[i],
             value=float(value[i]),

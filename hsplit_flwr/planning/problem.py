@@ -47,6 +47,8 @@ class Problem:
     """(C,) per step"""
     round_bytes_up: Floats
     """(C,) upload per round whatever the ranks: the stream's first frame, headers of the adapters' arrays"""
+    round_bytes_down: Floats
+    """(C,) download per round: at most what all adapters of the round before add to the head's weights"""
     step_bytes_up: float
     step_bytes_down: float
     local_steps: int
@@ -97,7 +99,7 @@ class Problem:
         """(n,) seconds of a round with a head of `cut` without adapters, the server's compute left out."""
         transfer = self.step_bytes_up / self.uplink + self.step_bytes_down / self.downlink + 2 * self.latency
         seconds: Floats = self.local_steps * (self.head_flops[cut - 1] / self.flops_per_s + transfer)
-        seconds += self.round_bytes_up[cut - 1] / self.uplink
+        seconds += self.round_bytes_up[cut - 1] / self.uplink + self.round_bytes_down[cut - 1] / self.downlink
         return seconds
 
     def server_step_s(self, tail_blocks: float, clients: int) -> float:
@@ -154,6 +156,7 @@ class Problem:
             head_bytes=np.array([costs.head_base_bytes(cut) for cut in cuts], float),
             head_flops=np.array([costs.head_base_flops(cut) for cut in cuts]),
             round_bytes_up=costs.hello_bytes + _array_headers(costs),
+            round_bytes_down=_update_bytes(costs, len(clients) * max(ranks) + tail),
             step_bytes_up=costs.step_bytes_up,
             step_bytes_down=costs.step_bytes_down,
             local_steps=costs.workload.local_steps,
@@ -221,8 +224,9 @@ def own_seconds(problem: Problem, solution: Solution) -> tuple[Floats, Floats]:
     transfer = problem.step_bytes_up / problem.uplink + problem.step_bytes_down / problem.downlink
     flops = problem.head_flops[solution.cuts - 1] + ranks @ problem.rank_flops
     steps: Floats = problem.local_steps * (flops / problem.flops_per_s + transfer + 2 * problem.latency)
-    upload: Floats = (problem.round_bytes_up[solution.cuts - 1] + ranks @ problem.rank_wire_bytes) / problem.uplink
-    return steps + upload, upload
+    upload = (problem.round_bytes_up[solution.cuts - 1] + ranks @ problem.rank_wire_bytes) / problem.uplink
+    outside: Floats = upload + problem.round_bytes_down[solution.cuts - 1] / problem.downlink
+    return steps + outside, outside
 
 
 def _array_headers(costs: "ModelCosts") -> Floats:
@@ -230,6 +234,14 @@ def _array_headers(costs: "ModelCosts") -> Floats:
     ones = dict.fromkeys((matrix.name for matrix in costs.matrices), 1)
     numbers = np.cumsum(np.bincount([m.block for m in costs.matrices], [4 * m.sides for m in costs.matrices]))
     return np.array([costs.update_bytes(cut, ones) - numbers[cut - 1] for cut in range(1, costs.num_blocks)])
+
+
+def _update_bytes(costs: "ModelCosts", stacked_ranks: Ints) -> Floats:
+    """(C,) of a head's weight updates as float32: stacked factors of these ranks (M,), or dense where that is less."""
+    rows = zip(costs.matrices, stacked_ranks.tolist(), strict=True)
+    sizes = [4 * min(rank * m.sides, m.d_in * m.d_out) for m, rank in rows]
+    by_block: Floats = np.cumsum(np.bincount([m.block for m in costs.matrices], sizes))
+    return by_block[:-1]
 
 
 def _affine(by_cut: Sequence[float] | Floats) -> tuple[float, float]:

@@ -66,6 +66,7 @@ def random_problem(
         head_bytes=4 * 8000.0 * hidden + depth * (4 * weights + block_activations),
         head_flops=depth * block_flops,
         round_bytes_up=depth * matrices * 256,
+        round_bytes_down=depth * 4 * weights * rng.uniform(0, 1),
         step_bytes_up=4 * TOKENS * hidden,
         step_bytes_down=4 * TOKENS * hidden,
         local_steps=20,
