@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
     choice = plan.add_argument_group("how to plan")
     choice.add_argument("--ranks", type=_whole_numbers, default="2,4,8,16", help="candidate ranks, besides 0")
-    choice.add_argument("--tail-rank", type=int, default=8, metavar="N", help="mean rank of the tail's adapters")
+    choice.add_argument("--tail-rank", type=int, default=16, metavar="N", help="mean rank of the tail's adapters")
     deadline = "the longest a round may take; inf: any (default: what the slowest client needs for one block)"
     choice.add_argument("--deadline-s", type=float, metavar="S", help=deadline)
     choice.add_argument("--importance", type=Path, metavar="FILE", help="summary.json of a run, or JSON by module")

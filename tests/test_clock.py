@@ -70,7 +70,7 @@ def test_one_client_with_latency() -> None:
 def test_two_unequal_clients_share_every_step() -> None:
     # a: forward, backward 10/10 = 1 s, send, receive, upload 4/4 = 1 s; b: all of it 2 s; tail (6 + 6)/12 = 1 s
     work = [ClientWork(client, 2, 10, 10, 4, 4, 6, 0, 4) for client in ("b", "a")]
-    timeline = play_round(work, {"a": device(10, 4, 4), "b": device(5, 2, 2)}, server(12))
+    timeline = play_round(work, {"a": device(10, 4, 4), "b": device(5, 2, 2)}, server(12), joint_steps=True)
     assert spans(timeline, "a") == [
         ("forward", 0, 0, 1),
         ("send", 0, 1, 2),
@@ -100,7 +100,7 @@ def test_a_client_with_fewer_steps_leaves_the_barrier() -> None:
         ClientWork("10", 3, 1, 1, 1, 1, 8, 0, 1),
     ]
     devices = {"slow": device(1 / 3, 1 / 3, 1 / 3), "2": device(1, 1, 1), "10": device(1, 1, 1)}
-    timeline = play_round(work, devices, server(8))
+    timeline = play_round(work, devices, server(8), joint_steps=True)
     # step 0: slow arrives at 3 + 3 = 6, all three: 6-9. Step 1: receive, backward, forward, send 9-13, two: 13-15.
     # Step 2: 15-19, one: 19-20; receive, backward, upload of "10": 20-23.
     # slow meanwhile: receive 9-12, backward 12-15, upload 15-18.
@@ -111,6 +111,31 @@ def test_a_client_with_fewer_steps_leaves_the_barrier() -> None:
     assert spans(timeline, "10")[-1] == ("upload", None, 22, 23)
     assert timeline.parties == ("2", "10", "slow", SERVER)
     assert timeline.wait_s("2") == (9 - 2) + (15 - 13) + (23 - 18)
+
+
+def test_the_tail_answers_one_after_another_and_goes_over_the_step_again() -> None:
+    # both: forward 1 s, send 1 s, receive 1 s, backward 1 s, upload 1 s; tail 8/8 = 1 s for each, in every pass
+    work = [ClientWork(client, 2, 1, 1, 1, 1, 8, 0, 1) for client in ("a", "b")]
+    timeline = play_round(work, {"a": device(1, 1, 1), "b": device(1, 1, 1)}, server(8), tail_passes=3)
+    tails = [span for span in spans(timeline, SERVER) if span[0] == "tail"]
+    assert tails == [
+        ("tail", 0, 2, 3),  # a's
+        ("tail", 0, 3, 4),  # b's
+        ("tail", 0, 4, 8),  # both, twice more, while the clients go on
+        ("tail", 1, 8, 9),  # both wait for it since 7 and 8
+        ("tail", 1, 9, 10),
+        ("tail", 1, 10, 14),
+    ]
+    assert [span for span in spans(timeline, "a") if span[0] == "wait"] == [
+        ("wait", 0, 2, 3),
+        ("wait", 1, 7, 9),  # receive 3-4, backward 4-5, forward 5-6, send 6-7
+        ("wait", None, 12, 14),  # receive 9-10, backward 10-11, upload 11-12; the tail has passes left
+    ]
+    assert [span for span in spans(timeline, "b") if span[0] == "wait"] == [
+        ("wait", 0, 2, 4),
+        ("wait", 1, 8, 10),
+        ("wait", None, 13, 14),
+    ]
 
 
 def test_without_a_tail_nobody_waits_for_anybody() -> None:
@@ -204,19 +229,21 @@ def rounds(draw: st.DrawFn, amounts: st.SearchStrategy[float] = amounts) -> Roun
     return work, {client: draw(budgets) for client in clients}, draw(budgets), draw(amounts), draw(amounts)
 
 
-def play(drawn: Round) -> RoundTimeline:
+def play(drawn: Round, joint: bool = True, passes: int = 1) -> RoundTimeline:
     work, devices, at, start, aggregate = drawn
-    return play_round(work, devices, at, start_s=start, aggregate_flops=aggregate)
+    return play_round(
+        work, devices, at, start_s=start, aggregate_flops=aggregate, joint_steps=joint, tail_passes=passes
+    )
 
 
-def expected_end(drawn: Round) -> float:
+def expected_end(drawn: Round, joint: bool, passes: int) -> float:
     """The end of a round as a recursion over steps: a step's tail starts when the last of its clients arrives."""
     work, devices, at, start, aggregate = drawn
 
     def transfer(count: float, rate: float, latency: float) -> float:
         return latency + count / rate if count else 0.0
 
-    ready = {}
+    ready, free = {}, start
     for w in work:
         d = devices[w.client]
         ready[w.client] = start + transfer(w.download_bytes, d.downlink_bytes_per_s, d.latency_s)
@@ -226,27 +253,33 @@ def expected_end(drawn: Round) -> float:
             d = devices[w.client]
             ready[w.client] += w.forward_flops / d.flops_per_s
             ready[w.client] += transfer(w.step_bytes_up, d.uplink_bytes_per_s, d.latency_s)
-        joint = [w for w in here if w.tail_flops]
-        answered = max((ready[w.client] for w in joint), default=0) + sum(w.tail_flops for w in joint) / at.flops_per_s
+        members = sorted((w for w in here if w.tail_flops), key=lambda w: w.client)
+        whole = sum(w.tail_flops for w in members) / at.flops_per_s
+        begin = max([free, *(ready[w.client] for w in members)])
+        done = {
+            w.client: begin + sum(v.tail_flops for v in members[: i + 1]) / at.flops_per_s
+            for i, w in enumerate(members)
+        }
+        free = begin + passes * whole if members else free
         for w in here:
             d = devices[w.client]
-            base = answered if w.tail_flops else ready[w.client]
+            base = (begin + whole if joint else done[w.client]) if w.tail_flops else ready[w.client]
             received = base + transfer(w.step_bytes_down, d.downlink_bytes_per_s, d.latency_s)
             ready[w.client] = received + w.backward_flops / d.flops_per_s
     for w in work:
         d = devices[w.client]
         ready[w.client] += transfer(w.upload_bytes, d.uplink_bytes_per_s, d.latency_s)
-    return max(ready.values()) + aggregate / at.flops_per_s
+    return max(free, *ready.values()) + aggregate / at.flops_per_s
 
 
-@given(rounds())
-def test_the_end_is_that_of_the_recursion(drawn: Round) -> None:
-    assert play(drawn).end_s == pytest.approx(expected_end(drawn), rel=ROUNDING)
+@given(rounds(), st.booleans(), st.integers(1, 3))
+def test_the_end_is_that_of_the_recursion(drawn: Round, joint: bool, passes: int) -> None:
+    assert play(drawn, joint, passes).end_s == pytest.approx(expected_end(drawn, joint, passes), rel=ROUNDING)
 
 
-@given(rounds())
-def test_every_party_tiles_the_round(drawn: Round) -> None:
-    timeline = play(drawn)
+@given(rounds(), st.booleans(), st.integers(1, 3))
+def test_every_party_tiles_the_round(drawn: Round, joint: bool, passes: int) -> None:
+    timeline = play(drawn, joint, passes)
     for who in timeline.parties:
         own = timeline.of(who)
         assert all(i.start_s < i.end_s for i in own)
@@ -281,12 +314,12 @@ def test_a_faster_device_never_makes_the_round_longer(drawn: Round, data: st.Dat
     assert play(changed).end_s <= play(drawn).end_s  # exactly: every step of the arithmetic is monotone
 
 
-@given(rounds(), st.randoms(use_true_random=False))
-def test_the_order_of_the_work_does_not_matter(drawn: Round, random: object) -> None:
+@given(rounds(), st.randoms(use_true_random=False), st.booleans())
+def test_the_order_of_the_work_does_not_matter(drawn: Round, random: object, joint: bool) -> None:
     shuffle: Callable[[list[ClientWork]], None] = random.shuffle  # type: ignore[attr-defined]
     shuffled = list(drawn[0])
     shuffle(shuffled)
-    assert play((shuffled, *drawn[1:])) == play(drawn)
+    assert play((shuffled, *drawn[1:]), joint) == play(drawn, joint)
 
 
 def some_round(scale: float = 1.0) -> RoundTimeline:

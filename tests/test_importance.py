@@ -36,7 +36,7 @@ TOLERANCE = 1e-5
 """relative, per matrix, fp32"""
 BF16_TOLERANCE = 0.03
 """relative, per matrix, where weights and activations are bf16 (8 bits of mantissa, through 4 blocks and back)"""
-CONFIG = TrainingConfig(rounds=1, local_steps=3, learning_rate=2e-2, warmup_steps=0, importance_steps=2)
+CONFIG = TrainingConfig(1, 3, 2e-2, warmup_steps=0, importance_steps=2, joint_steps=True)
 NONE = LoraSpec(r=0)
 SOME = LoraSpec(r=4, lora_alpha=8, rank_pattern={r".*(q_proj|c_attn|down_proj)": 0, r"2\..*": 2})
 EVERYWHERE = LoraSpec(r=2, lora_alpha=4)

@@ -238,7 +238,10 @@ def test_a_new_plan_loses_nothing_learnt(model: Path, costs: ModelCosts, close: 
     assert metrics["clients"] == 3
     assert loss == pytest.approx(before.federated_loss, rel=SAME)
     for name, weight in weights_of(strategy).items():
-        assert torch.equal(weight, before.weights[name]), name
+        if int(name.split(".")[2]) < 3:
+            assert torch.equal(weight, before.weights[name]), name
+        else:  # the tail alone trained it: not merged before, and now it is
+            assert (weight - before.weights[name]).abs().max() <= SAME, name
 
 
 def test_a_head_beyond_the_budget_is_refused_with_the_figures_and_planned_anew(

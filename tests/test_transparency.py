@@ -1,7 +1,8 @@
 """One client through the split equals monolithic PEFT: loss at every step, every adapter tensor at the end."""
 
 import copy
-import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hsplit_flwr.adapters import SegmentAdapters
 from hsplit_flwr.barrier import BarrierLimits
 from hsplit_flwr.client_head import train_head
 from hsplit_flwr.exchange import StepReply
-from hsplit_flwr.lora import LoraSpec, init_lora_A
+from hsplit_flwr.lora import LoraFactors, LoraSpec, init_lora_A
 from hsplit_flwr.plan import ClientPlan, RoundTask, TrainingConfig, derive_seed
 from hsplit_flwr.segments import segment_from_model
 from hsplit_flwr.server_tail import SharedTail
@@ -128,44 +129,85 @@ def test_one_client_equals_monolithic_peft(name: str, cut: int, over_grpc: bool)
         assert (found[key] - tensor).abs().max() <= TOLERANCE, key
 
 
-def test_clients_of_unequal_cuts_get_the_gradient_of_their_own_mean_loss() -> None:
-    """Three clients, two cuts, unequal token counts."""
-    model = tiny_model("llama")
-    whole = segment_from_model(model)
-    names = [n for n in whole.linear_modules() if int(n.split(".")[2]) >= 1]
-    sgd_like = TrainingConfig(1, 1, 1e-3, warmup_steps=0, max_grad_norm=0.0, joint_steps=True)
-    tail = SharedTail(whole, SegmentAdapters(whole, LORA, names), sgd_like, BarrierLimits(10, 10, 10))
-    tail.open_training(["a", "b", "c"], concurrency=3, adapter_seed=3)
-    cuts = {"a": 1, "b": 3, "c": 1}
-    batches = dict(zip("abc", padded_batches(3), strict=True))
+UNEQUAL_CUTS = {"a": 1, "b": 3, "c": 1}
+TAIL_NAMES_FROM = 1
+"""first block with an adapter of the tail"""
+
+
+@dataclass
+class OneStep:
+    """A step of a tail with three clients of unequal cuts and token counts."""
+
+    batches: dict[str, Batch]
+    inputs: dict[str, Tensor]
+    replies: dict[str, StepReply]
+    trained: dict[str, LoraFactors]
+
+
+def one_step(training: TrainingConfig) -> OneStep:
+    whole = segment_from_model(tiny_model("llama"))
+    names = [n for n in whole.linear_modules() if int(n.split(".")[2]) >= TAIL_NAMES_FROM]
+    tail = SharedTail(whole, SegmentAdapters(whole, LORA, names), training, BarrierLimits(10, 10, 10))
+    tail.open_training(UNEQUAL_CUTS, concurrency=3, adapter_seed=3)
+    batches = dict(zip(UNEQUAL_CUTS, padded_batches(3), strict=True))
     batches["b"]["labels"][:, :7] = -100  # unequal token counts
-    inputs = {}
-    replies: dict[str, StepReply] = {}
-    heads = {c: segment_from_model(tiny_model("llama"), 0, cuts[c]) for c in cuts}
-    for client, batch in batches.items():
-        inputs[client] = heads[client](batch["input_ids"], batch["attention_mask"]).detach()
+    inputs = {
+        client: segment_from_model(tiny_model("llama"), 0, cut)(
+            batches[client]["input_ids"], batches[client]["attention_mask"]
+        ).detach()
+        for client, cut in UNEQUAL_CUTS.items()
+    }
 
-    def step(client: str) -> None:
-        session = tail.join(client, cuts[client], 0)
+    def step(client: str) -> StepReply:
+        session = tail.join(client, UNEQUAL_CUTS[client], 0)
         batch = batches[client]
-        replies[client] = session.train_step(0, inputs[client], batch["attention_mask"], batch["labels"])
+        reply = session.train_step(0, inputs[client], batch["attention_mask"], batch["labels"])
         session.close()
+        return reply
 
-    threads = [threading.Thread(target=step, args=(client,)) for client in cuts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    with ThreadPoolExecutor(3) as pool:
+        replies = dict(zip(UNEQUAL_CUTS, pool.map(step, UNEQUAL_CUTS), strict=True))
     tail.close_training()
+    return OneStep(batches, inputs, replies, tail.adapters.factors())
 
-    reference = tiny_model("llama")
-    tokens = {c: int((b["labels"][:, 1:] != -100).sum()) for c, b in batches.items()}
-    assert {c: r.tokens for c, r in replies.items()} == tokens
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("joint", [False, True], ids=["one-by-one", "joint"])
+def test_a_step_of_unequal_clients_equals_peft(joint: bool, passes: int) -> None:
+    """PEFT on the whole model and AdamW: a step per client in their order, or one on all tokens; then again.
+
+    Every client gets the gradient of its own mean loss, at the tail that it meets in the first pass.
+    """
+    training = TrainingConfig(1, 1, 1e-2, warmup_steps=0, max_grad_norm=0.0, joint_steps=joint, tail_passes=passes)
+    found = one_step(training)
+    tokens = {c: int((b["labels"][:, 1:] != -100).sum()) for c, b in found.batches.items()}
+    assert {c: r.tokens for c, r in found.replies.items()} == tokens
     assert len(set(tokens.values())) > 1
-    for client, batch in batches.items():
-        hidden = inputs[client].clone().requires_grad_()
-        logits = segment_from_model(reference, cuts[client])(hidden, batch["attention_mask"])
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-        (gradient,) = torch.autograd.grad(loss, hidden)
-        assert replies[client].loss == pytest.approx(loss.item(), abs=TOLERANCE)
-        torch.testing.assert_close(replies[client].gradient, gradient, atol=TOLERANCE, rtol=0)
+
+    reference = segment_from_model(tiny_model("llama"))
+    names = [n for n in reference.linear_modules() if int(n.split(".")[2]) >= TAIL_NAMES_FROM]
+    adapters = SegmentAdapters(reference, LORA, names)
+    adapters.reset(3)
+    adamw = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0)
+    for number in range(passes):
+        for together in [list(found.batches)] if joint else [[client] for client in found.batches]:
+            adamw.zero_grad()
+            total = sum(tokens[client] for client in together)
+            for client in together:
+                hidden = found.inputs[client].clone().requires_grad_()
+                batch = found.batches[client]
+                logits = reference(hidden, batch["attention_mask"], entry=UNEQUAL_CUTS[client])
+                loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+                (loss * tokens[client] / total).backward()
+                assert hidden.grad is not None
+                if number == 0:
+                    reply = found.replies[client]
+                    assert reply.loss == pytest.approx(loss.item(), abs=TOLERANCE)
+                    own = hidden.grad * total / tokens[client]
+                    torch.testing.assert_close(reply.gradient, own, atol=TOLERANCE, rtol=0)
+            adamw.step()
+    expected = adapters.factors()
+    assert found.trained.keys() == expected.keys()
+    for name, pair in expected.items():
+        torch.testing.assert_close(found.trained[name].A, pair.A, atol=TOLERANCE, rtol=0, msg=name)
+        torch.testing.assert_close(found.trained[name].B, pair.B, atol=TOLERANCE, rtol=0, msg=name)

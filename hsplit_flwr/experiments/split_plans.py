@@ -8,7 +8,7 @@ from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import Method
-from hsplit_flwr.experiments.task import LORA_ALPHA, RANK, RANKS, SCALING, Task
+from hsplit_flwr.experiments.task import LARGEST_RANK, LORA_ALPHA, RANK, RANKS, SCALING, Task
 from hsplit_flwr.importance_history import ImportanceHistory
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan
@@ -51,7 +51,7 @@ def plans_of(task: Task, method: Method) -> PlanBook:
         planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
         if not method.importance:
             planning = UnweightedPlanning
-        config = PlannerConfig(RANKS, tail_rank=RANK, deadline_s=None if method.balanced else math.inf)
+        config = PlannerConfig(RANKS, tail_rank=LARGEST_RANK, deadline_s=None if method.balanced else math.inf)
         plans = planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
         return PlanBook(plans, None, None, training, blocks)
     rank = spec.rank or common_rank(task.costs, task.devices)

@@ -28,8 +28,9 @@ LABEL = "food"
 RANKS = (1, 2, 4, 8, 16)
 """candidates of the planner"""
 RANK = 8
-"""where one rank serves all, and the mean of the tail's"""
+"""where one rank serves all"""
 LARGEST_RANK = 16
+"""and the mean of the planned tail's: a server can afford it, as CenLoRA's does"""
 LORA_ALPHA = 16.0
 """of adapters that are merged every round, and where heads and tail have one rank"""
 SCALING = LORA_ALPHA / RANK

@@ -53,7 +53,7 @@ class PlannerConfig:
 
     ranks: tuple[int, ...] = (2, 4, 8, 16)
     """candidates for every matrix, besides 0 (no adapter)"""
-    tail_rank: int = 8
+    tail_rank: int = 16
     """mean rank of the tail's adapters, weighted by what a unit of rank costs; spread by importance"""
     deadline_s: float | None = None
     """for a round: download, all steps and the adapters' upload; inf: no deadline; None: what the slowest client needs
