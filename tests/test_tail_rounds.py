@@ -72,8 +72,8 @@ class WithoutRounds:
     def __init__(self, cut: int) -> None:
         names = [n for n, layer in tiny_model("llama").named_modules() if n.split(".")[-1].endswith("_proj")]
         config = peft.LoraConfig(r=LORA.r, lora_alpha=8, target_modules=names)
-        self.model = peft.get_peft_model(tiny_model("llama"), config)  # type: ignore[arg-type]
-        self.layers = {name: self.model.base_model.model.get_submodule(name) for name in names}  # type: ignore[union-attr]
+        self.model = peft.get_peft_model(tiny_model("llama"), config)
+        self.layers = {name: self.model.base_model.model.get_submodule(name) for name in names}
         self.heads = {name for name in names if int(name.split(".")[2]) < cut}
         for name in self.layers:
             self._restart(name, 1)
@@ -89,14 +89,14 @@ class WithoutRounds:
         for name in self.heads:
             layer = self.layers[name]
             A, B = self._pair(layer)
-            layer.base_layer.weight.data += 2.0 * (B @ A).detach()  # type: ignore[union-attr, operator]
+            layer.base_layer.weight.data += 2.0 * (B @ A).detach()
             self._restart(name, number + 1)
             for factor in (A, B):
                 del self.adamw.state[factor]
 
     def weights(self) -> Weights:
         return {
-            name: (layer.base_layer.weight + 2.0 * self._pair(layer)[1] @ self._pair(layer)[0]).detach()  # type: ignore[union-attr, operator]
+            name: (layer.base_layer.weight + 2.0 * self._pair(layer)[1] @ self._pair(layer)[0]).detach()
             for name, layer in self.layers.items()
         }
 
@@ -108,7 +108,7 @@ class WithoutRounds:
 
     @staticmethod
     def _pair(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-        return layer.lora_A["default"].weight, layer.lora_B["default"].weight  # type: ignore[index, union-attr, return-value]
+        return layer.lora_A["default"].weight, layer.lora_B["default"].weight  # type: ignore[index, union-attr]
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])

@@ -198,7 +198,7 @@ def test_a_step_of_unequal_clients_equals_peft(joint: bool, passes: int) -> None
                 batch = found.batches[client]
                 logits = reference(hidden, batch["attention_mask"], entry=UNEQUAL_CUTS[client])
                 loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-                (loss * tokens[client] / total).backward()
+                torch.autograd.backward(loss * tokens[client] / total)
                 assert hidden.grad is not None
                 if number == 0:
                     reply = found.replies[client]
