@@ -68,7 +68,7 @@ class RoundRecord:
     importance: Mapping[str, float] = field(default_factory=dict)
     """the importance profile after this round, by module, sum 1"""
     steps: TailSteps | None = None
-    """the joint steps, as the tail saw them"""
+    """the steps, as the tail saw them"""
     aggregation: AggregationHealth | None = None
     """measured on a few matrices; None where it was not measured"""
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -44,10 +45,15 @@ class StepReport:
     loss: float
     """token-weighted mean over the clients, nats per token"""
     tokens: int
-    compute_s: float
-    """the tail's own forward, backward and optimiser steps, until the last client had its answer"""
+    answered_s: tuple[float, ...]
+    """client by client: the tail's own forward, backward and optimiser steps until the client had its answer"""
     round_clients: int
     """clients that were given this round's task"""
+
+    @property
+    def compute_s(self) -> float:
+        """Until the last client had its answer; further passes are not in it."""
+        return max(self.answered_s)
 
 
 @dataclass
@@ -256,8 +262,8 @@ class SharedTail:
             self._optimiser.step(run_step)
         for client, values in importance.items():  # only now: a step that failed is taken again
             self._importance[client].add(values)
-        compute_s = time.perf_counter() - started
-        return replies, StepReport(run_step, tuple(replies), loss, total, compute_s, self._round_clients)
+        answered_s = (time.perf_counter() - started,) * len(replies)
+        return replies, StepReport(run_step, tuple(replies), loss, total, answered_s, self._round_clients)
 
     def _accumulate_all(self, requests: list[_Request]) -> tuple[dict[str, StepReply], dict[str, dict[str, float]]]:
         """The gradients of one step's objective in the tail's adapters; every client's reply and importance."""
@@ -315,12 +321,15 @@ class SharedTail:
 def _merged(reports: Sequence[StepReport]) -> StepReport:
     """One report of a step whose clients were trained on one after another."""
     tokens = sum(report.tokens for report in reports)
+    ends = list(accumulate(report.compute_s for report in reports))
     return StepReport(
         step=max(report.step for report in reports),
         clients=tuple(client for report in reports for client in report.clients),
         loss=sum(report.loss * report.tokens for report in reports) / max(1, tokens),
         tokens=tokens,
-        compute_s=sum(report.compute_s for report in reports),
+        answered_s=tuple(
+            begun + own for begun, report in zip([0.0, *ends[:-1]], reports, strict=True) for own in report.answered_s
+        ),
         round_clients=reports[0].round_clients,
     )
 

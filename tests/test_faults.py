@@ -200,6 +200,20 @@ def refused(action: Callable[[], object], code: str) -> ExchangeError:
     return refusal.value
 
 
+def test_a_further_pass_that_diverges_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """The first pass makes such adapters that the second has no finite loss: that one is left out, and said."""
+    segment = segment_from_model(tiny_model("llama"), CUT)
+    training = replace(CONFIG, tail_passes=3, learning_rate=1e30, max_grad_norm=0.0)
+    tail = SharedTail(segment, SegmentAdapters(segment, LORA), training, LIMITS)
+    tail.open_training(["good"], 1, adapter_seed=7)
+    session = tail.join("good", CUT, 0)
+    reply = session.train_step(0, *batch("good", 0))
+    session.close()
+    tail.close_training()
+    assert torch.isfinite(reply.gradient).all()
+    assert caplog.text.count("the tail leaves out further passes of this step: [non_finite]") == 1
+
+
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + SOON_S
     while not condition():

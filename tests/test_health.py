@@ -300,18 +300,18 @@ def test_steps_are_noted_by_index_and_wave() -> None:
     passed: list[StepReport] = []
     notes = StepNotes(passed.append)
     reports = [
-        StepReport(20, ("a", "b"), 4.0, 30, 0.5, 4),
-        StepReport(21, ("a",), 3.0, 10, 0.25, 4),
-        StepReport(20, ("c", "d"), 2.0, 10, 1.0, 4),
-        StepReport(21, ("d",), 1.0, 0, 1.0, 4),
-        StepReport(21, ("b", "e"), 5.0, 30, 2.0, 4),
+        StepReport(20, ("a", "b"), 4.0, 30, (0.25, 0.5), 4),
+        StepReport(21, ("a",), 3.0, 10, (0.25,), 4),
+        StepReport(20, ("c", "d"), 2.0, 10, (1.0, 1.0), 4),
+        StepReport(21, ("d",), 1.0, 0, (1.0,), 4),
+        StepReport(21, ("b", "e"), 5.0, 30, (2.0, 2.0), 4),
     ]
     for report in reports:
         notes(report)
     assert passed == reports
     found = notes.take()
     assert found.losses == pytest.approx((3.5, 4.5), rel=CLOSE)
-    assert found.tail_seconds == {"a": 0.75, "b": 2.5, "c": 1.0, "d": 2.0, "e": 2.0}
+    assert found.tail_seconds == {"a": 0.5, "b": 2.5, "c": 1.0, "d": 2.0, "e": 2.0}
     assert found.waves == (("a", "b", "e"), ("c", "d"))
     assert notes.take() == TailSteps(())
 

@@ -3,7 +3,7 @@
 A client's `exchange` seconds hold the tail's compute, waiting for slower clients of its steps, and the link. The tail's
 compute is known. In a synchronous step all of a wave take as long as its slowest, so what a client would have waited
 had no byte been sent is the compute of the slowest of its wave minus its own; the rest is what links cost its rounds,
-its own link or another's.
+its own link or another's, and further passes of the tail (`tail_passes`) that it had to wait for.
 """
 
 import math

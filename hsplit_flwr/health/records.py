@@ -9,12 +9,12 @@ Status = Literal["ok", "warning", "not measured"]
 
 @dataclass(frozen=True)
 class TailSteps:
-    """The joint steps of one round, as the tail saw them."""
+    """The steps of one round, as the tail saw them."""
 
     losses: tuple[float, ...]
     """by step of the round: token-weighted mean over the clients in it, nats per token, before the step's update"""
     tail_seconds: Mapping[str, float] = field(default_factory=dict)
-    """client -> seconds that the tail computed in the steps which the client was in"""
+    """client -> seconds that the tail computed, in the steps which the client was in, until it had its answers"""
     waves: tuple[tuple[str, ...], ...] = ()
     """the clients that shared steps, group by group"""
 

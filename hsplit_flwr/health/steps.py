@@ -29,8 +29,8 @@ class StepNotes:
         for report in reports:
             nll[report.step] += report.loss * report.tokens
             tokens[report.step] += report.tokens
-            for client in report.clients:
-                seconds[client] += report.compute_s
+            for client, waited in zip(report.clients, report.answered_s, strict=True):
+                seconds[client] += waited
         losses = tuple(nll[step] / tokens[step] for step in sorted(nll) if tokens[step])
         return TailSteps(losses, dict(seconds), _connected([report.clients for report in reports]))
 
