@@ -7,15 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.costs.model_costs import ModelCosts, Workload
-from hsplit_flwr.delta_log import DeltaLog
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.lora import LoraFactors
 from hsplit_flwr.planning.balance import balanced_deadline
 from hsplit_flwr.planning.greedy import solve
 from hsplit_flwr.planning.participants import participants
@@ -26,6 +23,7 @@ from hsplit_flwr.planning.ranks import gain, spread_ranks
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.planning.sharing import share, upper_bounds
 from tests.models import tiny_config
+from tests.updates import largest_update
 
 WORST_GAP = 0.05
 ROUNDING = 1e-8
@@ -282,21 +280,6 @@ def test_matrices_without_importance_get_no_adapter(costs: ModelCosts, importanc
     assert [module for module, rank in found.clients["a"].ranks.items() if rank == 0] == [name]
 
 
-def largest_update(costs: ModelCosts, cut: int, ranks: list[int]) -> int:
-    """Bytes that a client of `cut` is sent after a round in which the stacked adapters had `ranks`."""
-    log = DeltaLog()
-    held = {m.name: rank for m, rank in zip(costs.matrices, ranks, strict=True) if m.block < cut}
-    sides = {m.name: (m.d_out, m.d_in) for m in costs.matrices}
-    for _ in range(2):
-        log.append(
-            {
-                name: LoraFactors(torch.ones(rank, sides[name][1]), torch.ones(sides[name][0], rank), 1.0)
-                for name, rank in held.items()
-            }
-        )
-    return log.since(1, held).nbytes
-
-
 @pytest.mark.parametrize("deadline_s", [None, 2.0, math.inf])
 def test_figures_are_those_of_the_cost_model(
     costs: ModelCosts, importance: Mapping[str, float], deadline_s: float | None
@@ -312,7 +295,6 @@ def test_figures_are_those_of_the_cost_model(
         server_step += costs.tail_flops(client.cut, found.tail.ranks) / SERVER.flops_per_s
     assert found.tail.step_s == pytest.approx(server_step, rel=0.05)  # the bound that is affine in the blocks
     assert found.tail.step_s >= server_step * (1 - ROUNDING)
-    tail_ranks = [found.tail.ranks.get(matrix.name, 0) for matrix in costs.matrices]
     cuts = [client.cut for client in found.clients.values()]
     assert found.tail.memory_bytes >= costs.tail_memory(cuts, found.tail.ranks).total_bytes
     for name, client in found.clients.items():
@@ -321,7 +303,7 @@ def test_figures_are_those_of_the_cost_model(
         transfer = costs.step_bytes_up / budget.uplink_bytes_per_s + costs.step_bytes_down / budget.downlink_bytes_per_s
         step = costs.head_flops(client.cut, client.ranks) / budget.flops_per_s + transfer + 2 * budget.latency_s
         upload = costs.update_bytes(client.cut, client.ranks) + costs.hello_bytes
-        download = largest_update(costs, client.cut, [16 * len(clients) + rank for rank in tail_ranks])
+        download = largest_update(costs, client.cut, len(clients), found.tail.ranks)
         exchange = upload / budget.uplink_bytes_per_s + download / budget.downlink_bytes_per_s
         expected = steps * (step + found.tail.step_s) + exchange
         assert expected * (1 - ROUNDING) <= client.round_s <= expected * 1.01

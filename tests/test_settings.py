@@ -19,6 +19,7 @@ from hsplit_flwr.experiments.settings import LLAMA_2_7B, SETTINGS, Setting, Size
 from hsplit_flwr.model_files import ModelFiles
 from hsplit_flwr.planning.planner import PlannerConfig, plan
 from hsplit_flwr.planning.round_plan import RoundPlan
+from tests.updates import largest_update
 
 SIZE_TOLERANCE = 0.01
 """relative; memory depends a little on how the installed torch and transformers compute"""
@@ -157,12 +158,12 @@ def test_the_clock_and_the_planner_agree_on_one_client(client: str) -> None:
         step_bytes_up=costs.step_bytes_up,
         step_bytes_down=costs.step_bytes_down,
         tail_flops=costs.tail_flops(head.cut, found.tail.ranks),
-        download_bytes=0,
+        download_bytes=largest_update(costs, head.cut, 1, found.tail.ranks),
         upload_bytes=costs.update_bytes(head.cut, head.ranks) + costs.hello_bytes,
     )
     played = play_round([work], {client: device}, server)
-    # the planner leaves the latency of the upload out
-    seconds = played.duration_s - device.latency_s
+    # the planner leaves the latency of download and upload out
+    seconds = played.duration_s - 2 * device.latency_s
     assert seconds * (1 - 1e-9) <= head.round_s <= seconds * (1 + PLANNER_TOLERANCE)
 
 
