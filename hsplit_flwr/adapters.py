@@ -1,6 +1,6 @@
 """LoRA adapters on a segment, through PEFT: put in, start afresh, read out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,12 @@ class SegmentAdapters:
             A.data.copy_(factors[name].A)
             B.data.copy_(factors[name].B * (factors[name].scaling / _scaling(layer)))
             A.grad = B.grad = None
+
+    def adopt(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        """Train these tensors from now on: A and B by module, as `parameters` of other adapters of its rank gave them."""
+        for name, (A, B) in parameters.items():
+            self._layers[name].lora_A[ADAPTER].weight = A  # type: ignore[index, union-attr]
+            self._layers[name].lora_B[ADAPTER].weight = B  # type: ignore[index, union-attr]
 
     def remove(self) -> None:
         """Give the segment its plain linear layers back (to save the model)."""

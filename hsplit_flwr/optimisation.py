@@ -28,6 +28,12 @@ class Optimiser:
         if self._adamw:
             self._adamw.zero_grad(set_to_none=True)
 
+    def adopt(self, former: "Optimiser", parameters: Iterable[nn.Parameter]) -> None:
+        """Go on with these where `former` was: AdamW takes over its moments of them."""
+        if self._adamw and former._adamw:
+            states = former._adamw.state
+            self._adamw.state.update({parameter: states[parameter] for parameter in parameters if parameter in states})
+
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Start afresh with these: AdamW forgets its moments of them."""
         if self._adamw:

@@ -158,10 +158,17 @@ class SharedTail:
         self.adapters.set(self._at_open)
         self._optimiser = None
 
-    def replace_adapters(self, adapters: SegmentAdapters) -> None:
-        """Train `adapters` from now on, which are in the segment already."""
+    def replace_adapters(self, adapters: SegmentAdapters, goes_on: Iterable[str] = ()) -> None:
+        """Train `adapters` from now on, which are in the segment already.
+
+        Args:
+            adapters: all new, but for the tensors of `goes_on`.
+            goes_on: modules whose optimiser state stays.
+        """
+        former, self._optimiser = self._optimiser, Optimiser(adapters.parameters(), self._config)
+        if former:
+            self._optimiser.adopt(former, adapters.parameters(goes_on))
         self.adapters = adapters
-        self._optimiser = None
 
     def importance(self) -> dict[str, dict[str, float]]:
         """Client id -> whole-model module name -> importance, from the client's cut on (`importance.py`).

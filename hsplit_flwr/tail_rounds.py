@@ -2,7 +2,7 @@
 
 A matrix that a head may hold, too, is aggregated: the sum goes into the weights, and its adapter starts afresh. One
 that no plan in force gives to a head is trained by the tail alone. Its adapter is the whole update, so it goes on, and
-AdamW with it; it goes into the weights when plans change, or at the end.
+AdamW with it, until a new plan gives the matrix to a head or changes the rank, or to the end. Then it is merged.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,10 +51,15 @@ class TailRounds:
         self.tail.open_training(clients, concurrency, tail_seed(self._seed, round_number), self._going_on)
 
     def replan(self) -> None:
-        """Adapters by the book's new plan. Nothing learnt is lost."""
-        self.settle()
-        self.tail.adapters.remove()
-        self.tail.replace_adapters(self._adapters())
+        """Adapters by the book's new plan. Nothing learnt is lost: what cannot go on is merged."""
+        former = self.tail.adapters
+        stays = [name for name, pair in self.unmerged().items() if self._stays(name, pair)]
+        self._merge_all_but(stays)
+        tensors = {name: former.parameters([name]) for name in stays}
+        former.remove()
+        adapters = self._adapters()
+        adapters.adopt(tensors)
+        self.tail.replace_adapters(adapters, stays)
 
     def merge(self, contributions: Sequence[Contribution], trained: Factors, rule: str) -> dict[str, LoraFactors]:
         """End a round: aggregate what heads may hold by `rule` of `RULES`; returns the update of the weights.
@@ -78,14 +83,23 @@ class TailRounds:
 
     def settle(self) -> None:
         """Merge the adapters that go on; all are empty afterwards."""
-        if self._going_on:
-            self._apply(self.unmerged())
-            self._going_on = frozenset()
+        self._merge_all_but([])
         self.tail.adapters.reset(self._seed)
 
     def unmerged(self) -> dict[str, LoraFactors]:
         """The adapters that go on: what the weights lack."""
         return {name: pair for name, pair in self.tail.adapters.factors().items() if name in self._going_on}
+
+    def _stays(self, name: str, pair: LoraFactors) -> bool:
+        spec = self._book.tail_lora
+        alike = spec.rank(name) == pair.rank and spec.scaling(name) == pair.scaling
+        return alike and block_of(name) >= self._book.deepest_cut
+
+    def _merge_all_but(self, stays: Iterable[str]) -> None:
+        goes_on = frozenset(stays)
+        if ended := {name: pair for name, pair in self.unmerged().items() if name not in goes_on}:
+            self._apply(ended)
+        self._going_on = goes_on
 
     def _adapters(self) -> SegmentAdapters:
         names = [name for name in self._segment.linear_modules() if block_of(name) >= 1]  # block 0 is always a head's

@@ -1,6 +1,6 @@
 """The tail from round to round: what goes on goes on as if there were no rounds, and is merged when it must be."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import peft
 import pytest
@@ -111,12 +111,15 @@ class WithoutRounds:
         return layer.lora_A["default"].weight, layer.lora_B["default"].weight  # type: ignore[index, union-attr]
 
 
+@pytest.mark.parametrize("replanned", [False, True], ids=["", "with a new plan that is the old one"])
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_the_tail_trains_on_as_if_there_were_no_rounds(model: GlobalModel, cut: int) -> None:
+def test_the_tail_trains_on_as_if_there_were_no_rounds(model: GlobalModel, cut: int, replanned: bool) -> None:
     rounds, reference = rounds_of(model, ClientPlan(cut, LORA)), WithoutRounds(cut)
     start = reference.weights()
     for number in range(1, ROUNDS + 1):
         play_round(rounds, model, number, cut)
+        if replanned:
+            rounds.replan()
         reference.round(number)
         expected = reference.weights()
         found = whole_weights(model, rounds)
@@ -137,13 +140,47 @@ def test_what_some_plan_gives_to_a_head_is_merged_though_its_client_is_away(mode
     assert not any(pair.B.any() for pair in idle.values())
 
 
-@pytest.mark.parametrize("how", ["settle", "replan"])
-def test_settling_changes_the_form_alone(model: GlobalModel, how: str) -> None:
+def deeper_head(book: PlanBook) -> None:
+    book._plans = ClientPlan(3, LORA)
+
+
+def other_rank(book: PlanBook) -> None:
+    book.tail_lora = LoraSpec(4, 8.0, rank_pattern={r"layers\.2\..*": 2})
+
+
+def other_scaling(book: PlanBook) -> None:
+    book.tail_lora = LoraSpec(4, 8.0, alpha_pattern={r"layers\.2\..*": 3.0})
+
+
+@pytest.mark.parametrize("change", [deeper_head, other_rank, other_scaling])
+def test_a_new_plan_merges_what_cannot_go_on(model: GlobalModel, change: Callable[[PlanBook], None]) -> None:
+    """Block 2 goes to a head, or gets another rank or scaling; block 3 goes on."""
+    book = PlanBook(ClientPlan(2, LORA), LORA, None, TRAINING, model.num_blocks)
+    rounds = TailRounds(model, segment_from_model(model.segment.model), book, TRAINING)
+    play_round(rounds, model, 1, 2)
+    before, kept = whole_weights(model, rounds), rounds.unmerged()
+    assert {block_of(name) for name in kept} == {2, 3}
+    change(book)
+    rounds.replan()
+    assert {block_of(name) for name in rounds.unmerged()} == {3}
+    for name, pair in rounds.unmerged().items():
+        assert torch.equal(pair.A, kept[name].A)
+        assert torch.equal(pair.B, kept[name].B)
+    for name, weight in whole_weights(model, rounds).items():
+        assert (weight - before[name]).abs().max() <= SAME, name
+    for name, pair in rounds.tail.adapters.factors().items():
+        assert pair.B.any() == (block_of(name) == 3), name
+        assert pair.rank == book.tail_lora.rank(name)
+    play_round(rounds, model, 2, book.deepest_cut)
+    assert {block_of(name) for name in rounds.unmerged()} == ({3} if change is deeper_head else {2, 3})
+
+
+def test_settling_changes_the_form_alone(model: GlobalModel) -> None:
     rounds = rounds_of(model, ClientPlan(2, LORA))
     play_round(rounds, model, 1, 2)
     before = whole_weights(model, rounds)
     assert all(pair.B.any() for pair in rounds.unmerged().values())
-    getattr(rounds, how)()
+    rounds.settle()
     assert not rounds.unmerged()
     assert not any(pair.B.any() for pair in rounds.tail.adapters.factors().values())
     tail_layers = rounds.tail.segment.linear_modules()
