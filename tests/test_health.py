@@ -188,7 +188,7 @@ def test_a_slow_link_is_a_warning() -> None:
     assert "bf16" in finding.remedy
     half = replace(SETTINGS.training, activation_dtype="bf16")
     assert "bf16" not in communication(history, half).remedy
-    assert "deeper cut" in communication(history, half).remedy
+    assert "tail-passes" in communication(history, half).remedy
 
 
 def test_an_unknown_tail_is_said_to_be_in_the_figure() -> None:

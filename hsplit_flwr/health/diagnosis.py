@@ -129,7 +129,7 @@ def _rate(use: LinkUse) -> str:
 
 def _link_remedy(activation_dtype: str) -> str:
     halve = "activation-dtype='bf16' halves the bytes of a step; " if activation_dtype == "fp32" else ""
-    return f"{halve}fewer, larger steps save round trips; a deeper cut has the device compute more for the same bytes"
+    return f"{halve}fewer, larger steps save round trips; tail-passes > 1 has the server train meanwhile"
 
 
 def aggregation(history: Sequence[RoundRecord], rule: str) -> Finding:
