@@ -69,7 +69,7 @@ class SegmentAdapters:
             A.grad = B.grad = None
 
     def adopt(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
-        """Train these tensors from now on: A and B by module, as `parameters` of other adapters of its rank gave them."""
+        """Train these tensors from now on: A and B by module, as `parameters` of others of its rank gave them."""
         for name, (A, B) in parameters.items():
             self._layers[name].lora_A[ADAPTER].weight = A  # type: ignore[index, union-attr]
             self._layers[name].lora_B[ADAPTER].weight = B  # type: ignore[index, union-attr]

@@ -73,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     choice = plan.add_argument_group("how to plan")
     choice.add_argument("--ranks", type=_whole_numbers, default="2,4,8,16", help="candidate ranks, besides 0")
     choice.add_argument("--tail-rank", type=int, default=16, metavar="N", help="mean rank of the tail's adapters")
+    worth = "of a matrix that the tail trains, against one in a head; 0: as many blocks in heads as they afford"
+    choice.add_argument("--tail-worth", type=float, default=2.0, metavar="W", help=f"{worth} (default: %(default)s)")
     deadline = "the longest a round may take; inf: any (default: what the slowest client needs for one block)"
     choice.add_argument("--deadline-s", type=float, metavar="S", help=deadline)
     choice.add_argument("--importance", type=Path, metavar="FILE", help="summary.json of a run, or JSON by module")
@@ -111,7 +113,7 @@ def _plan(options: argparse.Namespace) -> None:
         activation_dtype=options.activation_dtype,
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    config = PlannerConfig(ranks=options.ranks, tail_rank=options.tail_rank, deadline_s=options.deadline_s)
+    config = PlannerConfig(options.ranks, options.tail_rank, options.tail_worth, options.deadline_s)
     costs = ModelCosts(read_config(options.model), workload)
     importance, source = _importance(options.importance, costs)
     made = (plan_exact if options.exact else plan)(costs, importance, budgets, fleet.server, config)

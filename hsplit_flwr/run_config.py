@@ -76,6 +76,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         planner=PlannerConfig(
             ranks=tuple(integers(run_config, "candidate-ranks", "2,4,8,16").values()),
             tail_rank=tail_rank,
+            tail_worth=get(run_config, "tail-worth", PlannerConfig.tail_worth),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
         ),
         replan=ReplanConfig(

@@ -75,12 +75,15 @@ def choices(round_plan: RoundPlan) -> tuple[dict[str, tuple[int, Mapping[str, in
     return {c: (planned.cut, planned.ranks) for c, planned in round_plan.clients.items()}, round_plan.tail.ranks
 
 
-@pytest.mark.parametrize(("method", "deadline_s"), [("hsplitlora", None), ("without_balance", math.inf)])
-def test_hsplitlora_is_what_a_deployment_computes(task: Task, method: str, deadline_s: float | None) -> None:
+@pytest.mark.parametrize(
+    ("method", "planner"),
+    [("hsplitlora", PLANNER), ("with_deep_heads", replace(PLANNER, tail_worth=0.0, deadline_s=math.inf))],
+)
+def test_hsplitlora_is_what_a_deployment_computes(task: Task, method: str, planner: PlannerConfig) -> None:
     """The real strategy, clients and gRPC: same plans, same perplexity after every round."""
     strategy = HSplitLoRAStrategy(
         GlobalModel(task.files),
-        AdaptivePlanning(task.costs, task.server, replace(PLANNER, deadline_s=deadline_s), lora_alpha=16.0),
+        AdaptivePlanning(task.costs, task.server, planner, lora_alpha=16.0),
         task.training,
         config=StrategyConfig(federated_evaluation=False),
         limits=BarrierLimits(straggler_limit_s=300.0),
@@ -102,7 +105,7 @@ def test_hsplitlora_is_what_a_deployment_computes(task: Task, method: str, deadl
     planned = [record.plan for record in strategy.history if record.plan]
     assert len(planned) == len(plans) == 2  # planned anew after the first round
     assert [choices(plan) for plan in planned] == [choices(plan) for plan in plans]
-    assert (len({client.cut for client in plans[1].clients.values()}) > 1) == (method == "without_balance")
+    assert (len({client.cut for client in plans[1].clients.values()}) > 1) == (method == "with_deep_heads")
     assert strategy.initial_score is not None
     deployed = [strategy.initial_score.perplexity, *(record.central_perplexity for record in strategy.history)]
     assert [evaluation.perplexity for evaluation in result.evaluations] == pytest.approx(deployed, rel=DEPLOYED)

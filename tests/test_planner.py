@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ ROUNDING = 1e-8
 SOLVER_ROUNDING = 1e-5
 """relative; HiGHS's feasibility tolerance is 1e-6 of a scaled row"""
 SERVER = Budget(10**12, 1e13, 1e9, 1e9)
-NO_DEADLINE = PlannerConfig(deadline_s=math.inf)
+HEADS = PlannerConfig(tail_worth=0.0)
+NO_DEADLINE = PlannerConfig(deadline_s=math.inf, tail_worth=0.0)
 TIGHTNESS: tuple[Tight, ...] = ("memory", "deadline", "both", "none")
 
 
@@ -80,7 +82,7 @@ def check(problem: Problem, found: RoundPlan, tolerance: float = ROUNDING) -> No
         exchange = upload / problem.uplink[i] + problem.round_bytes_down[client.cut - 1] / problem.downlink[i]
         assert client.round_s == pytest.approx(problem.local_steps * step + exchange, rel=ROUNDING)
         assert client.round_s <= problem.deadline_s * (1 + tolerance)
-        value = sum(problem.importance[m] * gain(rank[m]) for m in held)
+        value = sum(problem.importance[m] * gain(rank[m]) for m in held) + problem.tail_values[client.cut - 1]
         assert client.value == pytest.approx(value, rel=ROUNDING)
     assert found.value == pytest.approx(sum(client.value for client in found.clients.values()))
 
@@ -106,7 +108,7 @@ def brute_force(problem: Problem) -> float:
         held = np.flatnonzero(problem.block < cut)
         for levels in itertools.product(range(len(problem.levels)), repeat=len(held)):
             rank = problem.levels[list(levels)]
-            value = float(problem.level_gains[list(levels)] @ problem.importance[held])
+            value = float(problem.level_gains[list(levels)] @ problem.importance[held]) + problem.tail_values[cut - 1]
             heads.append((cut, held, rank, value))
     best = -math.inf
     for chosen in itertools.product(heads, repeat=problem.num_clients):
@@ -288,7 +290,7 @@ def test_figures_are_those_of_the_cost_model(
         "weak": device(memory=costs.head_base_bytes(1) * 1.05, flops=1e9, link=1e6, latency=0.001),
         "strong": device(flops=1e11),
     }
-    found = plan(costs, importance, clients, SERVER, PlannerConfig(deadline_s=deadline_s))
+    found = plan(costs, importance, clients, SERVER, PlannerConfig(deadline_s=deadline_s, tail_worth=0.0))
     steps = costs.workload.local_steps
     server_step = 0.0
     for client in found.clients.values():
@@ -308,6 +310,22 @@ def test_figures_are_those_of_the_cost_model(
         expected = steps * (step + found.tail.step_s) + exchange
         assert expected * (1 - ROUNDING) <= client.round_s <= expected * 1.01
     assert found.round_s == max(client.round_s for client in found.clients.values())
+
+
+def test_the_tail_keeps_what_it_trains_well(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    """All clients have memory and time for all blocks but one."""
+    clients, deepest = {name: device() for name in "abc"}, costs.num_blocks - 1
+
+    def cuts(server: Budget = SERVER, **changes: Any) -> list[int]:
+        found = plan(costs, importance, clients, server, PlannerConfig(**{"deadline_s": math.inf, **changes}))
+        return sorted(client.cut for client in found.clients.values())
+
+    assert cuts() == [1, 1, 1]
+    assert cuts(tail_rank=0) == [deepest] * 3  # the tail has no adapters: all is the heads' to train
+    assert cuts(tail_worth=0.0) == [deepest] * 3
+    assert cuts(tail_worth=0.9) == [deepest] * 3  # equal ranks
+    needed = plan(costs, importance, clients, SERVER, PlannerConfig(deadline_s=math.inf)).tail.memory_bytes
+    assert cuts(replace(SERVER, memory_bytes=needed - 1)) == [1, 1, 2]  # one block fewer is what the server affords
 
 
 @pytest.mark.parametrize("tail_rank", [0, 1, 5, 8, 16, 99])
@@ -387,7 +405,7 @@ def test_client_without_memory_for_the_smallest_head_is_left_out(
 ) -> None:
     least = costs.head_base_bytes(1)
     clients = {"tiny": device(least - 1), "just": device(least)}
-    found = plan(costs, importance, clients, SERVER, PlannerConfig())
+    found = plan(costs, importance, clients, SERVER, HEADS)
     assert set(found.clients) == {"just"}
     assert set(found.clients["just"].ranks.values()) == {0}
     assert found.clients["just"].value == 0
@@ -397,7 +415,7 @@ def test_client_without_memory_for_the_smallest_head_is_left_out(
 
 def test_client_that_misses_the_deadline_alone_is_left_out(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     clients = {"slow": device(flops=1e5), "fast": device()}
-    found = plan(costs, importance, clients, SERVER, PlannerConfig(deadline_s=5.0))
+    found = plan(costs, importance, clients, SERVER, PlannerConfig(deadline_s=5.0, tail_worth=0.0))
     assert set(found.clients) == {"fast"}
     assert "deadline: expected a round within 5.0 s, found" in found.left_out["slow"]
     assert "Raise the deadline" in found.left_out["slow"]
@@ -406,7 +424,7 @@ def test_client_that_misses_the_deadline_alone_is_left_out(costs: ModelCosts, im
 def test_a_crowded_server_serves_as_many_as_it_can(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     clients = {f"c{i}": device(memory=costs.head_base_bytes(1) * 1.02) for i in range(10)}
     step = costs.tail_flops(1, {matrix.name: 8 for matrix in costs.matrices if matrix.block}) / 1e8
-    config = PlannerConfig(deadline_s=costs.workload.local_steps * step * 4.5)
+    config = PlannerConfig(deadline_s=costs.workload.local_steps * step * 4.5, tail_worth=0.0)
     found = plan(costs, importance, clients, Budget(10**12, 1e8, 1e9, 1e9), config)
     assert 3 <= len(found.clients) <= 4
     reason = next(iter(found.left_out.values()))
@@ -418,11 +436,11 @@ def test_server_without_memory_is_refused(costs: ModelCosts, importance: Mapping
     with pytest.raises(
         ConfigError, match=r"Expected a server with at least [\d,]+ bytes .* found 1,000\. Sample fewer"
     ):
-        plan(costs, importance, {"a": device()}, Budget(1000, 1e12, 1e9, 1e9), PlannerConfig())
+        plan(costs, importance, {"a": device()}, Budget(1000, 1e12, 1e9, 1e9), HEADS)
 
 
 def test_all_left_out_is_an_empty_plan(costs: ModelCosts, importance: Mapping[str, float]) -> None:
-    found = plan(costs, importance, {"a": device(1000)}, SERVER, PlannerConfig())
+    found = plan(costs, importance, {"a": device(1000)}, SERVER, HEADS)
     assert not found.clients
     assert found.value == found.round_s == 0
     assert set(found.left_out) == {"a"}
@@ -432,7 +450,7 @@ def test_same_plan_for_the_same_input_in_any_order(costs: ModelCosts, importance
     rng = np.random.default_rng(0)
     base = costs.head_base_bytes(1)
     clients = {f"c{i}": device(base * rng.uniform(1, 2.5), 10 ** rng.uniform(8, 10)) for i in range(12)}
-    config = PlannerConfig(deadline_s=3.0)
+    config = PlannerConfig(deadline_s=3.0, tail_worth=0.0)
     backwards = dict(reversed(clients.items()))
     found = plan(costs, importance, clients, SERVER, config)
     assert found == plan(costs, importance, clients, SERVER, config)
@@ -442,14 +460,12 @@ def test_same_plan_for_the_same_input_in_any_order(costs: ModelCosts, importance
 def test_scale_of_importance_does_not_matter(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     clients = {"a": device(costs.head_base_bytes(2) * 1.02)}
     large = {name: value * 2.0**900 for name, value in importance.items()}
-    assert plan(costs, large, clients, SERVER, PlannerConfig()) == plan(
-        costs, importance, clients, SERVER, PlannerConfig()
-    )
+    assert plan(costs, large, clients, SERVER, HEADS) == plan(costs, importance, clients, SERVER, HEADS)
 
 
 def test_plan_exact_is_the_same_problem(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     clients = {"a": device(costs.head_base_bytes(2) * 1.02), "b": device(costs.head_base_bytes(1) * 1.01)}
-    config = PlannerConfig()
+    config = HEADS
     found = plan(costs, importance, clients, SERVER, config)
     optimal = plan_exact(costs, importance, clients, SERVER, config)
     assert (1 - WORST_GAP) * optimal.value <= found.value <= optimal.value * (1 + 1e-4)
@@ -481,12 +497,12 @@ def test_importance_is_checked(
     elif "value" in change:
         wrong[name] = change["value"]
     with pytest.raises(ConfigError, match=message):
-        plan(costs, wrong, {"a": device()}, SERVER, PlannerConfig())
+        plan(costs, wrong, {"a": device()}, SERVER, HEADS)
 
 
 def test_no_clients_is_refused(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     with pytest.raises(ConfigError, match="Expected at least one client's budget, found none"):
-        plan(costs, importance, {}, SERVER, PlannerConfig())
+        plan(costs, importance, {}, SERVER, HEADS)
 
 
 def test_without_a_deadline_a_round_is_as_long_as_the_slowest_client_needs(
@@ -494,14 +510,14 @@ def test_without_a_deadline_a_round_is_as_long_as_the_slowest_client_needs(
 ) -> None:
     """The slow one has time for one block at full ranks, the others use the time that they would wait for it."""
     alone = {name: device(flops=flops) for name, flops in (("slow", 1e9), ("fast", 1e10), ("faster", 1e11))}
-    found = plan(costs, importance, alone, SERVER, PlannerConfig())
+    found = plan(costs, importance, alone, SERVER, HEADS)
     slow, fast, faster = (found.clients[name] for name in alone)
     inside = [name for name, matrix in zip(slow.ranks, costs.matrices, strict=False) if matrix.block == 0]
     one_block = costs.head_flops(1, dict.fromkeys(inside, 16)) / 1e9 * costs.workload.local_steps
     assert slow.cut < fast.cut <= faster.cut
     assert found.round_s == pytest.approx(slow.round_s, rel=0.05)
     assert found.round_s >= one_block
-    quick = plan(costs, importance, {"faster": alone["faster"]}, SERVER, PlannerConfig())
+    quick = plan(costs, importance, {"faster": alone["faster"]}, SERVER, HEADS)
     assert quick.round_s < found.round_s
 
 
@@ -535,6 +551,12 @@ def test_candidate_ranks_are_checked(ranks: tuple[int, ...]) -> None:
         PlannerConfig(ranks=ranks)
 
 
+@pytest.mark.parametrize("tail_worth", [-1.0, math.nan, math.inf])
+def test_tail_worth_is_checked(tail_worth: float) -> None:
+    with pytest.raises(ConfigError, match="Expected a finite tail_worth >= 0"):
+        PlannerConfig(tail_worth=tail_worth)
+
+
 @pytest.mark.parametrize("deadline_s", [0.0, -1.0, math.nan])
 def test_deadline_is_checked(deadline_s: float) -> None:
     with pytest.raises(ConfigError, match="Expected deadline_s > 0"):
@@ -549,5 +571,5 @@ def test_tail_rank_is_checked(tail_rank: float) -> None:
 
 def test_candidate_ranks_may_come_in_any_order(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     clients = {"a": device(costs.head_base_bytes(2) * 1.02)}
-    found = plan(costs, importance, clients, SERVER, PlannerConfig(ranks=(16, 2, 8, 4)))
-    assert found == plan(costs, importance, clients, SERVER, PlannerConfig())
+    found = plan(costs, importance, clients, SERVER, replace(HEADS, ranks=(16, 2, 8, 4)))
+    assert found == plan(costs, importance, clients, SERVER, HEADS)

@@ -38,7 +38,7 @@ STEPS = 3
 CLIENTS = ("0", "1", "2")
 WORKLOAD = Workload(batch_size=2, sequence_length=10, local_steps=STEPS)
 SERVER = Budget(10**10, 1e12, 1e9, 1e9)
-CONFIG = PlannerConfig(ranks=(1, 2, 4), tail_rank=2, deadline_s=math.inf)
+CONFIG = PlannerConfig(ranks=(1, 2, 4), tail_rank=2, tail_worth=0.0, deadline_s=math.inf)
 DATA = {c: random_batches(STEPS, seed=int(c)) for c in CLIENTS}
 EVALUATION = random_batches(3, seed=9)
 

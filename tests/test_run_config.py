@@ -14,6 +14,7 @@ from hsplit_flwr.costs.workload import Workload
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora import LoraSpec
 from hsplit_flwr.plan import ClientPlan, TrainingConfig
+from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import ReplanConfig
 from hsplit_flwr.run_config import count_clients, get, hosted_clients, integers, read_settings
 from hsplit_flwr.strategy import StrategyConfig
@@ -41,7 +42,7 @@ def test_what_is_absent_takes_the_defaults_of_the_dataclasses() -> None:
     assert settings.strategy == StrategyConfig()
     assert settings.service == ServiceConfig()
     assert settings.limits == BarrierLimits()
-    assert settings.tail_lora == LoraSpec()
+    assert settings.tail_lora == LoraSpec(PlannerConfig.tail_rank)
     assert settings.plans == {"0": ClientPlan(1, LoraSpec(2, 16.0)), "1": ClientPlan(3, LoraSpec(4, 16.0))}
     assert (settings.workload, settings.server_threads, settings.adapter_rank) == (
         Workload(sequence_length=96),
@@ -58,6 +59,7 @@ def test_every_key_arrives() -> None:
             "lora-alpha": 4.0,
             "target-modules": "q_proj v_proj",
             "tail-rank": 6,
+            "tail-worth": 0.5,
             "aggregation": "svd",
             "min-nodes": 3,
             "fraction-clients": 0.5,
@@ -99,7 +101,7 @@ def test_every_key_arrives() -> None:
     )
     assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0, True, 3)
     assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", True)
-    assert (settings.planner.ranks, settings.planner.tail_rank, settings.planner.deadline_s) == ((1, 3), 6, 12.0)
+    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0)
     assert settings.replan == ReplanConfig(0.5, 0.3)
     assert settings.lora_alpha == 4.0
     assert settings.plans

@@ -54,7 +54,7 @@ def costs_of(model: str, batch: int = RunSpec.batch_size, length: int = RunSpec.
 
 def planned(costs: ModelCosts, devices: dict[str, Budget], server: Budget) -> RoundPlan:
     importance = {matrix.name: 1.0 for matrix in costs.matrices}
-    return plan(costs, importance, devices, server, PlannerConfig(deadline_s=math.inf))
+    return plan(costs, importance, devices, server, PlannerConfig(tail_worth=0.0, deadline_s=math.inf))
 
 
 def spread(setting: Setting, field: Callable[[Budget], float]) -> float:

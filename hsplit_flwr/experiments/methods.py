@@ -6,7 +6,7 @@ Other ranks have alpha 16 too where every round's adapters are merged (HSplitLoR
 averaged or truncated across ranks needs one scaling.
 
 Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_armsc``, ``without_naa``) and four of ours
-(``with_joint_steps``, ``without_balance``, ``without_one_alpha``, ``without_going_on``), each alone.
+(``with_joint_steps``, ``with_deep_heads``, ``without_one_alpha``, ``without_going_on``), each alone.
 ``hsplitlora_4_passes`` is HSplitLoRA whose tail trains four times on what it is sent, while clients and links are busy.
 
 How we read the rivals, where their texts leave a choice:
@@ -50,8 +50,8 @@ class Method:
     """cuts and ranks by the planner; else one cut and one rank (split), or a rank by device (whole)"""
     importance: bool = True
     """the planner knows which weights matter"""
-    balanced: bool = True
-    """a planned round takes no longer than its slowest client needs for one block; else as long as memory leads to"""
+    deep_heads: bool = False
+    """the planner counts what heads train alone: as many blocks as memory holds, however long a round takes"""
     one_alpha: bool = True
     """planned adapters have one alpha; else one scaling alpha / r"""
     tail_goes_on: bool = True
@@ -74,7 +74,7 @@ METHODS: Mapping[str, Method] = {
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
     "without_naa": replace(_HSPLITLORA, title="HSplitLoRA with averaged factors", rule="fedavg"),
     "with_joint_steps": replace(_HSPLITLORA, title="HSplitLoRA with joint tail steps", joint_steps=True),
-    "without_balance": replace(_HSPLITLORA, title="HSplitLoRA without balanced rounds", balanced=False),
+    "with_deep_heads": replace(_HSPLITLORA, title="HSplitLoRA with as deep heads as fit", deep_heads=True),
     "without_one_alpha": replace(_HSPLITLORA, title="HSplitLoRA with alpha = 2r", one_alpha=False),
     "without_going_on": replace(_HSPLITLORA, title="HSplitLoRA, all adapters afresh", tail_goes_on=False),
     "splitlora": _SPLITLORA,

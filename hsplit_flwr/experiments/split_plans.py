@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hsplit_flwr.budgets.budget import Budget
@@ -51,7 +52,9 @@ def plans_of(task: Task, method: Method) -> PlanBook:
         planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
         if not method.importance:
             planning = UnweightedPlanning
-        config = PlannerConfig(RANKS, tail_rank=LARGEST_RANK, deadline_s=None if method.balanced else math.inf)
+        config = PlannerConfig(RANKS, tail_rank=LARGEST_RANK)
+        if method.deep_heads:
+            config = replace(config, tail_worth=0.0, deadline_s=math.inf)
         plans = planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
         return PlanBook(plans, None, None, training, blocks)
     rank = spec.rank or common_rank(task.costs, task.devices)

@@ -66,6 +66,7 @@ class _Model:
         cost = np.zeros(self.size)
         worth = np.outer(self.problem.importance[self.matrices], np.diff(self.problem.level_gains))
         cost[self.z] = -worth
+        cost[self.y] = -self.problem.tail_values
         return cost
 
     def upper_bounds(self) -> Floats:

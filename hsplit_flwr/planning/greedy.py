@@ -36,7 +36,7 @@ def solve(problem: Problem, least_load: Ints) -> Solution:
     family = HeadFamily(problem, int(np.clip(EVALUATIONS // pairs, 160, 2000)))
     grid = _grid(problem)
     table = best_members(problem, family, grid)
-    values = _values(family, table)
+    values = _values(problem, family, table)
     limits = _block_limits(problem, grid) - problem.num_clients
     everyone = np.arange(problem.num_clients)
     best, best_value = None, -np.inf
@@ -111,11 +111,11 @@ def _grid(problem: Problem) -> Ints:
     return np.unique(np.linspace(clients, clients * cuts, columns).round().astype(int))
 
 
-def _values(family: HeadFamily, table: Ints) -> Floats:
-    """(n, C, N) values of the members in `table`, -inf where there is none."""
+def _values(problem: Problem, family: HeadFamily, table: Ints) -> Floats:
+    """(n, C, N) values of the members in `table` and of the tail behind them, -inf where there is none."""
     values = np.empty(table.shape)
     for column, heads in enumerate(family.by_cut):
-        values[:, column] = np.r_[heads.value, -np.inf][table[:, column]]
+        values[:, column] = np.r_[heads.value, -np.inf][table[:, column]] + problem.tail_values[column]
     return values
 
 

@@ -60,7 +60,7 @@ class _Search:
         deadline = seconds / problem.deadline_s - 1
         excess = np.maximum(memory, deadline)
         blocked = (excess > 0) | (lift > self._room)
-        better = heads.value > self._value[clients, None] * (1 + 1e-9)
+        better = heads.value + problem.tail_values[cut - 1] > self._value[clients, None] * (1 + 1e-9)
         distance = np.where(better & blocked, np.maximum(excess, 0), np.inf)
         at = np.argmin(distance, axis=1)
         rows = np.arange(len(clients))

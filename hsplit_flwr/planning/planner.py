@@ -3,7 +3,8 @@
 Choose, for every client i, a cut s_i in 1..L-1 and, for the matrices m of blocks below s_i, ranks r_im that are 0 or a
 candidate, to
 
-    maximise    sum_i sum_{m in head(s_i)} I_m g(r_im)              I: importance, sum 1; g: `ranks.gain`
+    maximise    sum_i ( sum_{m in head(s_i)} I_m g(r_im) + w sum_{m in tail(s_i)} I_m g(r_m) )
+                I: importance, sum 1; g: `ranks.gain`; w: `tail_worth`; r_m: the tail's rank
 
     subject to  head_base_bytes(s_i) + sum_m r_im rank_bytes_m  <=  memory_i                                 every i
                 steps * (head_flops(s_i, r_i) / compute_i + up / uplink_i + down / downlink_i + 2 latency_i + t)
@@ -16,8 +17,10 @@ The server's memory counts every client's activations at once; in truth only cli
 the sum errs on the safe side. The tail's own ranks follow from `tail_rank` and the importance alone: they maximise
 sum_m I_m g(r_m) over the blocks from 1 on, subject to sum_m r_m (d_in + d_out) <= tail_rank sum_m (d_in + d_out).
 
-The objective counts what heads train, as if nobody trained the rest. The tail does; so a deeper head is not worth a
-longer round, and without a stated deadline a round ends when the slowest client can be done (`balance`).
+The objective counts what every client's data trains, in its head or in the tail. The tail trains better: it steps on
+all clients' batches, and goes on from round to round. So w > 1, and a deeper head is worth having where it has clearly
+larger ranks than the tail, or where the server's memory or a deadline asks for it. It is not worth a longer round:
+without a stated deadline a round ends when the slowest client can be done (`balance`).
 
 As many clients as possible take part (`participants`); the objective comes second. With the same clients taking
 part, more of any budget or a later deadline never gives a lower objective (`greedy` says how far that goes). The
@@ -55,6 +58,9 @@ class PlannerConfig:
     """candidates for every matrix, besides 0 (no adapter)"""
     tail_rank: int = 16
     """mean rank of the tail's adapters, weighted by what a unit of rank costs; spread by importance"""
+    tail_worth: float = 2.0
+    """of a matrix that the tail trains, against one of the same rank in a head; 0: only what heads train counts, which
+    gives every device as many blocks as it affords. Ours; what is measured: above 1 (simulations/README.md)"""
     deadline_s: float | None = None
     """for a round: download, all steps and the adapters' upload; inf: no deadline; None: what the slowest client needs
     for the shallowest head (`balance.balanced_deadline`)"""
@@ -67,6 +73,8 @@ class PlannerConfig:
             )
         if not (isinstance(self.tail_rank, int) and self.tail_rank >= 0):
             raise ConfigError(f"Expected tail_rank as a whole number >= 0, found {self.tail_rank!r}.")
+        if not 0 <= self.tail_worth < math.inf:
+            raise ConfigError(f"Expected a finite tail_worth >= 0, found {self.tail_worth!r}.")
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise ConfigError(f"Expected deadline_s > 0 (inf: none), or None, found {self.deadline_s!r}.")
 
@@ -148,6 +156,7 @@ def _problem(
         server,
         ranks=config.ranks,
         tail_rank=config.tail_rank,
+        tail_worth=config.tail_worth,
         deadline_s=config.deadline_s or math.inf,
     )
     return problem if config.deadline_s else replace(problem, deadline_s=balanced_deadline(problem))

@@ -60,6 +60,8 @@ class Problem:
     tail_bytes_base: float
     """of one client's batch"""
     tail_bytes_per_block: float
+    tail_values: Floats
+    """(C,) what the tail's training of the blocks behind a cut is worth for one client"""
     server_fixed_bytes: float
     """whatever the clients do: the whole model's weights, the tail's adapters and their optimiser state"""
     ranks: tuple[int, ...]
@@ -127,6 +129,7 @@ class Problem:
         *,
         ranks: Sequence[int],
         tail_rank: float,
+        tail_worth: float,
         deadline_s: float = math.inf,
     ) -> "Problem":
         """The problem of a model.
@@ -141,6 +144,7 @@ class Problem:
         block = np.array([matrix.block for matrix in costs.matrices])
         tail = spread_ranks(np.where(block >= 1, weights, 0.0), size, ranks, tail_rank * float(size[block >= 1].sum()))
         tail_ranks = dict(zip(names, tail.tolist(), strict=True))
+        tail_value = tail_worth * weights * np.array([gain(rank) for rank in tail])
         flops_base, flops_per_block = _affine([costs.tail_flops(cut, tail_ranks) for cut in cuts])
         one = np.array([costs.tail_memory([cut], tail_ranks).total_bytes for cut in cuts], float)
         extra = np.array([costs.tail_memory([cut, cut], tail_ranks).total_bytes for cut in cuts]) - one
@@ -165,6 +169,7 @@ class Problem:
             tail_flops_per_block=flops_per_block,
             tail_bytes_base=bytes_base,
             tail_bytes_per_block=bytes_per_block,
+            tail_values=np.array([tail_value[block >= cut].sum() for cut in cuts]),
             server_fixed_bytes=float((one - extra).max()),
             ranks=tuple(sorted(ranks)),
             **client_arrays(clients),
@@ -203,8 +208,8 @@ def client_arrays(clients: Mapping[str, Budget]) -> dict[str, Any]:
 
 def values(problem: Problem, solution: Solution) -> Floats:
     """(n,) every client's part of the objective."""
-    result: Floats = problem.level_gains[solution.levels] @ problem.importance
-    return result
+    heads: Floats = problem.level_gains[solution.levels] @ problem.importance
+    return heads + problem.tail_values[solution.cuts - 1]
 
 
 def needed_bytes(problem: Problem, solution: Solution) -> Floats:

@@ -8,7 +8,7 @@ import numpy as np
 
 from hsplit_flwr.planning.participants import participants
 from hsplit_flwr.planning.problem import Problem
-from hsplit_flwr.planning.ranks import spread_ranks
+from hsplit_flwr.planning.ranks import gain, spread_ranks
 
 Tight = Literal["memory", "deadline", "both", "none"]
 TOKENS = 512
@@ -54,6 +54,8 @@ def random_problem(
     depth = np.arange(1.0, blocks)
     block_flops = 4 * TOKENS * weights
     tail_ranks = spread_ranks(np.where(block > 0, importance, 0), size, ranks, 8 * float(size[block > 0].sum()))
+    worth = np.random.default_rng([seed, 1]).choice([0.0, 0.5, 1.0, 2.0])  # apart: other draws stay what they were
+    tail_value = worth * importance * np.array([gain(rank) for rank in tail_ranks])
     block_activations = 4 * TOKENS * hidden * 20
     problem = Problem(
         names=tuple(f"model.layers.{b}.m{i % matrices}" for i, b in enumerate(block)),
@@ -75,6 +77,7 @@ def random_problem(
         tail_flops_per_block=1.05 * block_flops,
         tail_bytes_base=4.0 * TOKENS * 8000,
         tail_bytes_per_block=block_activations,
+        tail_values=np.array([tail_value[block >= cut].sum() for cut in range(1, blocks)]),
         server_fixed_bytes=4 * blocks * weights + 16 * float(tail_ranks @ size),
         ranks=ranks,
         clients=tuple(f"client-{i}" for i in range(clients)),
