@@ -148,7 +148,7 @@ def main() -> None:
         rounds=options.rounds, local_steps=options.local_steps, learning_rate=options.learning_rate
     )
     ranks = tuple(map(int, options.ranks.split(",")))
-    planner = PlannerConfig(ranks=ranks, tail_rank=options.tail_rank, deadline_s=math.inf)
+    planner = PlannerConfig(ranks, options.tail_rank, tail_worth=0.0, deadline_s=math.inf)
     runs = []
     for seed in range(options.seeds):
         for arm in options.arms.split(","):
