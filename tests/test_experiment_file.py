@@ -62,10 +62,10 @@ def test_cuts_ranks_and_learning_rates_are_lists_of_the_matrix(tmp_path: Path) -
 
 
 def test_a_relative_data_folder_counts_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir("/")
     folder = tmp_path / "experiments"
     folder.mkdir()
-    assert read(folder, '[run]\ndata = "../data/e2e"\n' + MATRIX + RATES)[0].data == "data/e2e"
+    assert read(folder, '[run]\ndata = "../data/e2e"\n' + MATRIX + RATES)[0].data == str(tmp_path / "data" / "e2e")
     assert read(folder, '[run]\ndata = "/data/e2e"\n' + MATRIX + RATES)[0].data == "/data/e2e"
     assert read(folder, '[run]\ndata = ""\n' + MATRIX + RATES)[0].data == ""
 

@@ -20,7 +20,6 @@ Runs come seed by seed, so that an interrupted matrix compares all methods on fe
 
 import itertools
 import math
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -38,9 +37,7 @@ _WORDS = {int: "a whole number", float: "a finite number", str: "a string"}
 
 
 def read_experiment(path: str | Path, methods: Collection[str], settings: Collection[str]) -> tuple[RunSpec, ...]:
-    """The runs that the file at `path` asks for, first seeds first.
-
-    A relative `data` counts from the file's folder; in the runs it is relative to the working directory.
+    """The runs that the file at `path` asks for, first seeds first; a relative `data` counts from the file's folder.
 
     Args:
         path: the TOML file (see the module's docstring).
@@ -94,8 +91,8 @@ def _specs(
 def _shared(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     _only_keys("[run]", table, SHARED_FIELDS)
     shared = {name: _typed(f"[run] {name}", name, value) for name, value in table.items()}
-    if shared.get("data") and not Path(shared["data"]).is_absolute():  # else results would name this machine's folders
-        shared["data"] = os.path.relpath(folder / shared["data"])
+    if shared.get("data"):
+        shared["data"] = str((folder / shared["data"]).resolve())
     return shared
 
 
