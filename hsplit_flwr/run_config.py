@@ -56,7 +56,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     """
     lora_alpha = get(run_config, "lora-alpha", 16.0)
     targets = get(run_config, "target-modules", "")
-    tail_rank = get(run_config, "tail-rank", 16)
+    tail_rank = get(run_config, "tail-rank", PlannerConfig.tail_rank)
     training = _training(run_config)
     spec = tuple(targets.split()) if targets else LoraSpec().target_modules
     certificate, key = get(run_config, "tail-certificate", ""), get(run_config, "tail-private-key", "")
