@@ -7,42 +7,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hsplit_flwr.budgets.budget import Budget
-    from hsplit_flwr.budgets.devices import DEVICES
-    from hsplit_flwr.budgets.fleet import Fleet
-    from hsplit_flwr.client import ClientData, HSplitLoRAClient
-    from hsplit_flwr.costs.model_costs import ModelCosts
-    from hsplit_flwr.costs.workload import Workload
-    from hsplit_flwr.global_model import GlobalModel
-    from hsplit_flwr.lora import LoraSpec
-    from hsplit_flwr.model_files import ModelFiles
-    from hsplit_flwr.plan import ClientPlan, TrainingConfig
+    from hsplit_flwr.exchange.tail_service import ServiceConfig
+    from hsplit_flwr.federation.global_model import GlobalModel
+    from hsplit_flwr.flower.client import ClientData, HSplitLoRAClient
+    from hsplit_flwr.flower.server import server_components
+    from hsplit_flwr.flower.strategy import HSplitLoRAStrategy, StrategyConfig
+    from hsplit_flwr.lora.spec import LoraSpec
+    from hsplit_flwr.models.files import ModelFiles
+    from hsplit_flwr.planning.budgets.budget import Budget
+    from hsplit_flwr.planning.budgets.devices import DEVICES
+    from hsplit_flwr.planning.budgets.fleet import Fleet
+    from hsplit_flwr.planning.costs.model_costs import ModelCosts
     from hsplit_flwr.planning.planner import PlannerConfig
     from hsplit_flwr.planning.replanning import AdaptivePlanning, ReplanConfig
-    from hsplit_flwr.server import server_components
-    from hsplit_flwr.strategy import HSplitLoRAStrategy, StrategyConfig
-    from hsplit_flwr.tail_service import ServiceConfig
+    from hsplit_flwr.training.config import ClientPlan, TrainingConfig
+    from hsplit_flwr.training.workload import Workload
 
 _MODULE_OF = {
     "AdaptivePlanning": "planning.replanning",
-    "Budget": "budgets.budget",
-    "ClientData": "client",
-    "ClientPlan": "plan",
-    "DEVICES": "budgets.devices",
-    "Fleet": "budgets.fleet",
-    "GlobalModel": "global_model",
-    "HSplitLoRAClient": "client",
-    "HSplitLoRAStrategy": "strategy",
-    "LoraSpec": "lora",
-    "ModelCosts": "costs.model_costs",
-    "ModelFiles": "model_files",
+    "Budget": "planning.budgets.budget",
+    "ClientData": "flower.client",
+    "ClientPlan": "training.config",
+    "DEVICES": "planning.budgets.devices",
+    "Fleet": "planning.budgets.fleet",
+    "GlobalModel": "federation.global_model",
+    "HSplitLoRAClient": "flower.client",
+    "HSplitLoRAStrategy": "flower.strategy",
+    "LoraSpec": "lora.spec",
+    "ModelCosts": "planning.costs.model_costs",
+    "ModelFiles": "models.files",
     "PlannerConfig": "planning.planner",
     "ReplanConfig": "planning.replanning",
-    "ServiceConfig": "tail_service",
-    "StrategyConfig": "strategy",
-    "TrainingConfig": "plan",
-    "Workload": "costs.workload",
-    "server_components": "server",
+    "ServiceConfig": "exchange.tail_service",
+    "StrategyConfig": "flower.strategy",
+    "TrainingConfig": "training.config",
+    "Workload": "training.workload",
+    "server_components": "flower.server",
 }
 
 __all__ = [

@@ -1,8 +1,8 @@
 """The command ``hsplit-flwr``: what a federation would do, before anyone trains.
 
 ``hsplit-flwr plan --model NAME --profiles FILE`` plans cuts and ranks for the devices of a profile file
-(`budgets/fleet.py`), prints the plan as a table and, with ``--output``, writes ``plan.json``, ``importance.png`` and
-``budgets.png``. The model's config suffices; no weights are read.
+(`planning/budgets/fleet.py`), prints the plan as a table and, with ``--output``, writes ``plan.json``,
+``importance.png`` and ``budgets.png``. The model's config suffices; no weights are read.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from hsplit_flwr.errors import ConfigError, HSplitError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from hsplit_flwr.costs.model_costs import ModelCosts
+    from hsplit_flwr.planning.costs.model_costs import ModelCosts
     from hsplit_flwr.planning.planner import PlannerConfig
 
 PROGRAM = "hsplit-flwr"
@@ -94,14 +94,14 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
 
 def _plan(options: argparse.Namespace) -> None:
     # Imports here, not above: --help should not wait for torch, nor a misspelt profile file for transformers.
-    from hsplit_flwr.budgets.fleet import Fleet
+    from hsplit_flwr.planning.budgets.fleet import Fleet
 
     if options.round < 1:
         raise ConfigError(f"Expected --round as a whole number >= 1, found {options.round}.")
     fleet = Fleet.from_toml(options.profiles, seed=options.seed)
     budgets = fleet.budgets(options.round)
 
-    from hsplit_flwr.costs.model_costs import ModelCosts, Workload
+    from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
     from hsplit_flwr.planning.planner import PlannerConfig, plan, plan_exact
     from hsplit_flwr.planning.report import plan_table
 

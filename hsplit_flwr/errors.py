@@ -20,7 +20,7 @@ class AggregationError(HSplitError, ValueError):
 class ExchangeError(HSplitError):
     """A frame or a stream between a head and the tail was refused.
 
-    ``code`` is stable and travels over the wire (see :mod:`hsplit_flwr.wire`); the message is for people.
+    ``code`` is stable and travels over the wire (see :mod:`hsplit_flwr.exchange.frames`); the message is for people.
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -2,7 +2,7 @@
 
 Travel, weather, hotels, shops, homes, people, animals, sport and work, as short stories and as records
 (``town[Marlow], sky[cloudy] => ...``) whose values are repeated in the sentence; lists of arbitrary values
-teach copying. The words of `hsplit_flwr.restaurants` occur, as in any general corpus, but no restaurant and
+teach copying. The words of `hsplit_flwr.data.restaurants` occur, as in any general corpus, but no restaurant and
 none of its templates: federated fine-tuning is to learn those.
 """
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from hsplit_flwr.assets import tiny_checkpoint
-from hsplit_flwr.restaurants import restaurant_examples
+from hsplit_flwr.data.restaurants import restaurant_examples
+from hsplit_flwr.models.assets import tiny_checkpoint
 from simulations.general_text import documents
 
 VOCAB_SIZE, CONTEXT, HIDDEN, BLOCKS, HEADS = 1536, 192, 96, 8, 4

@@ -69,10 +69,10 @@ def test_every_linked_path_exists() -> None:
 
 DATA = """
 import itertools
-from hsplit_flwr.assets import tiny_checkpoint
-from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.restaurants import partition_by_slot, restaurant_examples
-from hsplit_flwr.text_data import TextBatches
+from hsplit_flwr.models.assets import tiny_checkpoint
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.data.restaurants import partition_by_slot, restaurant_examples
+from hsplit_flwr.data.text_batches import TextBatches
 
 MODEL = str(tiny_checkpoint())
 

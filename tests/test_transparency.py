@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.barrier import BarrierLimits
-from hsplit_flwr.client_head import train_head
-from hsplit_flwr.exchange import StepReply
-from hsplit_flwr.lora import LoraFactors, LoraSpec, init_lora_A
-from hsplit_flwr.plan import ClientPlan, RoundTask, TrainingConfig, derive_seed
-from hsplit_flwr.segments import segment_from_model
-from hsplit_flwr.server_tail import SharedTail
-from hsplit_flwr.tail_client import RemoteTail
-from hsplit_flwr.tail_service import ServiceConfig, TailService
-from tests.models import tiny_model
+from hsplit_flwr.exchange.remote_tail import RemoteTail
+from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService
+from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.lora.spec import LoraFactors, LoraSpec, init_lora_A
+from hsplit_flwr.models.segments import segment_from_model
+from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.config import ClientPlan, RoundTask, TrainingConfig, derive_seed
+from hsplit_flwr.training.head import train_head
+from hsplit_flwr.training.session import StepReply
+from hsplit_flwr.training.tail import SharedTail
+from tests.helpers.models import tiny_model
 
 STEPS = 20
 TOLERANCE = 1e-5

@@ -7,20 +7,20 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
+from hsplit_flwr.data.text_batches import prompt_text
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.clock import RoundTimeline, play_round
-from hsplit_flwr.experiments.full_model import FullTrainer
 from hsplit_flwr.experiments.methods import METHODS, Method
 from hsplit_flwr.experiments.records import Evaluation, RunSpec, TextScores
-from hsplit_flwr.experiments.server_model import ServerTrainer
+from hsplit_flwr.experiments.rivals.full_model import FullTrainer
+from hsplit_flwr.experiments.rivals.server_model import ServerTrainer
+from hsplit_flwr.experiments.rivals.whole_model import WholeTrainer
 from hsplit_flwr.experiments.split_model import SplitTrainer
 from hsplit_flwr.experiments.task import Task, spread
 from hsplit_flwr.experiments.text_metrics import score_texts
-from hsplit_flwr.experiments.whole_model import WholeTrainer
 from hsplit_flwr.experiments.work import RoundOutcome
-from hsplit_flwr.generation import generate_texts
-from hsplit_flwr.global_model import Score
-from hsplit_flwr.text_data import prompt_text
+from hsplit_flwr.federation.global_model import Score
+from hsplit_flwr.models.generation import generate_texts
 
 
 class Trainer(Protocol):

@@ -24,9 +24,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from hsplit_flwr.common.toml_file import read_toml
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.records import RunSpec
-from hsplit_flwr.toml_file import read_toml
 
 REQUIRED_LISTS = {"methods": "method", "settings": "setting", "partitions": "partition", "seeds": "seed"}
 OPTIONAL_LISTS = {"cuts": "cut", "ranks": "rank", "learning_rates": "learning_rate"}

@@ -12,13 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hsplit_flwr.errors import ConfigError, HSplitError
-from hsplit_flwr.experiments.experiment_file import read_experiment
-from hsplit_flwr.experiments.methods import METHODS, RIVALS
-from hsplit_flwr.experiments.records import Evaluation, RunSpec
-from hsplit_flwr.experiments.runner import describe, pending, run_all
-from hsplit_flwr.experiments.store import Store
-from hsplit_flwr.experiments.stored_runs import StoredRuns
-from hsplit_flwr.experiments.summary import (
+from hsplit_flwr.experiments.evidence.store import Store
+from hsplit_flwr.experiments.evidence.stored_runs import StoredRuns
+from hsplit_flwr.experiments.evidence.summary import (
     best_learning_rates,
     cost_table,
     perplexity_table,
@@ -28,6 +24,10 @@ from hsplit_flwr.experiments.summary import (
     text_table,
     time_table,
 )
+from hsplit_flwr.experiments.experiment_file import read_experiment
+from hsplit_flwr.experiments.methods import METHODS, RIVALS
+from hsplit_flwr.experiments.records import Evaluation, RunSpec
+from hsplit_flwr.experiments.runner import describe, pending, run_all
 
 PROGRAM = "python -m hsplit_flwr.experiments"
 USER_ERROR = 2
@@ -116,7 +116,7 @@ def _table(options: argparse.Namespace) -> int:
 
 
 def _plot(options: argparse.Namespace) -> int:
-    from hsplit_flwr.experiments.curves import LABELS, draw_curves  # matplotlib
+    from hsplit_flwr.experiments.evidence.curves import LABELS, draw_curves  # matplotlib
 
     rows = Store(options.store).rows()
     for x in LABELS:

@@ -24,11 +24,11 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.budgets.devices import DEVICES, GPU_UTILISATION
-from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.experiments.work import whole_flops
-from hsplit_flwr.plan import derive_seed
+from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.budgets.devices import DEVICES, GPU_UTILISATION
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.training.config import derive_seed
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Size:
 
 # transformers' default Llama is LLaMA-2-7B; tests/test_settings.py computes it again:
 #   python -c "from transformers import LlamaConfig
-#   from hsplit_flwr.costs.model_costs import ModelCosts, Workload
+#   from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 #   from hsplit_flwr.experiments.settings import Size
 #   print(Size.of(ModelCosts(LlamaConfig(), Workload(4, 128, dtype='bf16', activation_dtype='bf16'))))"
 LLAMA_2_7B = Size(head_bytes=18_888_951_045, step_flops=13_722_621_837_312, step_bytes_up=4_197_672)

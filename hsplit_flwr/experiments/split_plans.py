@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.task import LARGEST_RANK, LORA_ALPHA, RANK, RANKS, SCALING, Task
-from hsplit_flwr.importance_history import ImportanceHistory
-from hsplit_flwr.lora import LoraSpec
-from hsplit_flwr.plan import ClientPlan
-from hsplit_flwr.planning.plan_book import PlanBook
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.planning.importance_history import ImportanceHistory
 from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.planning.plans import PlanBook
 from hsplit_flwr.planning.replanning import AdaptivePlanning
+from hsplit_flwr.training.config import ClientPlan
 
 
 class _NoHistory(ImportanceHistory):

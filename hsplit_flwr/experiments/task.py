@@ -7,19 +7,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from hsplit_flwr.assets import smollm2_checkpoint, tiny_checkpoint
-from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.client_head import Batch
-from hsplit_flwr.costs.model_costs import ModelCosts
-from hsplit_flwr.costs.workload import Workload
-from hsplit_flwr.e2e_data import client_examples, validation_examples
+from hsplit_flwr.data.e2e import client_examples, validation_examples
+from hsplit_flwr.data.restaurants import partition_by_slot, restaurant_examples
+from hsplit_flwr.data.text_batches import Example, TextBatches
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.records import RunSpec
 from hsplit_flwr.experiments.settings import SETTINGS, Setting
-from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.plan import TrainingConfig
-from hsplit_flwr.restaurants import partition_by_slot, restaurant_examples
-from hsplit_flwr.text_data import Example, TextBatches
+from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.training.head import Batch
+from hsplit_flwr.training.workload import Workload
 
 Item = TypeVar("Item")
 MODELS: Mapping[str, Callable[[], Path]] = {"tiny": tiny_checkpoint, "smollm2": smollm2_checkpoint}

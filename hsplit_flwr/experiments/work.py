@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from hsplit_flwr import deltas
-from hsplit_flwr.client_head import Batch
-from hsplit_flwr.costs import wire_bytes
-from hsplit_flwr.costs.model_costs import ModelCosts
+from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.experiments.clock import ClientWork
-from hsplit_flwr.lora import LoraFactors
+from hsplit_flwr.lora import deltas
+from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.training.head import Batch
 
 Ranks = Mapping[str, int]
 BatchShape = tuple[int, int]
@@ -68,8 +68,8 @@ def split_work(
         steps=len(shapes),
         forward_flops=factor * forward,
         backward_flops=factor * (costs.head_flops(cut, ranks) - forward),
-        step_bytes_up=fmean(wire_bytes.step_bytes_up(load, costs.hidden_size) for load in loads),
-        step_bytes_down=fmean(wire_bytes.step_bytes_down(load, costs.hidden_size) for load in loads),
+        step_bytes_up=fmean(frame_bytes.step_bytes_up(load, costs.hidden_size) for load in loads),
+        step_bytes_down=fmean(frame_bytes.step_bytes_down(load, costs.hidden_size) for load in loads),
         tail_flops=factor * costs.tail_flops(cut, tail_ranks),
         download_bytes=download_bytes,
         upload_bytes=upload_bytes,

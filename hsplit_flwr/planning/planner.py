@@ -34,18 +34,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hsplit_flwr.budgets.budget import Budget
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.planning import exact, greedy
-from hsplit_flwr.planning.balance import balanced_deadline
-from hsplit_flwr.planning.limits import limits
-from hsplit_flwr.planning.participants import participants
-from hsplit_flwr.planning.problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
-from hsplit_flwr.planning.ranks import Ints
+from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
+from hsplit_flwr.planning.solver import exact, greedy
+from hsplit_flwr.planning.solver.balance import balanced_deadline
+from hsplit_flwr.planning.solver.limits import limits
+from hsplit_flwr.planning.solver.objective import Ints
+from hsplit_flwr.planning.solver.participants import participants
+from hsplit_flwr.planning.solver.problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
 
 if TYPE_CHECKING:
-    from hsplit_flwr.costs.model_costs import ModelCosts
+    from hsplit_flwr.planning.costs.model_costs import ModelCosts
 
 Solver = Callable[[Problem, Ints], Solution]
 

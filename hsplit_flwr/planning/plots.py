@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from hsplit_flwr.block_layout import block_of
-from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.costs.model_costs import ModelCosts
-from hsplit_flwr.figures import new_figure, save_figure
+from hsplit_flwr.common.figures import new_figure, save_figure
+from hsplit_flwr.models.block_layout import block_of
+from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.round_plan import RoundPlan
-from hsplit_flwr.plots import BLUE, ORANGE, VERMILION
-from hsplit_flwr.reporting import format_bytes, format_seconds
-from hsplit_flwr.results import client_order
+from hsplit_flwr.reports.records import client_order
+from hsplit_flwr.reports.run_picture import BLUE, ORANGE, VERMILION
+from hsplit_flwr.reports.run_tables import format_bytes, format_seconds
 
 # The rest of Okabe and Ito's colours, see plots.py.
 GREEN, SKY, PURPLE, GREY = "#009E73", "#56B4E9", "#CC79A7", "#999999"

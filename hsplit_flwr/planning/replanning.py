@@ -10,14 +10,14 @@ Follows HSplitLoRA (arXiv:2505.02795), adaptive rank and split configuration; th
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
-from hsplit_flwr.budgets.budget import Budget
-from hsplit_flwr.costs.model_costs import ModelCosts
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.importance_history import ImportanceHistory, drift
-from hsplit_flwr.lora import LoraSpec
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.planning.importance_history import ImportanceHistory, drift
 from hsplit_flwr.planning.planner import PlannerConfig, plan
 from hsplit_flwr.planning.round_plan import RoundPlan
-from hsplit_flwr.results import client_order
+from hsplit_flwr.reports.records import client_order
 
 Profile = Mapping[str, float]
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
-from hsplit_flwr.reporting import MISSING, format_bytes, format_seconds, format_table
-from hsplit_flwr.results import RoundRecord, client_order, describe_ranks
+from hsplit_flwr.reports.records import RoundRecord, client_order, describe_ranks
+from hsplit_flwr.reports.run_tables import MISSING, format_bytes, format_seconds, format_table
 
 TAIL = "tail"
 HEADER = ["client", "cut", "ranks", "adapted", "memory", "budget", "use %", "step s", "round s", "limited by"]

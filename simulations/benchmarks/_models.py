@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from hsplit_flwr.assets import smollm2_checkpoint, tiny_checkpoint
+from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
 
 MODELS: dict[str, Callable[[], str]] = {
     "tiny-gpt2": lambda: str(tiny_checkpoint()),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hsplit_flwr.provenance import command, commit, versions
+from hsplit_flwr.common.provenance import command, commit, versions
 
 
 def provenance(seed: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from hsplit_flwr.segments import Segment
+from hsplit_flwr.models.segments import Segment
 
 _aten = torch.ops.aten
 

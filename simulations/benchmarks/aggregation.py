@@ -33,10 +33,10 @@ from _peak_bytes import peak_bytes
 from _provenance import provenance
 from torch import Tensor
 
-from hsplit_flwr.aggregation import RULES, Contribution, aggregate, noise_free, terms_by_module, token_shares
-from hsplit_flwr.delta_log import DeltaLog
-from hsplit_flwr.deltas import MatrixDelta, WeightDelta, merge_into
-from hsplit_flwr.lora import LoraFactors, init_lora_A
+from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate, noise_free, terms_by_module, token_shares
+from hsplit_flwr.lora.delta_log import DeltaLog
+from hsplit_flwr.lora.deltas import MatrixDelta, WeightDelta, merge_into
+from hsplit_flwr.lora.spec import LoraFactors, init_lora_A
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 HIDDEN = 4096

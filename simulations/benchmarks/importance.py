@@ -27,12 +27,12 @@ from _peak_bytes import peak_bytes
 from _provenance import provenance
 from torch import Tensor
 
-from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.importance import ImportanceProbe, SampledRows
-from hsplit_flwr.lora import LoraSpec
-from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.segments import Segment, block_of, load_segment
-from hsplit_flwr.server_tail import token_losses
+from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.segments import Segment, block_of, load_segment
+from hsplit_flwr.training.importance import ImportanceProbe, SampledRows
+from hsplit_flwr.training.tail import token_losses
 
 SEED = 0
 ROUND_STEPS = 20

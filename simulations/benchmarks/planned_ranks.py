@@ -27,20 +27,20 @@ from typing import Any
 import torch
 from _provenance import provenance
 
-from hsplit_flwr.budgets.fleet import Fleet
-from hsplit_flwr.costs.model_costs import ModelCosts
-from hsplit_flwr.costs.workload import Workload
+from hsplit_flwr.data.restaurants import restaurant_examples
 from hsplit_flwr.experiments.split_plans import UnweightedPlanning
-from hsplit_flwr.global_model import GlobalModel
-from hsplit_flwr.local_federation import LocalNode, run_federation
-from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.plan import TrainingConfig
+from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.flower.local_federation import LocalNode, run_federation
+from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.planning.budgets.fleet import Fleet
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
 from hsplit_flwr.planning.round_plan import RoundPlan
-from hsplit_flwr.reporting import format_table
-from hsplit_flwr.restaurants import restaurant_examples
-from hsplit_flwr.strategy import HSplitLoRAStrategy
+from hsplit_flwr.reports.run_tables import format_table
+from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.training.workload import Workload
 
 APP = Path(__file__).parent.parent / "quickstart"
 sys.path.insert(0, str(APP))

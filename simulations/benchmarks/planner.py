@@ -23,9 +23,9 @@ import numpy as np
 from _provenance import provenance
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.planning.greedy import solve
 from hsplit_flwr.planning.planner import exact_solver, plan_problem
-from hsplit_flwr.planning.random_problems import Tight, random_problem
+from hsplit_flwr.planning.solver.greedy import solve
+from hsplit_flwr.planning.solver.random_problems import Tight, random_problem
 
 CLIENTS = (10, 100, 1000, 10_000)
 TIGHTNESS: tuple[Tight, ...] = ("memory", "deadline", "both", "none")

@@ -12,7 +12,8 @@ one computes, the others wait. Columns:
 * ``head_peak_over_held``: growth of the head process's peak resident memory over its import baseline / bytes it must
   hold: weights of the segment, adapters, their gradients and AdamW state, and tensors that autograd keeps (<= 1.25)
 
-The head is started as `hsplit_flwr/host_memory.py` recommends; set GLIBC_TUNABLES yourself to measure something else.
+The head is started as `hsplit_flwr/training/host_memory.py` recommends; set GLIBC_TUNABLES yourself to measure
+something else.
 """
 
 import argparse
@@ -33,17 +34,17 @@ from _models import MODELS
 from _provenance import provenance
 from torch import Tensor
 
-from hsplit_flwr.adapters import SegmentAdapters
-from hsplit_flwr.barrier import BarrierLimits
-from hsplit_flwr.global_model import linear_shapes
-from hsplit_flwr.host_memory import CLIENT_TUNABLES
-from hsplit_flwr.lora import LoraSpec
-from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.plan import ClientPlan, RoundTask, TrainingConfig
-from hsplit_flwr.segments import block_of, load_segment
-from hsplit_flwr.server_tail import SharedTail, StepReport
-from hsplit_flwr.tail_service import ServiceConfig, TailService
-from hsplit_flwr.wire import DTYPES
+from hsplit_flwr.exchange.frames import DTYPES
+from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService
+from hsplit_flwr.federation.global_model import linear_shapes
+from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.segments import block_of, load_segment
+from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.config import ClientPlan, RoundTask, TrainingConfig
+from hsplit_flwr.training.host_memory import CLIENT_TUNABLES
+from hsplit_flwr.training.tail import SharedTail, StepReport
 
 SEED = 0
 BLOCKS, WARM_UP = 5, 1

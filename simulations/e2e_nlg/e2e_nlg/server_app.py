@@ -4,12 +4,12 @@ from flwr.app import Context
 from flwr.server import ServerApp, ServerAppComponents
 
 from e2e_nlg.task import FOLDER, batches, model_name, spread
-from hsplit_flwr.apps import server_app_components
-from hsplit_flwr.e2e_data import validation_examples
-from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.run_config import get, read_settings
-from hsplit_flwr.run_output import Sample
-from hsplit_flwr.text_data import prompt_text
+from hsplit_flwr.data.e2e import validation_examples
+from hsplit_flwr.data.text_batches import prompt_text
+from hsplit_flwr.federation.run_output import Sample
+from hsplit_flwr.flower.apps import server_app_components
+from hsplit_flwr.flower.run_config import get, read_settings
+from hsplit_flwr.models.files import ModelFiles
 
 SAMPLES = 2
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from hsplit_flwr.assets import smollm2_checkpoint
-from hsplit_flwr.client import ClientData
-from hsplit_flwr.e2e_data import client_examples, validation_examples
-from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.run_config import RunConfig, get
-from hsplit_flwr.text_data import Example, TextBatches
+from hsplit_flwr.data.e2e import client_examples, validation_examples
+from hsplit_flwr.data.text_batches import Example, TextBatches
+from hsplit_flwr.flower.client import ClientData
+from hsplit_flwr.flower.run_config import RunConfig, get
+from hsplit_flwr.models.assets import smollm2_checkpoint
+from hsplit_flwr.models.files import ModelFiles
 
 FOLDER = Path(__file__).parent
 SMOLLM2 = "smollm2"

@@ -4,8 +4,8 @@ from flwr.app import Context
 from flwr.client import Client
 from flwr.clientapp import ClientApp
 
-from hsplit_flwr.client import HSplitLoRAClient
-from hsplit_flwr.run_config import count_clients, get, hosted_clients, read_fleet
+from hsplit_flwr.flower.client import HSplitLoRAClient
+from hsplit_flwr.flower.run_config import count_clients, get, hosted_clients, read_fleet
 from quickstart.task import FOLDER, MODEL, client_data
 
 

@@ -3,12 +3,12 @@
 from flwr.app import Context
 from flwr.server import ServerApp, ServerAppComponents
 
-from hsplit_flwr.apps import server_app_components
-from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.restaurants import restaurant_examples
-from hsplit_flwr.run_config import read_settings
-from hsplit_flwr.run_output import Sample
-from hsplit_flwr.text_data import prompt_text
+from hsplit_flwr.data.restaurants import restaurant_examples
+from hsplit_flwr.data.text_batches import prompt_text
+from hsplit_flwr.federation.run_output import Sample
+from hsplit_flwr.flower.apps import server_app_components
+from hsplit_flwr.flower.run_config import read_settings
+from hsplit_flwr.models.files import ModelFiles
 from quickstart.task import FOLDER, MODEL, batches
 
 CENTRAL_EXAMPLES = 200

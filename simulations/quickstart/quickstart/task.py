@@ -3,12 +3,12 @@
 from functools import lru_cache
 from pathlib import Path
 
-from hsplit_flwr.assets import tiny_checkpoint
-from hsplit_flwr.client import ClientData
-from hsplit_flwr.model_files import ModelFiles
-from hsplit_flwr.restaurants import partition_by_slot, restaurant_examples
-from hsplit_flwr.run_config import RunConfig, get
-from hsplit_flwr.text_data import Example, TextBatches
+from hsplit_flwr.data.restaurants import partition_by_slot, restaurant_examples
+from hsplit_flwr.data.text_batches import Example, TextBatches
+from hsplit_flwr.flower.client import ClientData
+from hsplit_flwr.flower.run_config import RunConfig, get
+from hsplit_flwr.models.assets import tiny_checkpoint
+from hsplit_flwr.models.files import ModelFiles
 
 FOLDER = Path(__file__).parent
 MODEL = str(tiny_checkpoint())

@@ -11,9 +11,9 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 from quickstart.task import MODEL, client_data
 
-from hsplit_flwr.client import ClientData, HSplitLoRAClient
-from hsplit_flwr.client_head import Batch
-from hsplit_flwr.run_config import RunConfig, get, hosted_clients, integers
+from hsplit_flwr.flower.client import ClientData, HSplitLoRAClient
+from hsplit_flwr.flower.run_config import RunConfig, get, hosted_clients, integers
+from hsplit_flwr.training.head import Batch
 
 FAULT_STEP = 1
 

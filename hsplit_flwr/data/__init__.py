@@ -1,0 +1,1 @@
+"""Data sets and batches: one file per data set or form of data."""

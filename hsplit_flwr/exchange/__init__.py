@@ -1,0 +1,1 @@
+"""What travels between a head and the tail, and who may send it."""

@@ -1,0 +1,215 @@
+"""The contract between a head and the tail: tensors <-> verified bytes. No gRPC, no model.
+
+A frame is one safetensors buffer (https://huggingface.co/docs/safetensors#format). Its ``__metadata__`` holds one
+JSON header under the key ``hsplit``: protocol, kind, run, round, client, cut, step, and the kind's own numbers. It is
+padded, so that a frame's size depends on the shapes of its tensors alone.
+
+    head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none)
+    tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come)
+    head -> tail   train     activations (B,T,H), mask (B,T) uint8, labels (B,T) int32
+    tail -> head   gradient  gradient (B,T,H) of the client's own mean loss; header `loss`, `tokens`
+    head -> tail   evaluate  as `train`
+    tail -> head   score     no tensors; header `nll` (sum over tokens, nats), `tokens`
+    head -> tail   probe     filler (n,) uint8; header `left`: bytes of filler wanted back (measures the link)
+    tail -> head   probe     filler (left,) uint8
+
+Shapes: B batch, T sequence, H hidden. Nothing here trusts its input: a frame is refused by size before it is parsed,
+by header before its tensors are used, and by name, dtype, shape and finiteness before a model sees it.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.training.config import PROTOCOL_VERSION
+
+KINDS = ("hello", "delta", "train", "gradient", "evaluate", "score", "probe")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_HEADER_BYTES = 1 << 20
+HEADER_CHARACTERS = 512
+"""headers are padded to it with spaces, so that the digits of a loss do not change a frame's size"""
+_LENGTH = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class Header:
+    """Who sends what in which step. Numbers that a kind does not use stay at their defaults."""
+
+    kind: str
+    run: str
+    round: int
+    client: str
+    cut: int
+    step: int = 0
+    have: int = 0
+    version: int = 0
+    whole: bool = False
+    left: int = 0
+    loss: float = 0.0
+    nll: float = 0.0
+    tokens: int = 0
+    protocol: int = PROTOCOL_VERSION
+
+
+class Frame(NamedTuple):
+    """A decoded frame."""
+
+    header: Header
+    tensors: dict[str, Tensor]
+
+
+def encode(header: Header, tensors: Mapping[str, Tensor] | None = None) -> bytes:
+    """One frame. Tensors are sent in their own dtype and moved to the CPU."""
+    dense = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors or {}).items()}
+    frame: bytes = save_tensors(dense, metadata={"hsplit": json.dumps(asdict(header)).ljust(HEADER_CHARACTERS)})
+    return frame
+
+
+def decode(frame: bytes, max_bytes: int) -> Frame:
+    """The frame in `frame`, checked for size and form, not yet for content (`check_batch`, `check_gradient`).
+
+    Raises:
+        ExchangeError: ``frame_too_large``, ``malformed_frame`` or ``protocol_version``.
+    """
+    if len(frame) > max_bytes:
+        raise ExchangeError(
+            "frame_too_large",
+            f"Expected a frame of at most {max_bytes} bytes, found {len(frame)}. "
+            "Use smaller batches or raise max_frame_bytes on the server.",
+        )
+    try:
+        header = _header(frame)
+        return Frame(header, load_tensors(frame))
+    except (SafetensorError, struct.error, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ExchangeError("malformed_frame", f"Expected a frame of hsplit_flwr, found {_short(error)}.") from error
+
+
+def _header(frame: bytes) -> Header:
+    (length,) = _LENGTH.unpack_from(frame)
+    if length > min(MAX_HEADER_BYTES, len(frame)):
+        raise ValueError(f"a header of {length} bytes")
+    data: Any = json.loads(json.loads(frame[8 : 8 + length])["__metadata__"]["hsplit"])
+    if not isinstance(data, dict):
+        raise TypeError(f"header={data!r}")
+    if data.get("protocol") != PROTOCOL_VERSION:
+        raise ExchangeError(
+            "protocol_version",
+            f"Expected protocol version {PROTOCOL_VERSION}, found {_short(data.get('protocol'))}. "
+            "Install the same hsplit_flwr version on server and clients.",
+        )
+    header = Header(**data)
+    for name, kind in Header.__annotations__.items():
+        value = getattr(header, name)
+        if type(value) is not kind:
+            raise TypeError(f"{name}={value!r}")
+        if (kind is float and not math.isfinite(value)) or (kind is int and not 0 <= value < 1 << 63):
+            raise ValueError(f"{name}={value!r}")
+    if header.kind not in KINDS:
+        raise ValueError(f"kind={header.kind!r}")
+    return header
+
+
+def expect_header(header: Header, **expected: object) -> None:
+    """Check the named header fields.
+
+    Raises:
+        ExchangeError: ``wrong_<field>`` for the first that differs.
+    """
+    for name, value in expected.items():
+        found = getattr(header, name)
+        if found != value:
+            raise ExchangeError(f"wrong_{name}", f"Expected {name}={value!r} in the frame, found {_short(found)}.")
+
+
+def batch_tensors(activations: Tensor, attention_mask: Tensor, labels: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a ``train`` or ``evaluate`` frame, in their wire dtypes."""
+    return {
+        "activations": activations.to(dtype),
+        "mask": attention_mask.to(torch.uint8),
+        "labels": labels.to(torch.int32),
+    }
+
+
+def check_batch(tensors: Mapping[str, Tensor], *, dtype: torch.dtype, hidden_size: int, vocab_size: int) -> None:
+    """Check the content of a ``train`` or ``evaluate`` frame.
+
+    Raises:
+        ExchangeError: ``wrong_tensors``, ``wrong_dtype``, ``wrong_shape``, ``non_finite`` or ``wrong_labels``.
+    """
+    _check_names(tensors, {"activations", "mask", "labels"})
+    activations, mask, labels = tensors["activations"], tensors["mask"], tensors["labels"]
+    for name, tensor, expected in (
+        ("activations", activations, dtype),
+        ("mask", mask, torch.uint8),
+        ("labels", labels, torch.int32),
+    ):
+        _check_dtype(name, tensor, expected)
+    if activations.dim() != 3 or activations.shape[2] != hidden_size or 0 in activations.shape:
+        raise ExchangeError(
+            "wrong_shape",
+            f"Expected activations of shape (B, T, {hidden_size}), found {tuple(activations.shape)}.",
+        )
+    for name, tensor in (("mask", mask), ("labels", labels)):
+        if tensor.shape != activations.shape[:2]:
+            raise ExchangeError(
+                "wrong_shape",
+                f"Expected {name} of shape {tuple(activations.shape[:2])}, found {tuple(tensor.shape)}.",
+            )
+    _check_finite("activations", activations)
+    if mask.max() > 1:
+        raise ExchangeError("wrong_mask", f"Expected an attention mask of 0 and 1, found {int(mask.max())}.")
+    if ((labels != -100) & ((labels < 0) | (labels >= vocab_size))).any():
+        raise ExchangeError("wrong_labels", f"Expected labels to be -100 or in 0..{vocab_size - 1}, found others.")
+
+
+def probe_filler(size: int) -> dict[str, Tensor]:
+    """The tensors of a ``probe`` frame: `size` bytes of nothing."""
+    return {"filler": torch.zeros(size, dtype=torch.uint8)}
+
+
+def check_gradient(tensors: Mapping[str, Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The activation gradient of a ``gradient`` frame, checked against the activations it belongs to."""
+    _check_names(tensors, {"gradient"})
+    gradient = tensors["gradient"]
+    _check_dtype("gradient", gradient, dtype)
+    if gradient.shape != like.shape:
+        raise ExchangeError(
+            "wrong_shape", f"Expected a gradient of shape {tuple(like.shape)}, found {tuple(gradient.shape)}."
+        )
+    _check_finite("gradient", gradient)
+    return gradient
+
+
+def _check_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
+    if set(tensors) != expected:
+        raise ExchangeError(
+            "wrong_tensors", f"Expected the tensors {sorted(expected)}, found {_short(sorted(tensors))}."
+        )
+
+
+def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
+    if tensor.dtype != expected:
+        raise ExchangeError("wrong_dtype", f"Expected {name} as {expected}, found {tensor.dtype}.")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ExchangeError(
+            "non_finite",
+            f"Expected finite {name}, found NaN or Inf. Lower the learning rate, or use bf16 instead of fp16.",
+        )
+
+
+def _short(value: object) -> str:
+    """For messages: the peer decides how long its values are, and the message travels back to it."""
+    return repr(value)[:200]

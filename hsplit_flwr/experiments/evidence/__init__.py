@@ -1,0 +1,1 @@
+"""Reading and showing the results of experiments."""

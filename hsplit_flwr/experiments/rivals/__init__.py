@@ -1,0 +1,1 @@
+"""The methods that HSplitLoRA is compared with."""

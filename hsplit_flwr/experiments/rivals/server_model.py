@@ -1,0 +1,57 @@
+"""CenLoRA: LoRA on the whole model, on the server, with everybody's data."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from hsplit_flwr.experiments.methods import Method
+from hsplit_flwr.experiments.rivals.whole_training import client_steps, train_whole
+from hsplit_flwr.experiments.task import LARGEST_RANK, SCALING, Task
+from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, length_factor, whole_flops
+from hsplit_flwr.federation.global_model import GlobalModel, Score, score_segment
+from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.training.config import derive_seed
+from hsplit_flwr.training.optimizer import Optimiser
+
+
+class ServerTrainer:
+    """CenLoRA: one LoRA on the pooled data, without rounds but for the evaluation. See `engine.Trainer`."""
+
+    def __init__(self, task: Task, method: Method) -> None:
+        self._task = task
+        self._joint = method.joint_steps
+        self._segment = GlobalModel(task.files).segment
+        rank = task.spec.rank or LARGEST_RANK
+        self._adapters = SegmentAdapters(self._segment, LoraSpec(rank, SCALING * rank))
+        self._adapters.reset(derive_seed(task.training.seed, "tail"))
+        times = 1 if self._joint else len(task.devices)
+        training = replace(
+            task.training,
+            local_steps=times * task.training.local_steps,
+            warmup_steps=times * task.training.warmup_steps,
+        )
+        self._optimiser = Optimiser(self._adapters.parameters(), training)
+
+    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
+        """As many batches of every client as in a round of the others; the server has them all, whoever is away."""
+        first = (number - 1) * self._task.training.local_steps
+        shapes: list[BatchShape] = []
+        streams = [client_steps(self._task, client, first, shapes) for client in self._task.devices]
+        joint = ([batch for batches in together for batch in batches] for together in zip(*streams, strict=True))
+        steps = joint if self._joint else ([batch] for batches in joint for batch in batches)
+        start = first if self._joint else first * len(streams)
+        report = train_whole(self._segment, self._optimiser, steps, start)
+        ranks = {name: pair.rank for name, pair in self._adapters.factors().items()}
+        costs = self._task.costs
+        flops = len(shapes) * length_factor(costs, shapes) * whole_flops(costs, ranks)
+        return RoundOutcome((), report.tokens, report.loss, 0, flops)
+
+    def score(self) -> Score:
+        """Of the model with its adapters."""
+        return score_segment(self._segment, self._task.eval_batches)
+
+    def global_model(self) -> PreTrainedModel:
+        """The model with its adapters, to generate with."""
+        return self._segment.model

@@ -1,0 +1,173 @@
+"""Methods without a split: LoRA on the whole model, on every device."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hsplit_flwr.experiments.methods import Method
+from hsplit_flwr.experiments.rivals.adapted import adapted
+from hsplit_flwr.experiments.rivals.pruning import penalty, ranks_after
+from hsplit_flwr.experiments.rivals.whole_training import WholeReport, client_steps, train_whole
+from hsplit_flwr.experiments.task import LORA_ALPHA, SCALING, Task
+from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, merge_flops, whole_flops, whole_work
+from hsplit_flwr.federation.global_model import GlobalModel, Score, linear_shapes, score_segment
+from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.lora.spec import LoraFactors, LoraSpec, init_lora_A
+from hsplit_flwr.models.segments import Segment, block_of, segment_from_model
+from hsplit_flwr.training.config import derive_seed
+from hsplit_flwr.training.optimizer import Optimiser
+
+Factors = Mapping[str, LoraFactors]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one client did in a round."""
+
+    report: WholeReport
+    factors: Factors
+    shapes: list[BatchShape]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Of its adapters."""
+        return {name: pair.rank for name, pair in self.factors.items()}
+
+
+class WholeTrainer:
+    """Every client trains LoRA on the whole model, of its own rank. See `engine.Trainer`."""
+
+    def __init__(self, task: Task, method: Method) -> None:
+        self._task = task
+        self._method = method
+        self._model = GlobalModel(task.files)
+        """never has adapters"""
+        shapes = linear_shapes(self._model.segment)
+        ranks = {client: task.spec.rank or task.setting.ranks[client] for client in task.devices}
+        self._ranks = {
+            client: {name: min(rank, *shape) for name, shape in shapes.items()} for client, rank in ranks.items()
+        }
+        largest = max(ranks.values())
+        self._global: dict[str, LoraFactors] = {}
+        """carried adapters of the largest rank, scaling 1"""
+        if method.carried:
+            self._global = {
+                name: LoraFactors(
+                    init_lora_A(min(largest, *shape), shape[1], derive_seed(task.spec.seed, "global", name)),
+                    torch.zeros(shape[0], min(largest, *shape)),
+                    1.0,
+                )
+                for name, shape in shapes.items()
+            }
+        self._versions: dict[str, int] = {}
+
+    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
+        """Hand out, train one client after another, aggregate."""
+        downloads = {client: self._download(client) for client in present}
+        trained = {client: self.train(client, number) for client in present}
+        contributions = self.contributions(trained)
+        update = aggregate(contributions, {}, block_of, RULES[self._method.rule])
+        if self._method.carried:
+            self._global = update
+        else:
+            self._model.apply(update)
+        costs = self._task.costs
+        return RoundOutcome(
+            work=tuple(
+                whole_work(
+                    client,
+                    costs,
+                    whole_flops(costs, done.ranks),
+                    done.shapes,
+                    download_bytes=downloads[client],
+                    upload_bytes=factor_bytes(done.factors),
+                )
+                for client, done in trained.items()
+            ),
+            tokens=sum(done.report.tokens for done in trained.values()),
+            train_loss=sum(c.weight * t.report.loss for c, t in zip(contributions, trained.values(), strict=True)),
+            too_large=sum(self._too_large(client, done.ranks) for client, done in trained.items()),
+            server_flops=merge_flops(update),
+        )
+
+    def train(self, client: str, number: int) -> Trained:
+        """Round `number` of one client."""
+        segment, adapters = self._client_model(client, number)
+        before = adapters.factors()
+        shapes: list[BatchShape] = []
+        report = self._train(client, number, segment, adapters, shapes)
+        after = adapters.factors()
+        if self._method.self_pruning:
+            self._ranks[client] = ranks_after(before, after)
+        return Trained(report, after, shapes)
+
+    def contributions(self, trained: Mapping[str, Trained]) -> list[Contribution]:
+        """What clients trained, weighted by their tokens."""
+        shares = token_shares({client: done.report.tokens for client, done in trained.items()})
+        return [Contribution(shares[client], self._model.num_blocks, done.factors) for client, done in trained.items()]
+
+    def score(self) -> Score:
+        """Of the global model."""
+        return score_segment(self._evaluated(), self._task.eval_batches)
+
+    def global_model(self) -> PreTrainedModel:
+        """The global model, to generate with."""
+        return self._evaluated().model
+
+    def _evaluated(self) -> Segment:
+        if not self._global:
+            return self._model.segment
+        return adapted(self._model, self._global)
+
+    def _client_model(self, client: str, number: int) -> tuple[Segment, SegmentAdapters]:
+        segment = segment_from_model(self._model.segment.model)
+        ranks = self._ranks[client]
+        carried = self._method.carried
+        spec = LoraSpec.of_scaling(ranks, SCALING) if carried else LoraSpec.of_ranks(ranks, LORA_ALPHA)
+        adapters = SegmentAdapters(segment, spec)
+        adapters.reset(derive_seed(self._task.training.seed, "head", number, client))
+        if self._global:
+            adapters.set({name: resized(self._global[name], fresh) for name, fresh in adapters.factors().items()})
+        return segment, adapters
+
+    def _train(
+        self, client: str, number: int, segment: Segment, adapters: SegmentAdapters, shapes: list[BatchShape]
+    ) -> WholeReport:
+        training = self._task.training
+        first = (number - 1) * training.local_steps
+        steps = client_steps(self._task, client, first, shapes)
+        flat = adapters.parameters()
+        pairs: list[tuple[Tensor, Tensor]] = list(zip(flat[::2], flat[1::2], strict=True))
+        extra = (lambda: penalty(pairs)) if self._method.self_pruning else None
+        return train_whole(segment, Optimiser(flat, training), steps, first, extra)
+
+    def _download(self, client: str) -> int:
+        if self._global:
+            return factor_bytes({n: truncated(self._global[n], rank) for n, rank in self._ranks[client].items()})
+        version, _, lacking = self._model.since(self._versions.get(client, 0), self._model.num_blocks)
+        self._versions[client] = version
+        return sum(tensor.nbytes for tensor in lacking.values())
+
+    def _too_large(self, client: str, ranks: Mapping[str, int]) -> bool:
+        return self._task.costs.tail_memory([1], ranks).total_bytes > self._task.devices[client].memory_bytes
+
+
+def truncated(factors: LoraFactors, rank: int) -> LoraFactors:
+    """The first `rank` rows of A and columns of B."""
+    return LoraFactors(factors.A[:rank], factors.B[:, :rank], factors.scaling)
+
+
+def resized(factors: LoraFactors, fresh: LoraFactors) -> LoraFactors:
+    """`factors` at the rank of `fresh`: truncated, or with rows of A from `fresh` and zero columns of B at the end.
+
+    The second where the clients of the last round all had smaller ranks.
+    """
+    if fresh.rank <= factors.rank:
+        return truncated(factors, fresh.rank)
+    A, B = fresh.A.clone(), torch.zeros_like(fresh.B)
+    A[: factors.rank], B[:, : factors.rank] = factors.A, factors.B
+    return LoraFactors(A, B, factors.scaling)

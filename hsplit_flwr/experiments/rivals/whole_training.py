@@ -1,0 +1,66 @@
+"""Training steps on a whole model, whatever of it is trainable."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from statistics import fmean
+
+from torch import Tensor
+
+from hsplit_flwr.experiments.task import Task
+from hsplit_flwr.experiments.work import BatchShape, recorded
+from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.training.head import Batch
+from hsplit_flwr.training.optimizer import Optimiser
+from hsplit_flwr.training.session import target_tokens
+from hsplit_flwr.training.tail import token_losses
+
+
+@dataclass(frozen=True)
+class WholeReport:
+    """What training the whole model for a round did."""
+
+    loss: float
+    """mean of the steps' mean losses"""
+    tokens: int
+
+
+def train_whole(
+    segment: Segment,
+    optimiser: Optimiser,
+    steps: Iterable[Sequence[Batch]],
+    first_step: int,
+    extra_loss: Callable[[], Tensor] | None = None,
+) -> WholeReport:
+    """Train what of `segment` (a whole model) requires gradients.
+
+    Args:
+        segment: holds all blocks.
+        optimiser: of its trainable parameters.
+        steps: the batches of each step; a step's loss is the mean over the target tokens of all of them.
+        first_step: run step of the first one.
+        extra_loss: added to every step's loss.
+    """
+    losses: list[float] = []
+    trained = 0
+    for step, batches in enumerate(steps):
+        optimiser.zero_grad()
+        tokens = sum(target_tokens(batch["labels"]) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            logits = segment(batch["input_ids"], batch["attention_mask"])
+            loss = token_losses(logits, batch["labels"]).sum() / max(1, tokens)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        if extra_loss is not None and (extra := extra_loss()).requires_grad:
+            extra.backward()  # type: ignore[no-untyped-call]
+        optimiser.step(first_step + step)
+        losses.append(total)
+        trained += tokens
+    return WholeReport(fmean(losses), trained)
+
+
+def client_steps(task: Task, client: str, first_step: int, shapes: list[BatchShape]) -> Iterable[list[Batch]]:
+    """The batches of `client` in a round, one per step, their shapes noted."""
+    batches = islice(task.streams[client](first_step), task.training.local_steps)
+    return ([batch] for batch in recorded(batches, shapes))

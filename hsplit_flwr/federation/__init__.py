@@ -1,0 +1,1 @@
+"""A round, whoever carries the messages."""

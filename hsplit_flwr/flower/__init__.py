@@ -1,0 +1,1 @@
+"""Flower's faces of the federation."""

@@ -1,0 +1,115 @@
+"""A node's proxy for one client's task: what comes back belongs to that client, whatever the node says."""
+
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from flwr.common import (
+    DisconnectRes,
+    EvaluateIns,
+    EvaluateRes,
+    FitIns,
+    FitRes,
+    GetParametersIns,
+    GetParametersRes,
+    GetPropertiesIns,
+    GetPropertiesRes,
+    ReconnectIns,
+)
+from flwr.server.client_proxy import ClientProxy
+
+from hsplit_flwr.flower.client import REFUSED_KEY
+
+LOST_ACTOR = "ray.exceptions.Actor"
+"""in the reason of a message that a dead actor was given"""
+RETRY_S = 1.0
+REASON_CHARACTERS = (160, 320)
+"""kept of the start and of the end of a failure's reason: Ray sends stack traces, whose last line says what it was"""
+
+Ins = TypeVar("Ins", FitIns, EvaluateIns)
+Res = TypeVar("Res", FitRes, EvaluateRes)
+
+
+class TaskProxy(ClientProxy):
+    """`proxy` of the node that hosts `client`, for one task: Flower hands it back with the result or the failure.
+
+    Args:
+        proxy: of the node.
+        client: whose task it is.
+        on_failure: told the client as soon as a try has failed, so that nobody waits for it.
+    """
+
+    def __init__(
+        self, proxy: ClientProxy, client: str, on_failure: Callable[[str], None] = lambda client: None
+    ) -> None:
+        super().__init__(proxy.cid)
+        self._proxy = proxy
+        self._on_failure = on_failure
+        self.client = client
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        """As the node's proxy; an exception is named after the client. A client that refuses its task counts as failed.
+
+        Raises:
+            ClientFailureError: the node raised, died or did not answer in time.
+        """
+        res = self._ask(self._proxy.fit, ins, timeout, group_id)
+        if REFUSED_KEY in res.metrics:
+            self._on_failure(self.client)
+        return res
+
+    def evaluate(self, ins: EvaluateIns, timeout: float | None, group_id: int | None) -> EvaluateRes:
+        """As the node's proxy; raises as `fit`."""
+        return self._ask(self._proxy.evaluate, ins, timeout, group_id)
+
+    def _ask(
+        self,
+        ask: Callable[[Ins, float | None, int | None], Res],
+        ins: Ins,
+        timeout: float | None,
+        group_id: int | None,
+    ) -> Res:
+        # Flower's simulation never replaces an actor whose process died: it hands it further messages, which fail at
+        # once. Asking again gets to a living actor as soon as one is free. A client that died in the middle of its
+        # task is refused there (its token is used), and its first failure is the one to tell.
+        give_up = time.monotonic() + (timeout or 0.0)
+        first: Exception | None = None
+        while True:
+            left = None if timeout is None else max(RETRY_S, give_up - time.monotonic())
+            try:
+                return ask(ins, left, group_id)
+            except Exception as error:
+                first = first or error
+                self._on_failure(self.client)
+                if LOST_ACTOR not in str(error) or time.monotonic() + RETRY_S > give_up:
+                    raise ClientFailureError(self.client, f"{type(first).__name__}: {first}") from first
+            time.sleep(RETRY_S)
+
+    def get_properties(self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None) -> GetPropertiesRes:
+        """As the node's proxy."""
+        return self._proxy.get_properties(ins, timeout, group_id)
+
+    def get_parameters(self, ins: GetParametersIns, timeout: float | None, group_id: int | None) -> GetParametersRes:
+        """As the node's proxy."""
+        return self._proxy.get_parameters(ins, timeout, group_id)
+
+    def reconnect(self, ins: ReconnectIns, timeout: float | None, group_id: int | None) -> DisconnectRes:
+        """As the node's proxy."""
+        return self._proxy.reconnect(ins, timeout, group_id)
+
+
+class ClientFailureError(Exception):
+    """A client's task came to nothing."""
+
+    def __init__(self, client: str, reason: str) -> None:
+        super().__init__(describe_failure(client, reason))
+
+
+def describe_failure(client: str, reason: str) -> str:
+    """One line for logs and summary: no line breaks, no colours, the middle of a long reason left out."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", reason).split())
+    start, end = REASON_CHARACTERS
+    if len(text) > start + end:
+        text = f"{text[:start]} ... {text[-end:]}"
+    return f"client {client}: {text}"

@@ -1,0 +1,1 @@
+"""What is trained: specs, factors, adapters on a segment, aggregation, deltas, export."""

@@ -1,0 +1,194 @@
+"""Versions of the cumulative delta: the server's log, and the replica a client keeps.
+
+A round that changes the weights makes a new version. A client at version v is sent, per module, the smaller
+of the increments it lacks (v+1..now, stacked) and the whole delta, so that a lagging client costs no more
+than a new one. Versions count one server's rounds: after restoring a log from a checkpoint, treat every
+client as unknown (``None``).
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from hsplit_flwr.errors import AggregationError
+from hsplit_flwr.lora.aggregation import Increment
+from hsplit_flwr.lora.deltas import (
+    Shape,
+    WeightDelta,
+    dense_bytes,
+    factor_bytes,
+    factors_from_tensors,
+    factors_to_tensors,
+    stack,
+)
+from hsplit_flwr.lora.spec import LoraFactors
+
+ADDED, REPLACED = "add|", "replace|"
+
+
+@dataclass(frozen=True)
+class DeltaUpdate:
+    """What a client at version `base` lacks of `version`."""
+
+    base: int | None
+    """the version to apply it to; None: to any, or none at all"""
+    version: int
+    added: Increment
+    """modules to add to, with the sum of the increments since `base`"""
+    replaced: WeightDelta
+    """modules to replace, because the whole takes no more bytes or the client does not hold them"""
+
+    @property
+    def kind(self) -> str:
+        """``whole`` where the client's own delta plays no part, otherwise ``increments``."""
+        return "whole" if self.base is None else "increments"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(factor_bytes, self.added.values())) + self.replaced.nbytes
+
+    def names(self) -> list[str]:
+        """The modules whose delta it changes: those to merge anew."""
+        return [*self.added, *self.replaced.names()]
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat float32 tensors: ``add|`` or ``replace|`` before the keys of `WeightDelta.to_tensors`."""
+        added = {f"{ADDED}{key}": tensor for key, tensor in factors_to_tensors(self.added).items()}
+        return added | {f"{REPLACED}{key}": tensor for key, tensor in self.replaced.to_tensors().items()}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, base: int | None, version: int
+    ) -> "DeltaUpdate":
+        """The update that `to_tensors` wrote; `base` and `version` travel beside the tensors.
+
+        Raises:
+            AggregationError: an unknown key, or as `WeightDelta.from_tensors`.
+        """
+        added = {key.removeprefix(ADDED): t for key, t in tensors.items() if key.startswith(ADDED)}
+        replaced = {key.removeprefix(REPLACED): t for key, t in tensors.items() if key.startswith(REPLACED)}
+        if len(added) + len(replaced) != len(tensors):
+            unknown = sorted(key for key in tensors if not key.startswith((ADDED, REPLACED)))
+            raise AggregationError(
+                f"Expected keys that start with {ADDED!r} or {REPLACED!r}, found {unknown}. "
+                f"Check that both sides run the same hsplit_flwr."
+            )
+        return cls(base, version, factors_from_tensors(added, shapes), WeightDelta.from_tensors(replaced, shapes))
+
+
+@dataclass
+class DeltaReplica:
+    """A client's copy of the delta of the modules it holds; a lost one starts empty, at version None."""
+
+    version: int | None = None
+    names: frozenset[str] = frozenset()
+    """the modules it holds at `version`, changed or not"""
+    total: WeightDelta = field(default_factory=WeightDelta)
+
+    def apply(self, update: DeltaUpdate, names: Iterable[str]) -> None:
+        """Moves to the update's version, holding `names` from now on (a new plan may have moved the cut).
+
+        Raises:
+            AggregationError: the update builds on another version, or adds to a module that is not held.
+                The replica stays as it is; ask for the whole (``since(None, names)``).
+        """
+        wanted = frozenset(names)
+        if update.base is not None and update.base != self.version:
+            raise AggregationError(
+                f"Expected an update on version {self.version}, found one on {update.base}. Ask for the whole delta."
+            )
+        if missing := sorted(set(update.added) - self.names):
+            raise AggregationError(
+                f"Expected increments of modules that are held, found {missing}. Ask for the whole delta."
+            )
+        kept = WeightDelta() if update.base is None else self.total.restricted(wanted)
+        kept.add(update.added)
+        self.total = kept.replaced(update.replaced).restricted(wanted)
+        self.version, self.names = update.version, wanted
+
+
+@dataclass
+class _ModuleLog:
+    """The last increments of one module, as long as they can be cheaper to send than its dense delta."""
+
+    complete_since: int
+    """every increment after this version is in `entries`"""
+    entries: deque[tuple[int, LoraFactors]] = field(default_factory=deque)
+    nbytes: int = 0
+
+    def append(self, version: int, factors: LoraFactors, dense_nbytes: int) -> None:
+        self.entries.append((version, factors))
+        self.nbytes += factor_bytes(factors)
+        while self.nbytes >= dense_nbytes:
+            self.complete_since, dropped = self.entries.popleft()
+            self.nbytes -= factor_bytes(dropped)
+
+    def since(self, version: int) -> list[LoraFactors] | None:
+        """The increments after `version`; None where some of them are gone."""
+        if version < self.complete_since:
+            return None
+        return [factors for at, factors in self.entries if at > version]
+
+
+class DeltaLog:
+    """The server's cumulative delta and the recent increments that led to it; at most twice the dense bytes.
+
+    Args:
+        total: the delta to start from (a checkpoint's); default none.
+        version: its version.
+    """
+
+    def __init__(self, total: WeightDelta | None = None, version: int = 0) -> None:
+        self.total = WeightDelta() if total is None else total
+        self.version = version
+        self._first_version = version
+        self._logs: dict[str, _ModuleLog] = {}
+
+    def append(self, increment: Increment) -> int:
+        """Adds a round's increment (possibly empty) and returns the new version.
+
+        Raises:
+            AggregationError: as `WeightDelta.add`; the log stays as it is.
+        """
+        self.total.add(increment)
+        self.version += 1
+        for name, factors in increment.items():
+            if factors.rank == 0:
+                continue
+            log = self._logs.setdefault(name, _ModuleLog(self._first_version))
+            log.append(self.version, factors, dense_bytes(self.total.matrix(name).shape))
+        return self.version
+
+    def since(self, version: int | None, names: Iterable[str], held: Collection[str] | None = None) -> DeltaUpdate:
+        """What a client lacks of the modules `names`.
+
+        Args:
+            version: the version the client holds. None, 0 or one this log never made: it gets the whole.
+            names: the modules it is to hold.
+            held: the modules it holds at `version`, changed or not (default: all of `names`).
+        """
+        current = self.total.restricted(names)
+        if version is None or not 0 < version <= self.version:
+            return DeltaUpdate(None, self.version, {}, current)
+        added: dict[str, LoraFactors] = {}
+        whole: list[str] = []
+        for name in current.names():
+            log = self._logs.get(name, _ModuleLog(self._first_version))
+            missing = log.since(version) if held is None or name in held else None
+            if missing is None or sum(map(factor_bytes, missing)) >= current.matrix(name).nbytes:
+                whole.append(name)
+            elif missing:
+                added[name] = stack(missing)
+        return DeltaUpdate(version, self.version, added, current.restricted(whole))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors kept alive; those that the total and the log share count once."""
+        pieces = [factors for log in self._logs.values() for _, factors in log.entries]
+        matrices = [self.total.matrix(name) for name in self.total.names()]
+        pieces += [piece for matrix in matrices for piece in matrix.pieces]
+        dense = sum(matrix.nbytes for matrix in matrices if matrix.dense is not None)
+        return dense + sum({id(piece): factor_bytes(piece) for piece in pieces}.values())

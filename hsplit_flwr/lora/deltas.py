@@ -1,0 +1,262 @@
+"""What training has changed so far: the cumulative float32 delta of the base weights.
+
+The weights of a round are ``W = round(W_0 + delta)``, formed anew from the untouched base (`merge_into`). The
+sum of all increments is kept in float32: adding small increments to bf16 weights again and again loses them.
+
+`WeightDelta` keeps each matrix as factors or dense, whichever takes fewer bytes. Its tensors are never
+changed in place, so a view or an update in flight stays valid while the sum moves on; callers leave what they
+handed in alone, too. Versions of it are the business of :mod:`hsplit_flwr.lora.delta_log`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hsplit_flwr.errors import AggregationError
+from hsplit_flwr.lora.aggregation import Increment, all_finite, check_factors
+from hsplit_flwr.lora.spec import LoraFactors
+
+Shape = tuple[int, int]
+FLOAT32_BYTES = 4
+SEPARATOR = "|"
+MERGE_ROWS = 128
+
+
+def merge_into(base: Tensor, delta: Tensor | LoraFactors, *, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """``W = round(W_0 + delta)``: a new tensor in `dtype`, rounded once; `base` stays as it is.
+
+    Args:
+        base: W_0 as stored, (d_out, d_in), or (d_in, d_out) if `transposed` (transformers' ``Conv1D``).
+        delta: (d_out, d_in), float32, dense or as factors (`WeightDelta.form`).
+        transposed: whether `base` is stored the other way round.
+        dtype: the dtype to train or serve in.
+
+    Raises:
+        AggregationError: the shapes disagree.
+    """
+    d_out, d_in = (delta.B.shape[0], delta.A.shape[1]) if isinstance(delta, LoraFactors) else delta.shape
+    if tuple(base.shape) != ((d_in, d_out) if transposed else (d_out, d_in)):
+        raise AggregationError(
+            f"Expected a delta of (d_out, d_in) = {tuple(base.T.shape if transposed else base.shape)} for this "
+            f"base weight (transposed={transposed}), found {(d_out, d_in)}. "
+            f"Check that the delta belongs to this base model."
+        )
+    merged = torch.empty(base.shape, dtype=dtype, device=base.device)
+    # A few rows at a time: a chunk stays in cache and no float32 copy of the matrix is made, neither of the base nor
+    # of the product of the factors.
+    for start in range(0, base.shape[0], MERGE_ROWS):
+        rows = slice(start, start + MERGE_ROWS)
+        if isinstance(delta, LoraFactors):
+            left, right = (delta.A.T, delta.B.T) if transposed else (delta.B, delta.A)
+            merged[rows] = torch.addmm(base[rows].float(), left[rows], right, alpha=delta.scaling)
+        else:
+            merged[rows] = base[rows].float() + (delta.T if transposed else delta)[rows]
+    return merged
+
+
+@dataclass(frozen=True)
+class MatrixDelta:
+    """The delta of one matrix (d_out, d_in): either dense, or the sum of `pieces`."""
+
+    shape: Shape
+    pieces: tuple[LoraFactors, ...] = ()
+    """summands ``scaling * B @ A``, float32; empty if dense"""
+    dense: Tensor | None = None
+    """(d_out, d_in), float32"""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the form it is in."""
+        return dense_bytes(self.shape) if self.dense is not None else sum(map(factor_bytes, self.pieces))
+
+    def plus(self, factors: LoraFactors) -> "MatrixDelta":
+        """This delta and one more piece; dense as soon as that takes no more bytes."""
+        if self.dense is not None:
+            return MatrixDelta(self.shape, dense=torch.addmm(self.dense, factors.B, factors.A, alpha=factors.scaling))
+        grown = MatrixDelta(self.shape, pieces=(*self.pieces, factors))
+        if grown.nbytes < dense_bytes(self.shape):
+            return grown
+        return MatrixDelta(self.shape, dense=grown.to_dense())
+
+    def to_dense(self) -> Tensor:
+        """(d_out, d_in), float32. Not to be changed in place."""
+        form = self.form()
+        return form.B @ form.A if isinstance(form, LoraFactors) else form
+
+    def form(self) -> Tensor | LoraFactors:
+        """Dense (d_out, d_in), or all pieces stacked into one pair of factors with scaling 1.0."""
+        return self.dense if self.dense is not None else stack(self.pieces)
+
+
+def stack(pieces: Iterable[LoraFactors]) -> LoraFactors:
+    """One pair of factors (scaling 1.0) for the sum of all `pieces` (at least one) of a matrix."""
+    all_pieces = list(pieces)
+    if len(all_pieces) == 1 and all_pieces[0].scaling == 1.0:
+        return all_pieces[0]
+    return LoraFactors(
+        A=torch.cat([piece.A for piece in all_pieces]),
+        B=torch.cat([piece.B if piece.scaling == 1.0 else piece.scaling * piece.B for piece in all_pieces], dim=1),
+        scaling=1.0,
+    )
+
+
+def factor_bytes(factors: LoraFactors) -> int:
+    """Bytes of A and B."""
+    return FLOAT32_BYTES * (factors.A.numel() + factors.B.numel())
+
+
+def dense_bytes(shape: Shape) -> int:
+    """Bytes of a dense float32 matrix."""
+    return FLOAT32_BYTES * shape[0] * shape[1]
+
+
+class WeightDelta:
+    """The cumulative delta per module name; a module that never changed is absent."""
+
+    def __init__(self, matrices: Mapping[str, MatrixDelta] | None = None) -> None:
+        self._matrices = dict(matrices or {})
+
+    def add(self, increment: Increment) -> None:
+        """Adds an increment, in float32.
+
+        Raises:
+            AggregationError: factors that are malformed, not finite, or of another shape than this delta.
+                Nothing is added then.
+        """
+        for name, shape in checked_shapes(increment).items():
+            held = self._matrices.get(name)
+            if held is not None and held.shape != shape:
+                raise AggregationError(
+                    f"Expected an increment of (d_out, d_in) = {held.shape} for {name!r}, found {shape}. "
+                    f"Check that the increment belongs to this base model."
+                )
+        for name, factors in increment.items():
+            if factors.rank > 0:
+                shape = (factors.B.shape[0], factors.A.shape[1])
+                self._matrices[name] = self._matrices.get(name, MatrixDelta(shape)).plus(factors)
+
+    def dense(self, name: str) -> Tensor:
+        """The delta of one module (d_out, d_in), float32. Not to be changed in place.
+
+        Raises:
+            KeyError: the module never changed (see `names`).
+        """
+        return self._matrices[name].to_dense()
+
+    def names(self) -> list[str]:
+        """The modules that changed."""
+        return list(self._matrices)
+
+    def form(self, name: str) -> Tensor | LoraFactors:
+        """The delta of one module in its smaller form, for `merge_into` (KeyError as in `dense`)."""
+        return self._matrices[name].form()
+
+    def matrix(self, name: str) -> MatrixDelta:
+        """The delta of one module as it is kept (KeyError as in `dense`)."""
+        return self._matrices[name]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(matrix.nbytes for matrix in self._matrices.values())
+
+    def restricted(self, names: Iterable[str]) -> "WeightDelta":
+        """The delta of those of `names` that changed: a snapshot that shares the tensors."""
+        return WeightDelta({name: self._matrices[name] for name in names if name in self._matrices})
+
+    def replaced(self, other: "WeightDelta") -> "WeightDelta":
+        """This delta with the modules of `other` taken from there."""
+        return WeightDelta({**self._matrices, **other._matrices})
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Flat float32: ``name|A`` (R, d_in) and ``name|B`` (d_out, R), or ``name|dense`` (d_out, d_in)."""
+        tensors: dict[str, Tensor] = {}
+        for name, matrix in self._matrices.items():
+            form = matrix.form()
+            if isinstance(form, LoraFactors):
+                tensors.update(factors_to_tensors({name: form}))
+            else:
+                tensors[f"{name}{SEPARATOR}dense"] = form
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> "WeightDelta":
+        """The delta that `to_tensors` wrote; `shapes` gives (d_out, d_in) of every module that may occur.
+
+        Raises:
+            AggregationError: an unknown module or key, half a pair of factors, both forms at once, or a
+                tensor of another shape or dtype, or with NaN or Inf.
+        """
+        dense = {key: tensor for key, tensor in tensors.items() if key.endswith(f"{SEPARATOR}dense")}
+        factors = factors_from_tensors({k: t for k, t in tensors.items() if k not in dense}, shapes)
+        matrices = {name: MatrixDelta(shapes[name]).plus(pair) for name, pair in factors.items()}
+        for key, tensor in dense.items():
+            name = key.rpartition(SEPARATOR)[0]
+            shape = _expected_shape(name, shapes)
+            if name in matrices:
+                raise AggregationError(
+                    f"Expected one form of the delta of {name!r}, found factors and dense. "
+                    f"Send what to_tensors() wrote."
+                )
+            if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not all_finite(tensor):
+                raise AggregationError(
+                    f"Expected {key!r} to be a finite float32 {shape}, found {tensor.dtype} "
+                    f"{tuple(tensor.shape)}{'' if all_finite(tensor) else ' with NaN or Inf'}. "
+                    f"Send what to_tensors() wrote for this base model."
+                )
+            matrices[name] = MatrixDelta(shape, dense=tensor)
+        return cls(matrices)
+
+
+def factors_to_tensors(increment: Increment) -> dict[str, Tensor]:
+    """``name|A`` and ``name|B`` of every module, scaling folded into B."""
+    tensors: dict[str, Tensor] = {}
+    for name, factors in increment.items():
+        folded = stack([factors])
+        tensors[f"{name}{SEPARATOR}A"], tensors[f"{name}{SEPARATOR}B"] = folded.A, folded.B
+    return tensors
+
+
+def factors_from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> dict[str, LoraFactors]:
+    """The factors that `factors_to_tensors` wrote (errors as in `WeightDelta.from_tensors`)."""
+    names = dict.fromkeys(key.rpartition(SEPARATOR)[0] for key in tensors)
+    expected = {f"{name}{SEPARATOR}{factor}" for name in names for factor in "AB"}
+    if expected != set(tensors):
+        raise AggregationError(
+            f"Expected the keys 'name|A' and 'name|B' for every module, found "
+            f"{sorted(set(tensors) ^ expected)} without its counterpart or of another kind. "
+            f"Send what to_tensors() wrote."
+        )
+    factors = {}
+    for name in names:
+        pair = LoraFactors(tensors[f"{name}{SEPARATOR}A"], tensors[f"{name}{SEPARATOR}B"], scaling=1.0)
+        factors[name] = pair
+        found = checked_shapes({name: pair})[name]
+        if found != (shape := _expected_shape(name, shapes)):
+            raise AggregationError(
+                f"Expected factors of (d_out, d_in) = {shape} for {name!r}, found {found}. "
+                f"Check that both sides hold the same base model."
+            )
+    return factors
+
+
+def checked_shapes(increment: Increment) -> dict[str, Shape]:
+    """(d_out, d_in) of every module of an increment; an `AggregationError` names a malformed one."""
+    shapes = {}
+    for name, factors in increment.items():
+        try:
+            shapes[name] = check_factors(factors)
+        except AggregationError as error:
+            raise AggregationError(f"Module {name!r}: {error}") from error
+    return shapes
+
+
+def _expected_shape(name: str, shapes: Mapping[str, Shape]) -> Shape:
+    if name not in shapes:
+        raise AggregationError(
+            f"Expected deltas of modules that this process holds, found {name!r}. "
+            f"Check that the plan and the model agree."
+        )
+    return shapes[name]

@@ -1,0 +1,1 @@
+"""The frozen base model: its files, where it can be cut, segments, views and texts."""

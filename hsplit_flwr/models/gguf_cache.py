@@ -1,0 +1,97 @@
+"""A GGUF checkpoint, converted once per machine into a folder that transformers reads piece by piece.
+
+GGUF tensors are quantised, permuted and named for llama.cpp; only a whole-model load undoes that. It happens
+here, so that every later load of a segment reads its own tensors only.
+"""
+
+import copy
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock, Timeout
+
+from hsplit_flwr.errors import ConfigError, UnsupportedModelError
+from hsplit_flwr.models.block_layout import parameters_on_meta
+
+CACHE_VARIABLE = "HSPLIT_FLWR_CACHE"
+CONVERSION_LIMIT_S = 1800.0
+"""how long to wait for another process that converts the same file"""
+
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """``$HSPLIT_FLWR_CACHE``, by default ``~/.cache/hsplit_flwr``."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/hsplit_flwr").expanduser()
+
+
+def convert_once(gguf: Path) -> Path:
+    """The folder with the converted `gguf`: float32 safetensors, config and tokenizer.
+
+    Any number of processes may ask at once: one converts, which takes the memory of the whole model and more;
+    the others wait for it.
+
+    Raises:
+        UnsupportedModelError: transformers cannot read it.
+        ConfigError: no such file, the package gguf is missing, or another process converts for too long.
+    """
+    if not gguf.is_file():
+        raise ConfigError(f"Expected a GGUF file, found none at {gguf}. Check the path.")
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / f"{gguf.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{folder}.lock", timeout=CONVERSION_LIMIT_S):
+            if not folder.is_dir():
+                _convert(gguf, folder)
+    except Timeout as error:
+        raise ConfigError(
+            f"Expected the conversion of {gguf} within {CONVERSION_LIMIT_S:.0f} s, found {folder}.lock "
+            "still held. End the process that holds it."
+        ) from error
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    _log.warning("Converting %s once into %s; later starts skip this.", gguf.name, folder)
+    # Renamed at the end: a folder under its final name is complete, whatever happens to this process.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
+        unfinished = Path(temporary) / "model"
+        _dequantised(gguf).save_pretrained(unfinished)
+        transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
+        unfinished.rename(folder)
+
+
+def _dequantised(gguf: Path) -> transformers.PreTrainedModel:
+    """The float32 model of a GGUF file, as an ordinary model that can be saved."""
+    options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+    except ImportError as error:
+        raise ConfigError(
+            f"Expected the package gguf to read {gguf}, found none. Run: pip install 'hsplit_flwr[e2e]'."
+        ) from error
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"Expected a GGUF file of a causal language model that transformers supports, found {gguf}. "
+            f"Use a safetensors checkpoint of the model. ({error})"
+        ) from error
+    config = copy.deepcopy(loaded.config)
+    vars(config).pop("quantization_config", None)
+    with parameters_on_meta():
+        plain: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = loaded.generation_config
+    return plain

@@ -1,0 +1,254 @@
+"""Cut a causal language model into segments: a head for a client, a tail for the server.
+
+A segment holds blocks [start, stop) of the model's own class, with the embeddings when ``start == 0`` and
+with the final norm and LM head when ``stop == L``. It runs the model's own ``forward``, so masks, positions
+and rotary embeddings are computed as in the whole model: the first block receives the smashed activations
+instead of whatever reached it, and the pass ends with the last block held. Every architecture goes through
+the same code. The cut into a client-side and a server-side model is that of split learning (arXiv:2505.02795).
+
+Shape suffixes: B batch, T tokens, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Container, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.models.block_layout import BlockLayout, block_of, build_skeleton, find_layout
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.views import (
+    Absent,
+    CheckpointedBlock,
+    EntryBlock,
+    ExitBlock,
+    LastBlockDone,
+    graft,
+    set_view_config,
+)
+
+__all__ = ["Segment", "block_of", "load_segment", "segment_from_model"]
+
+
+class Segment(nn.Module):
+    """Blocks [start, stop) of a causal language model, frozen.
+
+    ``model`` has the model's own class and *local* names: its block 0 is block ``start`` of the whole model.
+    A forward pass changes nothing in it, so several threads may call one segment at once.
+    """
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, layout: BlockLayout, start: int, stop: int) -> None:
+        super().__init__()
+        self.model = model
+        self.start = start
+        self.stop = stop
+        self.num_blocks = layout.num_blocks
+        self.gradient_checkpointing = False
+        """compute each block's activations again in the backward pass instead of keeping them"""
+        self._layout = layout
+        self._linear_names = [
+            self.global_name(name)
+            for name, module in model.named_modules()
+            if name.startswith(f"{layout.blocks}.") and isinstance(module, nn.Linear | Conv1D)
+        ]
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The config of the whole model."""
+        return self.model.config
+
+    @property
+    def hidden_size(self) -> int:
+        """H"""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """V"""
+        return int(self.config.get_text_config().vocab_size)
+
+    def forward(self, inputs: Tensor, attention_mask: Tensor, *, entry: int | None = None) -> Tensor:
+        """Runs the blocks from `entry` on.
+
+        Args:
+            inputs: `input_ids` (B, T) if the segment starts with the embeddings and `entry` is None,
+                otherwise the smashed activations (B, T, H) that enter before block `entry`, in the segment's
+                dtype.
+            attention_mask: (B, T), 1 for tokens and 0 for padding.
+            entry: a block of the segment; its first one by default.
+
+        Returns:
+            The hidden states (B, T, H) after block ``stop - 1``, or the logits (B, T, V) if the segment has
+            the LM head.
+
+        Raises:
+            ConfigError: `entry` outside the segment, or `inputs` of the wrong shape for it.
+        """
+        embed = self.start == 0 and entry is None
+        first = self.start if entry is None else entry
+        self._check(inputs, first, embed)
+        view = self._view(first, None if embed else inputs)
+        # Entering later, the prelude is stubbed: what it gets serves only for its shape, dtype and device.
+        tokens = {"input_ids": inputs} if embed else {"inputs_embeds": inputs.detach()}
+        try:
+            outputs = view(**tokens, attention_mask=attention_mask, use_cache=False)
+        except LastBlockDone as done:
+            return done.hidden_BTH
+        logits_BTV: Tensor = outputs.logits
+        return logits_BTV
+
+    def _check(self, inputs: Tensor, first: int, embed: bool) -> None:
+        if not self.start <= first < self.stop:
+            raise ConfigError(
+                f"Expected an entry in this segment's blocks {self.start}..{self.stop - 1}, "
+                f"found {first}. Load a segment that holds that block."
+            )
+        if embed and (inputs.ndim != 2 or inputs.is_floating_point()):
+            raise ConfigError(
+                f"Expected input_ids (B, T) of integers, found {tuple(inputs.shape)} {inputs.dtype}. "
+                "Pass entry=0 to let activations enter before block 0."
+            )
+        if not embed and (inputs.ndim != 3 or inputs.shape[-1] != self.hidden_size):
+            raise ConfigError(
+                f"Expected smashed activations (B, T, {self.hidden_size}) for block {first}, "
+                f"found {tuple(inputs.shape)}. Only a segment with the embeddings takes input_ids."
+            )
+
+    def _view(self, first: int, smashed_BTH: Tensor | None) -> nn.Module:
+        """The model with blocks first..stop-1 only, fed from `smashed_BTH` and ended after the last one."""
+        held = self.model.get_submodule(self._layout.blocks)
+        blocks: list[nn.Module] = list(held.children())[first - self.start :]
+        if self.gradient_checkpointing:
+            blocks = [CheckpointedBlock(block) for block in blocks]
+        replacements: dict[str, nn.Module] = {}
+        if smashed_BTH is not None:
+            blocks[0] = EntryBlock(blocks[0], smashed_BTH)
+            replacements |= {name: Absent() for name in self._layout.prelude}
+        if self.stop < self.num_blocks:
+            blocks[-1] = ExitBlock(blocks[-1])
+        view = graft(self.model, {**replacements, self._layout.blocks: nn.ModuleList(blocks)})
+        set_view_config(view, self._layout.blocks, first, self.stop)
+        return view
+
+    def linear_modules(self) -> dict[str, nn.Module]:
+        """Whole-model name -> linear layer (``nn.Linear`` or ``Conv1D``) of the blocks held, in their order.
+
+        The base layer, also after PEFT has put a LoRA layer in its place.
+        """
+        layers = {name: self.model.get_submodule(self.local_name(name)) for name in self._linear_names}
+        return {
+            name: layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+            for name, layer in layers.items()
+        }
+
+    def local_name(self, name: str) -> str:
+        """The name in ``self.model`` of what the whole model calls `name`.
+
+        Raises:
+            ConfigError: it lies in a block that this segment does not hold.
+        """
+        if name.startswith(f"{self._layout.blocks}."):
+            block = block_of(name)
+            if not self.start <= block < self.stop:
+                raise ConfigError(
+                    f"Expected a name in the blocks {self.start}..{self.stop - 1}, found {name!r}. "
+                    "Ask the segment that holds that block."
+                )
+        return _shift_block(name, self._layout.blocks, -self.start)
+
+    def global_name(self, name: str) -> str:
+        """The whole-model name of what ``self.model`` calls `name`."""
+        return _shift_block(name, self._layout.blocks, self.start)
+
+
+def _shift_block(name: str, blocks: str, by: int) -> str:
+    if not name.startswith(f"{blocks}."):
+        return name
+    index, dot, rest = name[len(blocks) + 1 :].partition(".")
+    return f"{blocks}.{int(index) + by}{dot}{rest}"
+
+
+def load_segment(
+    source: ModelFiles,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Segment:
+    """Blocks [start, stop) from disk; `stop` is L by default.
+
+    Only the segment's own tensors are read. On the CPU those already stored in `dtype` are mapped, not
+    copied: give a parameter a new tensor (``p.data = ...``) rather than write into it.
+
+    Raises:
+        ConfigError: blocks out of range.
+        UnsupportedModelError: the model cannot be cut, or a tensor is missing.
+    """
+    skeleton = source.skeleton(dtype)
+    names = source.stored_names
+    return _cut(skeleton, start, stop, names, lambda name: source.read(name, dtype).to(device), device)
+
+
+def segment_from_model(model: PreTrainedModel, start: int = 0, stop: int | None = None) -> Segment:
+    """Blocks [start, stop) of a model in memory. Shares its tensors; `model` itself stays as it is.
+
+    Raises:
+        ConfigError: blocks out of range.
+        UnsupportedModelError: the model cannot be cut.
+    """
+    weights = model.state_dict()
+    skeleton = build_skeleton(model.config, model.dtype)
+    return _cut(skeleton, start, stop, weights, weights.__getitem__, model.device)
+
+
+def _cut(
+    skeleton: PreTrainedModel,
+    start: int,
+    stop: int | None,
+    stored: Container[str],
+    read: Callable[[str], Tensor],
+    device: torch.device | str,
+) -> Segment:
+    layout = find_layout(skeleton)
+    stop = layout.num_blocks if stop is None else stop
+    if not 0 <= start < stop <= layout.num_blocks:
+        raise ConfigError(
+            f"Expected blocks 0 <= start < stop <= {layout.num_blocks}, found start={start}, stop={stop}. "
+            f"A split point of this model lies in 1..{layout.num_blocks - 1}."
+        )
+    kept = list(skeleton.get_submodule(layout.blocks).children())[start:stop]
+    skeleton.set_submodule(layout.blocks, nn.ModuleList(kept))
+    if start > 0:
+        _drop(skeleton, layout.prelude)
+    if stop < layout.num_blocks:
+        _drop(skeleton, layout.postlude)
+    segment = Segment(skeleton, layout, start, stop)
+    _fill(segment, stored, read)
+    return segment.to(device).eval()
+
+
+def _drop(model: nn.Module, names: frozenset[str]) -> None:
+    for name in names:
+        model.set_submodule(name, Absent())
+
+
+def _fill(segment: Segment, stored: Container[str], read: Callable[[str], Tensor]) -> None:
+    """Gives every parameter of the segment, and every stored buffer, the tensor of its whole-model name."""
+    ties: Mapping[str, str] = segment.model.all_tied_weights_keys
+    parameters: dict[str, nn.Parameter] = {}
+    for prefix, module in segment.model.named_modules():
+        for leaf, _ in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            name = segment.global_name(f"{prefix}.{leaf}".lstrip("."))
+            source = ties.get(name, name)
+            if source not in parameters:
+                parameters[source] = nn.Parameter(read(source), requires_grad=False)
+            module._parameters[leaf] = parameters[source]
+        for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
+            name = segment.global_name(f"{prefix}.{leaf}".lstrip("."))
+            if name in stored:
+                module._buffers[leaf] = read(name)

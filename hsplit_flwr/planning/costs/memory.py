@@ -1,0 +1,168 @@
+"""Bytes that a head needs to train, from the trace of one step.
+
+What a head's process grows by is what it holds throughout (weights, adapters, their gradients and AdamW's two moments),
+what autograd keeps of the forward pass, and the workspace: the largest of
+
+* the forward pass: temporaries of one block; the last step's activations and gradient still stand
+* the exchange: the activations' frame on its way out, the gradient's on its way in
+* the backward pass: temporaries of one block, one tile of the importance measurement, the activations sent
+
+and on top what the process needs beside its tensors. That part is measured, not derived (`HEAP_SPREAD`,
+`PACKING_BYTES`, `PROCESS_BYTES`; simulations/benchmarks/cost_model.py measures it again): glibc cannot reuse every hole
+that a freed tensor leaves, see `host_memory`. It describes a client on Linux with two compute threads that was started
+with ``GLIBC_TUNABLES`` set to `host_memory.CLIENT_TUNABLES`; with other settings of the allocator it is less
+(``glibc.malloc.mmap_threshold=131072``, at the price of page faults) or more.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsplit_flwr.exchange.frames import DTYPES
+from hsplit_flwr.planning.costs.shapes import Matrix, WeightBytes, blocks_of
+from hsplit_flwr.planning.costs.step_trace import StepTrace
+from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.training.importance import TILE_BYTES
+from hsplit_flwr.training.workload import Workload
+
+FRAME_COPIES = 4
+"""of a frame on its way: safetensors' buffer, the frame itself, what gRPC holds on either side of its own copy"""
+TOKEN_BYTES = 3 * 8
+"""input_ids, mask, labels: int64"""
+HEAP_SPREAD = 0.65
+HEAP_GROWTH = {False: 0.6, True: 0.4}
+"""without and with gradient checkpointing, which leaves less between the holes. Holes of the heap that no tensor fits =
+spread * what one block's two passes have alive at once * blocks of the head ^ growth"""
+THREADS = 2
+PACKING_BYTES = 5 << 18
+"""the most that MKL keeps per thread for packed panels of the matrices it multiplies"""
+PROCESS_BYTES = 1 << 20
+"""all else: Python's and gRPC's objects"""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of a step."""
+
+    weights: int
+    """frozen, in the workload's dtype; a whole model's for the tail"""
+    adapters: int
+    """A and B, float32"""
+    gradients: int
+    optimiser: int
+    """AdamW's two moments"""
+    activations: int
+    """kept for the backward pass"""
+    workspace: int
+    """alive for a moment: temporaries, frames on their way, holes in the heap"""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        held = self.weights + self.adapters + self.gradients + self.optimiser
+        return held + self.activations + self.workspace
+
+
+class HeadMemory:
+    """Bytes of the heads of one model.
+
+    Args:
+        trace: of a step.
+        weights: bytes of the model's parts.
+        matrices: of all blocks, in the order of the model.
+        workload: what is trained on.
+        hidden_size: H.
+    """
+
+    def __init__(
+        self,
+        trace: StepTrace,
+        weights: WeightBytes,
+        matrices: Sequence[Matrix],
+        workload: Workload,
+        hidden_size: int,
+    ) -> None:
+        self._weights = weights
+        self._matrices = matrices
+        self._again = workload.gradient_checkpointing
+        self._tokens = workload.batch_size * workload.sequence_length
+        itemsize = DTYPES[workload.dtype].itemsize
+        self._hidden_bytes = self._tokens * hidden_size * itemsize
+        self._frame_bytes = self._tokens * hidden_size * DTYPES[workload.activation_dtype].itemsize
+        per_block = np.zeros((2, len(trace.blocks)), np.int64)
+        for matrix in matrices:
+            per_block[:, matrix.block] += 4 * self._tokens, matrix.d_in
+        of_rank_one, inputs = per_block
+        grown = np.array([block.grown for block in trace.blocks])
+        backward = np.array([block.backward_peak for block in trace.blocks])
+        if self._again:
+            backward = backward - of_rank_one
+        else:
+            grown = grown - of_rank_one
+        self._alive = trace.prelude.grown + np.concatenate([[0], np.cumsum(grown)])
+        """after the forward pass of a head of so many blocks, adapters of rank near 0"""
+        self._forward_peaks = self._alive[:-1] + [block.forward_peak for block in trace.blocks]
+        self._backward_peaks = self._alive[1:] + backward
+        self._heap_peaks = np.maximum.accumulate([block.heap_peak for block in trace.blocks])
+        self._tile = min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))
+        self._packing = min(PACKING_BYTES, 8 * self._tokens * max(max(m.d_in, m.d_out) for m in matrices))
+        rows = min(TrainingConfig.importance_rows or workload.batch_size, workload.batch_size)
+        sample = rows * workload.sequence_length * itemsize
+        self._sampled_inputs = sample * np.cumsum(inputs) * self._again
+        """what importance keeps of the matrices' inputs where a block does not keep them"""
+        self._spared = [
+            (block, max(0, nbytes - sample * sum(m.d_in for m in members)), tuple(m.name for m in members))
+            for block, block_matrices in enumerate(blocks_of(matrices, len(trace.blocks)))
+            for nbytes, marks in trace.blocks[block].adapter_inputs
+            if (members := [m for position, m in enumerate(block_matrices) if marks & 2 << position])
+        ]
+        """(block, bytes, matrices): not kept if none of the matrices has an adapter, a sample for importance apart"""
+
+    @property
+    def rank_bytes(self) -> Floats:
+        """Per matrix: bytes of one unit of rank. A and B four times over, and A's output for the backward pass."""
+        return np.array([16 * matrix.sides + 4 * self._tokens for matrix in self._matrices], np.float64)
+
+    def base(self, cut: int) -> int:
+        """Blocks 0..cut-1 with adapters everywhere, of ranks near 0."""
+        return self.estimate(cut, {}).total_bytes + self._not_kept(cut, {})
+
+    def estimate(self, cut: int, ranks: Mapping[str, int]) -> MemoryEstimate:
+        """Blocks 0..cut-1."""
+        parameters = 0
+        of_ranks = [0] * cut
+        for matrix in self._matrices:
+            if matrix.block < cut and (rank := ranks.get(matrix.name, 0)):
+                parameters += rank * matrix.sides
+                of_ranks[matrix.block] += 4 * self._tokens * rank
+        kept, transient = (0, max(of_ranks)) if self._again else (sum(of_ranks), 0)
+        # Without a block's activations, importance keeps its sampled inputs: in a round's first step, before AdamW's
+        # moments are there.
+        sampled = max(0, int(self._sampled_inputs[cut - 1]) - 8 * parameters)
+        return MemoryEstimate(
+            weights=self._weights.prelude + sum(self._weights.blocks[:cut]),
+            adapters=4 * parameters,
+            gradients=4 * parameters,
+            optimiser=8 * parameters,
+            activations=int(self._alive[cut]) + kept - self._not_kept(cut, ranks),
+            workspace=self._workspace(cut) + transient + sampled,
+        )
+
+    def _not_kept(self, cut: int, ranks: Mapping[str, int]) -> int:
+        return sum(
+            nbytes
+            for block, nbytes, names in self._spared
+            if block < cut and not any(ranks.get(name, 0) for name in names)
+        )
+
+    def _workspace(self, cut: int) -> int:
+        forward = self._forward_peaks[:cut].max() + 2 * self._hidden_bytes
+        exchange = self._alive[cut] + self._hidden_bytes + FRAME_COPIES * self._frame_bytes
+        backward = self._backward_peaks[:cut].max() + self._hidden_bytes + self._tile
+        temporaries = max(forward, exchange, backward) - self._alive[cut] + self._tokens * TOKEN_BYTES
+        holes = HEAP_SPREAD * self._heap_peaks[cut - 1] * cut ** HEAP_GROWTH[self._again]
+        return int(temporaries + holes) + THREADS * self._packing + PROCESS_BYTES

@@ -1,0 +1,149 @@
+"""What a plan costs, from a model's config alone: bytes held, FLOPs per step, bytes on the wire.
+
+`ModelCosts` runs one step on fake tensors (`step_trace`) and adds up its parts (`memory`, `flops`, `wire_bytes`).
+Beside what a given plan costs it has the coefficients of a linear form, ``base(cut) + sum of rank * per_rank``, for
+planners: exact where every matrix of the head has an adapter, an upper bound where some have rank 0.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange import frame_bytes
+from hsplit_flwr.exchange.frames import DTYPES
+from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton, find_layout
+from hsplit_flwr.planning.costs.flops import FlopModel
+from hsplit_flwr.planning.costs.memory import HeadMemory, MemoryEstimate
+from hsplit_flwr.planning.costs.shapes import Matrix, matrices_of, weight_bytes
+from hsplit_flwr.planning.costs.step_trace import trace_step
+from hsplit_flwr.planning.costs.tail_memory import TailMemory
+from hsplit_flwr.training.workload import Workload
+
+__all__ = ["Matrix", "MemoryEstimate", "ModelCosts", "Workload"]
+
+Floats = NDArray[np.float64]
+
+
+class ModelCosts:
+    """The costs of heads and tails of one model. Nothing of the model but its config is needed.
+
+    Ranks are given by whole-model module name; a name that is missing has rank 0.
+
+    Args:
+        config: of a decoder-only causal language model.
+        workload: the batches, and how they are trained on.
+
+    Raises:
+        UnsupportedModelError: the model cannot be cut, or its costs depend on its data (mixtures of experts).
+    """
+
+    def __init__(self, config: PretrainedConfig, workload: Workload) -> None:
+        self.workload = workload
+        self.hidden_size = int(config.get_text_config().hidden_size)
+        skeleton, layout = self._skeleton(config)
+        self.num_blocks = layout.num_blocks
+        self.matrices: tuple[Matrix, ...] = matrices_of(skeleton, layout)
+        """every linear layer of the blocks, in the order of the model"""
+        self._by_name = {matrix.name: matrix for matrix in self.matrices}
+        weights = weight_bytes(skeleton, layout)
+        plain = replace(workload, gradient_checkpointing=False)
+        trace = trace_step(skeleton, layout, plain)
+        head_trace = trace if plain == workload else trace_step(*self._skeleton(config), workload)
+        tokens = workload.batch_size * workload.sequence_length
+        self._head_memory = HeadMemory(head_trace, weights, self.matrices, workload, self.hidden_size)
+        self._tail_memory = TailMemory(trace, weights.whole, self.matrices, workload, self.hidden_size)
+        self._flops = FlopModel(trace, self.matrices, tokens, workload.gradient_checkpointing)
+        self.step_bytes_up = frame_bytes.step_bytes_up(workload, self.hidden_size)
+        """one frame of activations, mask and labels"""
+        self.step_bytes_down = frame_bytes.step_bytes_down(workload, self.hidden_size)
+        """one frame of the activations' gradient"""
+        self.hello_bytes = frame_bytes.hello_bytes()
+        """what a client sends at the start of a round"""
+
+    def _skeleton(self, config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
+        skeleton = build_skeleton(config, DTYPES[self.workload.dtype])
+        return skeleton, find_layout(skeleton)
+
+    def head_memory(self, cut: int, ranks: Mapping[str, int]) -> MemoryEstimate:
+        """Peak of a client that trains blocks 0..cut-1, above its idle process with all libraries imported."""
+        self._check(cut, ranks)
+        return self._head_memory.estimate(cut, ranks)
+
+    def head_flops(self, cut: int, ranks: Mapping[str, int]) -> float:
+        """FLOPs of one step of a head, forward and backward."""
+        self._check(cut, ranks)
+        return self._flops.head(cut, ranks)
+
+    def tail_memory(self, cuts: Sequence[int], ranks: Mapping[str, int]) -> MemoryEstimate:
+        """Peak of the server in a step of clients with these cuts; it holds the whole model."""
+        for cut in cuts:
+            self._check(cut, ranks)
+        return self._tail_memory.estimate(cuts, ranks)
+
+    def tail_flops(self, cut: int, ranks: Mapping[str, int]) -> float:
+        """FLOPs of the tail for one client's batch that enters before block `cut`."""
+        self._check(cut, ranks)
+        return self._flops.tail(cut, ranks)
+
+    def update_bytes(self, cut: int, ranks: Mapping[str, int]) -> int:
+        """The arrays that a client returns at the end of a round: A, B and the importance of its matrices."""
+        self._check(cut, ranks)
+        held = [matrix for matrix in self.matrices if matrix.block < cut]
+        factors = [
+            shape
+            for matrix in held
+            if (rank := ranks.get(matrix.name, 0))
+            for shape in ((rank, matrix.d_in), (matrix.d_out, rank))
+        ]
+        return frame_bytes.array_bytes([*factors, (len(held),)])
+
+    def head_base_bytes(self, cut: int) -> int:
+        """Memory of a head with adapters everywhere, of ranks near 0."""
+        self._check(cut, {})
+        return self._head_memory.base(cut)
+
+    @property
+    def rank_bytes(self) -> Floats:
+        """Per matrix of `matrices`: a head's memory for one unit of rank."""
+        return self._head_memory.rank_bytes
+
+    def head_base_flops(self, cut: int) -> float:
+        """FLOPs of a head's step with adapters everywhere, of ranks near 0."""
+        self._check(cut, {})
+        return self._flops.head(cut, None)
+
+    @property
+    def rank_flops(self) -> Floats:
+        """Per matrix of `matrices`: FLOPs of one unit of rank in a head's step."""
+        return self._flops.per_rank(in_head=True)
+
+    def tail_base_bytes(self, cuts: Sequence[int]) -> int:
+        """Memory of the server at ranks near 0."""
+        return self.tail_memory(cuts, {}).total_bytes
+
+    def tail_rank_bytes(self, cuts: Sequence[int]) -> Floats:
+        """Per matrix of `matrices`: the server's memory for one unit of rank, in a step of clients with these cuts."""
+        return self._tail_memory.rank_bytes(cuts)
+
+    def tail_base_flops(self, cut: int) -> float:
+        """FLOPs of the tail for one client's batch at ranks near 0."""
+        return self.tail_flops(cut, {})
+
+    @property
+    def tail_rank_flops(self) -> Floats:
+        """Per matrix of `matrices`: FLOPs of one unit of rank in the tail, for one client's batch."""
+        return self._flops.per_rank(in_head=False)
+
+    def _check(self, cut: int, ranks: Mapping[str, int]) -> None:
+        if not 1 <= cut < self.num_blocks:
+            raise ConfigError(
+                f"Expected a cut in 1..{self.num_blocks - 1}, found {cut}. Each side of a cut holds a block."
+            )
+        if unknown := sorted(ranks.keys() - self._by_name.keys()):
+            raise ConfigError(
+                f"Expected ranks by whole-model module names such as {self.matrices[0].name!r}, found {unknown[:3]}."
+            )

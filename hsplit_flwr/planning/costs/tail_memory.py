@@ -1,0 +1,76 @@
+"""Bytes that the server needs to train the tail, from the trace of one step.
+
+The server holds the whole model. The clients of one step that share a cut run as one batch, one such group after
+another, so activations and workspace are those of the largest group; every client of the step has its activations,
+its gradient and their frames there at once. Tensors alone: the holes in the server's heap are not in it.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hsplit_flwr.exchange.frames import DTYPES
+from hsplit_flwr.planning.costs.memory import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate
+from hsplit_flwr.planning.costs.shapes import Matrix
+from hsplit_flwr.planning.costs.step_trace import StepTrace
+from hsplit_flwr.training.importance import TILE_BYTES
+from hsplit_flwr.training.workload import Workload
+
+Floats = NDArray[np.float64]
+
+
+class TailMemory:
+    """Bytes of the tails of one model.
+
+    Args:
+        trace: of a step without gradient checkpointing.
+        weights: bytes of the whole model.
+        matrices: of all blocks, in the order of the model.
+        workload: of one client.
+        hidden_size: H.
+    """
+
+    def __init__(
+        self, trace: StepTrace, weights: int, matrices: Sequence[Matrix], workload: Workload, hidden_size: int
+    ) -> None:
+        self._weights = weights
+        self._matrices = matrices
+        self._tokens = workload.batch_size * workload.sequence_length
+        self._hidden_bytes = self._tokens * hidden_size * DTYPES[workload.dtype].itemsize
+        frame_bytes = self._tokens * hidden_size * DTYPES[workload.activation_dtype].itemsize
+        self._queued = 2 * self._hidden_bytes + FRAME_COPIES * frame_bytes + self._tokens * TOKEN_BYTES
+        grown = np.array([block.grown for block in trace.blocks], np.int64)
+        np.subtract.at(grown, [matrix.block for matrix in matrices], 4 * self._tokens)
+        self._kept = np.concatenate([np.cumsum(grown[::-1])[::-1], [0]])
+        """by blocks cut..L-1, for every cut; adapters of rank near 0"""
+        end, last = trace.postlude, trace.blocks[-1]
+        self._above = max(end.forward_peak, end.grown + end.backward_peak, last.backward_peak, 0)
+        self._tile = min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))
+
+    def estimate(self, cuts: Sequence[int], ranks: Mapping[str, int]) -> MemoryEstimate:
+        """With adapters of these ranks, in one step of clients with these cuts."""
+        parameters = sum(ranks.get(matrix.name, 0) * matrix.sides for matrix in self._matrices)
+        kept = [
+            clients * (int(self._kept[cut]) + self._hidden_bytes + self._of_ranks(cut, ranks))
+            for cut, clients in Counter(cuts).items()
+        ]
+        largest = max(Counter(cuts).values(), default=0)
+        return MemoryEstimate(
+            weights=self._weights,
+            adapters=4 * parameters,
+            gradients=4 * parameters,
+            optimiser=8 * parameters,
+            activations=max(kept, default=0),
+            workspace=largest * self._above + len(cuts) * self._queued + self._tile,
+        )
+
+    def rank_bytes(self, cuts: Sequence[int]) -> Floats:
+        """Per matrix: bytes of one unit of rank in a step of these clients; an upper bound where cuts differ."""
+        largest = max(Counter(cuts).values(), default=0)
+        return np.array([16 * matrix.sides + 4 * self._tokens * largest for matrix in self._matrices], np.float64)
+
+    def _of_ranks(self, cut: int, ranks: Mapping[str, int]) -> int:
+        """What the adapters of blocks cut..L-1 keep for the backward pass."""
+        return 4 * self._tokens * sum(ranks.get(matrix.name, 0) for matrix in self._matrices if matrix.block >= cut)

@@ -1,0 +1,1 @@
+"""Numbers in, cuts and ranks out: the planning problem and its solvers."""

@@ -1,0 +1,28 @@
+"""How long a round should take, where nobody says: as long as the slowest client needs for its shallowest head.
+
+The tail trains every block that a head does not hold, so a deeper head makes a round longer, not better: it is worth
+its time only to devices that would wait for the slowest one anyway. Measured in simulations/README.md.
+"""
+
+import math
+
+import numpy as np
+
+from hsplit_flwr.planning.solver.problem import Problem, Solution, own_seconds
+
+
+def balanced_deadline(problem: Problem) -> float:
+    """Seconds of a round in which every client that has the memory holds one block, at the largest ranks.
+
+    So nobody is left out for lack of time who has the memory. Without a deadline (inf) where nobody has the memory, or
+    the server has none for so many blocks at once.
+    """
+    holders = problem.restricted(np.flatnonzero(problem.memory >= problem.head_bytes[0]))
+    clients = holders.num_clients
+    blocks = clients * holders.num_cuts
+    if not clients or holders.server_bytes(blocks, clients) > holders.server_memory:
+        return math.inf
+    levels = np.where(holders.block < 1, len(holders.ranks), 0).astype(np.int8)
+    shallowest = Solution(np.ones(clients, int), np.tile(levels, (clients, 1)))
+    seconds = own_seconds(holders, shallowest)[0].max() + holders.local_steps * holders.server_step_s(blocks, clients)
+    return float(seconds)

@@ -1,0 +1,1 @@
+"""What a run measured, as records, tables, pictures and findings."""

@@ -1,0 +1,157 @@
+"""What a run shows: its records as plain-text or Markdown tables."""
+
+from collections.abc import Iterable, Sequence
+
+from hsplit_flwr.common.progress import format_duration
+from hsplit_flwr.reports.health.records import Finding
+from hsplit_flwr.reports.records import CLIENT_PHASES, ROUND_PHASES, ClientRecord, RoundRecord, RunSummary, client_order
+
+MISSING = "-"
+Row = list[str]
+
+
+def round_table(records: Sequence[RoundRecord], *, markdown: bool = False) -> str:
+    """A row per round: perplexities, training loss, tokens, incidents (failed or late clients), seconds by phase."""
+    header = ["round", "ppl central", "ppl federated", "train loss", "tokens", "incidents"]
+    rows = [
+        [
+            str(record.round),
+            format_number(record.central_perplexity),
+            format_number(record.federated_perplexity),
+            format_number(record.train_loss),
+            f"{record.tokens:,}",
+            str(len(record.failures)),
+            *(format_seconds(record.seconds.get(phase)) for phase in ROUND_PHASES),
+        ]
+        for record in records
+    ]
+    return format_table([*header, *(f"{phase} s" for phase in ROUND_PHASES)], rows, markdown)
+
+
+def client_table(records: Sequence[RoundRecord], *, markdown: bool = False) -> str:
+    """A row per client, summed over `records`: its cuts and ranks, tokens, bytes and seconds by phase.
+
+    Cut and ranks list each value once, in the order of the rounds; the loss is that of its last round.
+    """
+    by_client: dict[str, list[ClientRecord]] = {}
+    for record in records:
+        for client in record.clients:
+            by_client.setdefault(client.client_id, []).append(client)
+    header = ["client", "cut", "rank", "rounds", "steps", "tokens", "loss", "up", "down"]
+    rows = []
+    for client_id in sorted(by_client, key=client_order):
+        parts = by_client[client_id]
+        losses = [part.loss for part in parts if part.loss is not None]
+        seconds = [[p.seconds[phase] for p in parts if phase in p.seconds] for phase in CLIENT_PHASES]
+        rows.append(
+            [
+                client_id,
+                _each_once(str(part.cut) for part in parts),
+                _each_once(part.ranks for part in parts),
+                str(len(parts)),
+                str(sum(part.steps for part in parts)),
+                f"{sum(part.tokens for part in parts):,}",
+                format_number(losses[-1] if losses else None),
+                format_bytes(sum(part.bytes_up for part in parts)),
+                format_bytes(sum(part.bytes_down for part in parts)),
+                *(format_seconds(sum(values) if values else None) for values in seconds),
+            ]
+        )
+    return format_table([*header, *(f"{phase} s" for phase in CLIENT_PHASES)], rows, markdown)
+
+
+def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
+    """What the run reached and cost, and what it takes to repeat it, as names and values."""
+    clients = [client for record in summary.history for client in record.clients]
+    initial, final = summary.initial_perplexity, summary.final_perplexity
+    rows = [
+        ["perplexity", f"{format_number(initial)} -> {format_number(final)}"],
+        ["rounds", str(len(summary.history))],
+        ["clients", str(len({client.client_id for client in clients}))],
+        ["tokens trained", f"{sum(client.tokens for client in clients):,}"],
+        ["bytes up", format_bytes(sum(client.bytes_up for client in clients))],
+        ["bytes down", format_bytes(sum(client.bytes_down for client in clients))],
+        ["incidents", str(sum(len(record.failures) for record in summary.history))],
+        ["wall time", format_duration(summary.wall_seconds)],
+    ]
+    if summary.adapter is not None:
+        exactness = "exact" if summary.adapter["exact"] else "truncated"
+        error = f"relative error {summary.adapter['relative_error']:.2g}"
+        rows.append(["PEFT adapter", f"rank {summary.adapter['max_rank']}, {exactness} ({error})"])
+    rows += [
+        ["seed", str(summary.seed)],
+        ["commit", summary.commit or MISSING],
+        ["versions", ", ".join(f"{name} {version or MISSING}" for name, version in summary.versions.items())],
+    ]
+    return format_table(["result", "value"], rows, markdown, left_aligned=2)
+
+
+def run_report(summary: RunSummary, *, markdown: bool = False) -> str:
+    """The three tables of a run under headings, its health, and one line for each client that failed."""
+    failures = [f"round {record.round}: {text}" for record in summary.history for text in record.failures]
+    sections = {
+        "Rounds": round_table(summary.history, markdown=markdown),
+        "Clients": client_table(summary.history, markdown=markdown),
+        "Result": summary_table(summary, markdown=markdown),
+    }
+    if summary.health:
+        sections["Health"] = health_section(summary.health, markdown=markdown)
+    if failures:
+        sections["Failures"] = "\n".join(f"- {line}" if markdown else line for line in failures)
+    heading = "### {}\n\n{}" if markdown else "{}\n{}"
+    return "\n\n".join(heading.format(title, body) for title, body in sections.items())
+
+
+def health_section(findings: Sequence[Finding], *, markdown: bool = False) -> str:
+    """A row per failure sign; below, cause and remedy of each warning."""
+    rows = [[finding.sign, finding.status, finding.measured] for finding in findings]
+    table = format_table(["sign", "status", "measured"], rows, markdown, left_aligned=3)
+    warnings = [finding for finding in findings if finding.status == "warning"]
+    lines = [line for f in warnings for line in (f"- {f.sign}: {f.cause}.", f"  Remedy: {f.remedy}.")]
+    return "\n".join([table, "", *lines] if lines else [table])
+
+
+def format_bytes(count: int) -> str:
+    """Decimal units as for links: ``"999 B"``, ``"1.0 kB"``, ``"12.3 MB"``."""
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 999.95 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def format_number(value: float | None) -> str:
+    """A perplexity or loss to about four digits; ``"-"`` where there is none."""
+    if value is None:
+        return MISSING
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1e6 else f"{value:.3g}"
+
+
+def format_seconds(value: float | None) -> str:
+    """Seconds to a tenth, to a thousandth below one; ``"-"`` where the phase was not timed."""
+    if value is None:
+        return MISSING
+    return f"{value:.1f}" if value >= 0.9995 else f"{value:.3f}"
+
+
+def _each_once(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def format_table(header: Row, rows: Sequence[Row], markdown: bool, left_aligned: int = 0) -> str:
+    """Padded columns, the first `left_aligned` aligned to the left, the others (numbers) to the right."""
+    lines = [header, *rows]
+    if markdown:
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
+    padded = [
+        [
+            cell.ljust(width) if column < left_aligned else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        for line in lines
+    ]
+    if markdown:
+        rule = ["-" * w if c < left_aligned else "-" * (w - 1) + ":" for c, w in enumerate(widths)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
+    rule = ["-" * width for width in widths]
+    return "\n".join("  ".join(line).rstrip() for line in [padded[0], rule, *padded[1:]])

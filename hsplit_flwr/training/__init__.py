@@ -1,0 +1,1 @@
+"""One step of training, in a head and in the tail."""

@@ -1,0 +1,189 @@
+"""The settings: what they state for LLaMA-2-7B, how they scale, and that every client has something to hold."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from statistics import fmean
+
+import pytest
+from transformers import LlamaConfig, PretrainedConfig
+
+from hsplit_flwr.experiments.clock import ClientWork, play_round
+from hsplit_flwr.experiments.records import RunSpec
+from hsplit_flwr.experiments.settings import LLAMA_2_7B, SETTINGS, Setting, Size
+from hsplit_flwr.models.assets import tiny_checkpoint
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
+from hsplit_flwr.planning.planner import PlannerConfig, plan
+from hsplit_flwr.planning.round_plan import RoundPlan
+from tests.helpers.updates import largest_update
+
+SIZE_TOLERANCE = 0.01
+"""relative; memory depends a little on how the installed torch and transformers compute"""
+WHOLE_BYTES = 1e-6
+"""relative; memory is cut to whole bytes"""
+PLANNER_TOLERANCE = 0.01
+"""relative; the planner's bounds on adapters and tail are above the clock's round, never below"""
+IDS = ("0", "1", "2", "3", "4")
+each_setting = pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+
+
+def smollm2_config() -> PretrainedConfig:
+    """SmolLM2-135M's (https://huggingface.co/HuggingFaceTB/SmolLM2-135M, config.json)."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+
+
+@cache
+def costs_of(model: str, batch: int = RunSpec.batch_size, length: int = RunSpec.max_length) -> ModelCosts:
+    if model == "7b":
+        return ModelCosts(LlamaConfig(), Workload(4, 128, dtype="bf16", activation_dtype="bf16"))
+    tiny = ModelFiles.resolve(str(tiny_checkpoint())).config if model == "tiny" else None
+    return ModelCosts(tiny or smollm2_config(), Workload(batch, length, RunSpec.local_steps))
+
+
+def planned(costs: ModelCosts, devices: dict[str, Budget], server: Budget) -> RoundPlan:
+    importance = {matrix.name: 1.0 for matrix in costs.matrices}
+    return plan(costs, importance, devices, server, PlannerConfig(tail_worth=0.0, deadline_s=math.inf))
+
+
+def spread(setting: Setting, field: Callable[[Budget], float]) -> float:
+    values = [field(budget) for budget in setting.clients.values()]
+    assert values == sorted(values)
+    return values[-1] / values[0]
+
+
+def test_the_reference_is_llama_2_7b() -> None:
+    config = LlamaConfig()
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (32, 4096, 11008)
+    assert (config.vocab_size, config.num_attention_heads, config.num_key_value_heads) == (32000, 32, 32)
+    assert vars(Size.of(costs_of("7b"))) == pytest.approx(vars(LLAMA_2_7B), rel=SIZE_TOLERANCE)
+    # 2 FLOPs forward and 2 backward per weight of the blocks and the LM head and token, attention and adapters beside
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32000
+    assert 1.0 < LLAMA_2_7B.step_flops / (4 * weights * 4 * 128) < 1.05
+    assert 4 * 128 * 4096 * 2 < LLAMA_2_7B.step_bytes_up < 1.01 * 4 * 128 * 4096 * 2
+
+
+def test_the_settings_of_the_issue() -> None:
+    assert list(SETTINGS) == ["homogeneous", "heterogeneous", "highly_heterogeneous"]
+    alike, unequal, extreme = SETTINGS.values()
+    assert len(set(alike.clients.values())) == 1
+    for setting, compute, link in ((alike, 1, 1), (unequal, 4, 1), (extreme, 16, 16)):
+        assert tuple(setting.clients) == tuple(setting.ranks) == IDS
+        assert spread(setting, lambda budget: budget.flops_per_s) == pytest.approx(compute)
+        assert spread(setting, lambda budget: budget.uplink_bytes_per_s) == pytest.approx(link)
+        assert spread(setting, lambda budget: budget.downlink_bytes_per_s) == pytest.approx(link)
+        assert setting.clients["2"] == alike.clients["2"]
+    for setting in (unequal, extreme):
+        assert [budget.memory_bytes / 1e9 for budget in setting.clients.values()] == [5, 8, 12, 16, 20]
+        assert tuple(setting.ranks.values()) == (2, 4, 8, 12, 16)
+    assert set(alike.ranks.values()) == {8}
+    assert [setting.away for setting in (alike, unequal, extreme)] == [0, 0, 0.3]
+
+
+@each_setting
+def test_llama_2_7b_gets_what_is_stated(setting: Setting) -> None:
+    for client, device in setting.devices(costs_of("7b")).items():
+        assert vars(device) == pytest.approx(vars(setting.clients[client]), rel=SIZE_TOLERANCE)
+
+
+@each_setting
+@pytest.mark.parametrize("model", ["tiny", "smollm2"])
+def test_seconds_and_shares_are_those_of_llama_2_7b(setting: Setting, model: str) -> None:
+    costs = costs_of(model)
+    deepest, ranks = costs.num_blocks - 1, {matrix.name: 16 for matrix in costs.matrices}
+    step_flops = costs.head_flops(deepest, ranks) + costs.tail_flops(deepest, ranks)
+    devices = {**setting.devices(costs), "server": setting.server(costs)}
+    stated = {**setting.clients, "server": setting.server(costs_of("7b"))}
+    for who, device in devices.items():
+        share = costs.head_memory(deepest, ranks).total_bytes / device.memory_bytes
+        assert share == pytest.approx(LLAMA_2_7B.head_bytes / stated[who].memory_bytes, rel=SIZE_TOLERANCE)
+        seconds = step_flops / device.flops_per_s
+        assert seconds == pytest.approx(LLAMA_2_7B.step_flops / stated[who].flops_per_s, rel=SIZE_TOLERANCE)
+        sending = costs.step_bytes_up / device.uplink_bytes_per_s
+        assert sending == pytest.approx(LLAMA_2_7B.step_bytes_up / stated[who].uplink_bytes_per_s, rel=SIZE_TOLERANCE)
+        assert device.latency_s == stated[who].latency_s
+
+
+@each_setting
+@pytest.mark.parametrize("model", ["7b", "tiny", "smollm2"])
+def test_every_client_can_hold_a_head(setting: Setting, model: str) -> None:
+    costs = costs_of(model)
+    found = planned(costs, setting.devices(costs), setting.server(costs))
+    assert not found.left_out
+    cuts = [found.clients[client].cut for client in IDS]
+    ranks = [fmean(found.clients[client].ranks.values()) for client in IDS]
+    assert min(ranks) > 8
+    if len(set(setting.clients.values())) == 1:
+        assert costs.num_blocks / 2 <= min(cuts) == max(cuts) < costs.num_blocks - 1
+    else:
+        assert cuts == sorted(set(cuts))  # five different cuts, deeper with the device
+        assert cuts[0] <= costs.num_blocks / 4
+        assert cuts[-1] == costs.num_blocks - 1
+
+
+@pytest.mark.parametrize(("batch", "length"), [(4, 48), (16, 128)])
+@pytest.mark.parametrize("model", ["tiny", "smollm2"])
+def test_other_batches_fit_too(model: str, batch: int, length: int) -> None:
+    costs = costs_of(model, batch, length)
+    setting = SETTINGS["heterogeneous"]
+    found = planned(costs, setting.devices(costs), setting.server(costs))
+    assert not found.left_out
+    # whatever the cuts are: with the shallowest ones the tail has the most to hold
+    tail = costs.tail_memory([1] * len(IDS), {matrix.name: 16 for matrix in costs.matrices})
+    assert tail.total_bytes < setting.server(costs).memory_bytes
+
+
+@pytest.mark.parametrize("client", IDS)
+def test_the_clock_and_the_planner_agree_on_one_client(client: str) -> None:
+    costs, setting = costs_of("tiny"), SETTINGS["highly_heterogeneous"]
+    device, server = setting.devices(costs)[client], setting.server(costs)
+    found = planned(costs, {client: device}, server)
+    head = found.clients[client]
+    work = ClientWork(
+        client,
+        steps=costs.workload.local_steps,
+        forward_flops=0.3 * costs.head_flops(head.cut, head.ranks),
+        backward_flops=0.7 * costs.head_flops(head.cut, head.ranks),
+        step_bytes_up=costs.step_bytes_up,
+        step_bytes_down=costs.step_bytes_down,
+        tail_flops=costs.tail_flops(head.cut, found.tail.ranks),
+        download_bytes=largest_update(costs, head.cut, 1, found.tail.ranks),
+        upload_bytes=costs.update_bytes(head.cut, head.ranks) + costs.hello_bytes,
+    )
+    played = play_round([work], {client: device}, server)
+    # the planner leaves the latency of download and upload out
+    seconds = played.duration_s - 2 * device.latency_s
+    assert seconds * (1 - 1e-9) <= head.round_s <= seconds * (1 + PLANNER_TOLERANCE)
+
+
+def test_who_is_there() -> None:
+    setting, rounds = SETTINGS["highly_heterogeneous"], range(1, 1001)
+    present = [setting.present(seed=3, round_number=number) for number in rounds]
+    assert present == [setting.present(3, number) for number in rounds]
+    assert present != [setting.present(4, number) for number in rounds]
+    assert all(there and list(there) == sorted(there) for there in present)
+    counts = Counter(client for there in present for client in there)
+    for client in IDS:  # 700 expected, standard deviation sqrt(1000 * 0.7 * 0.3) = 14.5
+        assert abs(counts[client] - 700) < 4 * 14.5
+    both = sum({"0", "1"} <= set(there) for there in present)
+    assert abs(both - 490) < 4 * 15.8  # independent of each other: 0.49, sqrt(1000 * 0.49 * 0.51) = 15.8
+
+
+def test_everybody_is_there_where_nobody_leaves_and_never_nobody() -> None:
+    for name in ("homogeneous", "heterogeneous"):
+        assert all(SETTINGS[name].present(0, number) == IDS for number in range(1, 20))
+    always_away = replace(SETTINGS["highly_heterogeneous"], away=1.0)
+    alone = [always_away.present(0, number) for number in range(1, 200)]
+    assert {len(there) for there in alone} == {1}
+    assert {there[0] for there in alone} == set(IDS)

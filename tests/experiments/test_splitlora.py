@@ -1,0 +1,162 @@
+"""SplitLoRA, done right and as released, against a training without a split that is written out here."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hsplit_flwr.experiments.methods import METHODS
+from hsplit_flwr.experiments.split_model import SplitTrainer
+from hsplit_flwr.experiments.task import Task
+from hsplit_flwr.lora.spec import LoraFactors, init_lora_A
+from hsplit_flwr.training.config import derive_seed
+from tests.helpers.references import (
+    ALGEBRA,
+    RATES,
+    RELATIVE,
+    SCALING,
+    SPEC,
+    Batch,
+    adamw,
+    client_batches,
+    fresh,
+    perplexity,
+    require_trained_alike,
+    token_shares,
+    tokens_of,
+    with_adapters,
+)
+
+CLIENTS = ("0", "1", "2", "3", "4")
+RANK = 8
+HEAD_SEED = derive_seed(0, "tail", 1)
+TAIL_SEED = derive_seed(0, "tail", 1)
+Values = dict[str, nn.Parameter]
+"""adapters by PEFT's parameter names"""
+
+
+class WithoutASplit:
+    """PEFT's whole model, called with each client's own head adapters and the one tail's; AdamW for each part."""
+
+    def __init__(self, task: Task, cut: int, joint: bool) -> None:
+        self.joint = joint
+        tail_names = {name: pair for name, pair in fresh(RANK, TAIL_SEED).items() if block(name) >= cut}
+        head_names = {name: pair for name, pair in fresh(RANK, HEAD_SEED).items() if block(name) < cut}
+        self.model, _ = with_adapters({**head_names, **tail_names})
+        adapters = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
+        self.tail: Values = {key: value for key, value in adapters.items() if block(module_of(key)) >= cut}
+        self.heads: dict[str, Values] = {
+            client: {
+                key: nn.Parameter(value.detach().clone()) for key, value in adapters.items() if key not in self.tail
+            }
+            for client in CLIENTS
+        }
+        self.average: dict[str, Tensor] = {}
+        self.task = task
+        self.optimisers = [adamw(part.values()) for part in (self.tail, *self.heads.values())]
+
+    def round(self, number: int, stale: bool) -> None:
+        """Local steps; then the heads go on from the mean of their adapters, or of what they were one step before."""
+        batches = {client: client_batches(self.task, client, number) for client in CLIENTS}
+        counted = {client: self._copy(client) for client in CLIENTS}
+        for step, rate in enumerate(RATES[number - 1]):
+            counted = {client: self._copy(client) for client in CLIENTS}
+            self._step({client: batches[client][step] for client in CLIENTS}, rate)
+        if not stale:
+            counted = {client: self._copy(client) for client in CLIENTS}
+        shares = dict.fromkeys(CLIENTS, 1 / 6) | {"0": 2 / 6} if stale else token_shares(self.task, CLIENTS, number)
+        for key in self.heads["0"]:
+            self.average[key] = torch.stack([shares[client] * counted[client][key] for client in CLIENTS]).sum(0)
+            for head in self.heads.values():
+                head[key].data.copy_(self.average[key])
+
+    def perplexity(self) -> float:
+        adapters: dict[str, Tensor] = {**self.heads["0"], **self.tail}
+        return perplexity(lambda **batch: functional_call(self.model, adapters, (), batch), self.task)
+
+    def _copy(self, client: str) -> dict[str, Tensor]:
+        return {key: value.detach().clone() for key, value in self.heads[client].items()}
+
+    def _step(self, batches: Mapping[str, Batch], rate: float) -> None:
+        """Each head on its own mean loss, the tail on that of one client after another, or on that of all tokens."""
+        total = tokens_of(batches.values())
+        self._zero_tail()
+        for optimiser, (client, batch) in zip(self.optimisers[1:], batches.items(), strict=True):
+            head = self.heads[client]
+            loss = functional_call(self.model, {**head, **self.tail}, (), dict(batch)).loss
+            gradients = torch.autograd.grad(loss, [*head.values(), *self.tail.values()])
+            for value, gradient in zip(head.values(), gradients[: len(head)], strict=True):
+                value.grad = gradient
+            for value, gradient in zip(self.tail.values(), gradients[len(head) :], strict=True):
+                assert value.grad is not None
+                value.grad += tokens_of([batch]) / total * gradient if self.joint else gradient
+            _take_step(optimiser, rate)
+            if not self.joint:
+                _take_step(self.optimisers[0], rate)
+                self._zero_tail()
+        if self.joint:
+            _take_step(self.optimisers[0], rate)
+
+    def _zero_tail(self) -> None:
+        for value in self.tail.values():
+            value.grad = torch.zeros_like(value)
+
+
+def _take_step(optimiser: torch.optim.AdamW, rate: float) -> None:
+    torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
+    optimiser.param_groups[0]["lr"] = rate
+    optimiser.step()
+
+
+def module_of(key: str) -> str:
+    return key.removeprefix("base_model.model.").split(".lora_")[0]
+
+
+def block(module: str) -> int:
+    return int(module.split(".")[2])
+
+
+def require_same_adapters(found: Mapping[str, LoraFactors], expected: Mapping[str, Tensor]) -> None:
+    assert found.keys() == {module_of(key) for key in expected}
+    for key, value in expected.items():
+        pair = found[module_of(key)]
+        tensor = pair.A if ".lora_A." in key else pair.B * (pair.scaling / SCALING)
+        require_trained_alike(key, tensor, value.detach())
+
+
+@pytest.mark.parametrize(
+    ("method", "stale", "joint", "rounds"),
+    [
+        ("splitlora", False, False, 2),
+        ("splitlora_joint", False, True, 2),
+        ("splitlora_as_released", True, False, 1),
+    ],
+)
+def test_heads_go_on_from_their_mean(method: str, stale: bool, joint: bool, rounds: int) -> None:
+    """So do the tail and all optimisers, from where they were."""
+    task = Task.of(SPEC)
+    trainer = SplitTrainer(task, METHODS[method])
+    reference = WithoutASplit(task, trainer._book.plan("0").cut, joint)
+    for number in range(1, rounds + 1):
+        trainer.round(number, CLIENTS)
+        reference.round(number, stale)
+        require_same_adapters(trainer._average, reference.average)
+        require_same_adapters(trainer._rounds.unmerged(), reference.tail)
+        assert trainer.score().perplexity == pytest.approx(reference.perplexity(), rel=RELATIVE)
+
+
+def test_as_released_loses_a_single_step() -> None:
+    """What is averaged is what the heads started with, though all have moved."""
+    trainer = SplitTrainer(Task.of(replace(SPEC, local_steps=1)), METHODS["splitlora_as_released"])
+    trainer.round(1, CLIENTS)
+    assert trainer._average
+    for name, pair in trainer._average.items():
+        trained = [head.adapters.factors()[name].B for head in trainer._heads.values()]
+        assert len(trained) == 5
+        assert all(B.any() for B in trained), name
+        assert not pair.B.any(), name
+        fresh_A = init_lora_A(RANK, pair.A.shape[1], derive_seed(HEAD_SEED, name))
+        assert float((pair.A - fresh_A).abs().max()) < ALGEBRA, name

@@ -1,0 +1,243 @@
+"""Flower's flat run config -> settings, and back to the command that repeats a run."""
+
+import shlex
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.common.config import parse_config_args
+
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.tail_service import ServiceConfig
+from hsplit_flwr.flower.apps import flwr_command
+from hsplit_flwr.flower.run_config import count_clients, get, hosted_clients, integers, read_settings
+from hsplit_flwr.flower.strategy import StrategyConfig
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.planning.replanning import ReplanConfig
+from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
+from hsplit_flwr.training.workload import Workload
+
+SIMULATIONS = Path(__file__).parents[2] / "simulations"
+APPS = ["quickstart", "e2e_nlg"]
+HERE = Path(__file__).parent
+EXPERIMENTS = sorted((SIMULATIONS / "e2e_nlg" / "experiments").glob("*.toml"))
+SMALLEST = {"cuts": "1,3", "ranks": "2,4"}
+
+
+def app_config(app: str) -> dict[str, Any]:
+    text = (SIMULATIONS / app / "pyproject.toml").read_text()
+    config: dict[str, Any] = tomllib.loads(text)["tool"]["flwr"]["app"]["config"]
+    return config
+
+
+# --- settings ---
+
+
+def test_what_is_absent_takes_the_defaults_of_the_dataclasses() -> None:
+    settings = read_settings(SMALLEST, HERE)
+    assert settings.training == TrainingConfig()
+    assert settings.strategy == StrategyConfig()
+    assert settings.service == ServiceConfig()
+    assert settings.limits == BarrierLimits()
+    assert settings.tail_lora == LoraSpec(PlannerConfig.tail_rank)
+    assert settings.plans == {"0": ClientPlan(1, LoraSpec(2, 16.0)), "1": ClientPlan(3, LoraSpec(4, 16.0))}
+    assert (settings.workload, settings.server_threads, settings.adapter_rank) == (
+        Workload(sequence_length=96),
+        0,
+        None,
+    )
+    assert settings.fleet is None
+
+
+def test_every_key_arrives() -> None:
+    settings = read_settings(
+        {
+            **SMALLEST,
+            "lora-alpha": 4.0,
+            "target-modules": "q_proj v_proj",
+            "tail-rank": 6,
+            "tail-worth": 0.5,
+            "aggregation": "svd",
+            "min-nodes": 3,
+            "fraction-clients": 0.5,
+            "federated-evaluation": False,
+            "round-limit-s": 90,
+            "tail-bind": "0.0.0.0:7000",
+            "tail-address": "tail.example.org",
+            "tail-certificate": "tls/chain.pem",
+            "tail-private-key": "tls/key.pem",
+            "max-frame-mib": 3,
+            "start-gate-s": 1,
+            "straggler-limit-s": 2.5,
+            "rounds": 7,
+            "local-steps": 8,
+            "learning-rate": 1,
+            "warmup-steps": 0,
+            "schedule": "cosine",
+            "weight-decay": 0.1,
+            "max-grad-norm": 0.0,
+            "activation-dtype": "bf16",
+            "seed": 9,
+            "dtype": "bf16",
+            "server-threads": 2,
+            "output-dir": "somewhere",
+            "adapter-rank": 16,
+            "batch-size": 3,
+            "max-length": 50,
+            "gradient-checkpointing": True,
+            "candidate-ranks": "1,3",
+            "deadline-s": 12,
+            "drift-threshold": 0.5,
+            "budget-tolerance": 0.3,
+            "importance-steps": 2,
+            "importance-rows": 0,
+            "joint-steps": True,
+            "tail-passes": 3,
+        },
+        HERE,
+    )
+    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0, True, 3)
+    assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", True)
+    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0)
+    assert settings.replan == ReplanConfig(0.5, 0.3)
+    assert settings.lora_alpha == 4.0
+    assert settings.plans
+    assert settings.plans["1"] == ClientPlan(3, LoraSpec(4, 4.0, ("q_proj", "v_proj")))
+    assert settings.tail_lora == LoraSpec(6, 4.0, ("q_proj", "v_proj"))
+    assert settings.strategy == StrategyConfig("svd", 3, 0.5, False, 90.0)
+    assert settings.service == ServiceConfig(
+        "0.0.0.0:7000",
+        "tail.example.org",
+        3 * 1024 * 1024,
+        certificate=Path("tls/chain.pem"),
+        private_key=Path("tls/key.pem"),
+    )
+    assert settings.limits == BarrierLimits(start_gate_s=1.0, straggler_limit_s=2.5)
+    assert (settings.server_threads, settings.adapter_rank) == (2, 16)
+    assert settings.output_dir == Path.cwd() / "somewhere"  # where Flower puts the app must not matter
+
+
+def test_a_tail_without_adapters() -> None:
+    tail = read_settings({**SMALLEST, "tail-rank": 0}, HERE).tail_lora
+    assert tail.targets(["h.1.q", "h.1.v"]) == []
+
+
+@pytest.mark.parametrize("app", APPS)
+def test_the_apps_configs_are_settings(app: str) -> None:
+    settings = read_settings(app_config(app), SIMULATIONS / app / app)
+    assert settings.plans is None
+    assert settings.fleet
+    assert settings.fleet.client_ids == ("0", "1", "2", "3", "4")
+    assert len({budget.memory_bytes for budget in settings.fleet.budgets(1).values()}) == 5
+
+
+def test_clients_are_counted_by_cuts_profiles_or_nodes() -> None:
+    folder = SIMULATIONS / "quickstart" / "quickstart"
+    assert count_clients(SMALLEST, {"num-partitions": 7}, HERE) == 2
+    assert count_clients({"profiles": "devices.toml"}, {"num-partitions": 7}, folder) == 5
+    assert count_clients({}, {"num-partitions": 7}, HERE) == 7
+
+
+def test_configured_cuts_put_profiles_out_of_force() -> None:
+    settings = read_settings({**SMALLEST, "profiles": "no-such-file.toml"}, HERE)
+    assert settings.fleet is None
+    with pytest.raises(ConfigError, match=r"no-such-file\.toml"):
+        read_settings({"profiles": "no-such-file.toml"}, HERE)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: str(path.stem))
+def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> None:
+    config, changes = app_config("e2e_nlg"), tomllib.loads(experiment.read_text())
+    assert changes.keys() <= config.keys()
+    read_settings({**config, **changes}, SIMULATIONS / "e2e_nlg" / "e2e_nlg")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": "5"}, r"Expected rounds as int, found '5'\. Example: rounds=5\."),
+        ({"rounds": 5.0}, r"Expected rounds as int, found 5\.0"),
+        ({"rounds": True}, "Expected rounds as int, found True"),
+        ({"rounds": 0}, "Expected rounds and local_steps >= 1"),
+        ({"learning-rate": "fast"}, "Expected learning-rate as float, found 'fast'"),
+        ({"learning-rate": True}, "Expected learning-rate as float, found True"),
+        ({"federated-evaluation": 1}, "Expected federated-evaluation as bool, found 1"),
+        ({"schedule": "step"}, "Expected schedule in"),
+        ({"activation-dtype": "int8"}, "Expected activation_dtype in"),
+        ({"aggregation": "mean"}, "Expected an aggregation rule among .*found 'mean'"),
+        ({"fraction-clients": 0.0}, "Expected 0 < fraction_clients <= 1, found 0.0"),
+        ({"start-gate-s": 0}, "Expected waiting times > 0 s"),
+        ({"cuts": "1,x"}, "Expected cuts as integers with commas, such as '2,4,6', found '1,x'"),
+        ({"cuts": "1,2,3"}, "Expected cuts and ranks for the same clients"),
+        ({"cuts": "0,2"}, "Expected a cut >= 1"),
+        ({"ranks": "-1,2"}, "Expected LoRA ranks to be integers >= 0"),
+    ],
+)
+def test_bad_values_name_what_is_expected(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_settings({**SMALLEST, **change}, HERE)
+
+
+def test_a_missing_table_is_named() -> None:
+    with pytest.raises(ConfigError, match="Expected ranks as integers with commas"):
+        read_settings({"cuts": "1,2"}, HERE)
+
+
+# --- values ---
+
+
+def test_get_takes_an_integer_for_a_float_and_nothing_else() -> None:
+    assert get({}, "x", 0.5) == 0.5
+    found = get({"x": 2}, "x", 0.5)
+    assert (type(found), found) == (float, 2.0)
+    with pytest.raises(ConfigError, match="Expected x as str, found 2"):
+        get({"x": 2}, "x", "a")
+
+
+def test_integers_are_numbered_in_order() -> None:
+    assert integers({"cuts": "4, 2,6"}, "cuts") == {"0": 4, "1": 2, "2": 6}
+    assert integers({"cuts": 3}, "cuts") == {"0": 3}  # TOML's 3 for one client
+
+
+# --- who hosts whom ---
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 5, 8])
+def test_every_client_has_one_node(nodes: int) -> None:
+    hosted = [hosted_clients({"partition-id": node, "num-partitions": nodes}, 5) for node in range(nodes)]
+    assert sorted(client for clients in hosted for client in clients) == ["0", "1", "2", "3", "4"]
+    assert max(map(len, hosted)) - min(map(len, hosted)) <= 1
+
+
+def test_a_lone_node_hosts_all() -> None:
+    assert hosted_clients({}, 3) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("node", "nodes"), [(2, 2), (-1, 2), (0, 0), (1, 1)])
+def test_a_node_that_cannot_be_is_refused(node: int, nodes: int) -> None:
+    with pytest.raises(ConfigError, match=rf"found partition-id={node} and num-partitions={nodes}\."):
+        hosted_clients({"partition-id": node, "num-partitions": nodes}, 5)
+
+
+# --- the command ---
+
+
+@pytest.mark.parametrize("app", APPS)
+def test_the_command_repeats_the_apps_config(app: str) -> None:
+    assert_repeats(app_config(app))
+
+
+def test_the_command_repeats_awkward_values() -> None:
+    assert_repeats(
+        {"a": True, "b": 1e-05, "c": "", "d": "two words", "e": 'say "hi"', "f": r"C:\new\run", "g": "it's", "h": -3}
+    )
+
+
+def assert_repeats(config: dict[str, Any]) -> None:
+    words = shlex.split(flwr_command("simulations/x", config))
+    assert words[:5] == ["flwr", "run", "simulations/x", "--stream", "--run-config"]
+    assert len(words) == 6
+    assert parse_config_args([words[5]]) == config

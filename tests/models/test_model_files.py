@@ -1,0 +1,338 @@
+"""A folder, a GGUF file or a hub name becomes tensors by the model's own names."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hsplit_flwr.errors import ConfigError, UnsupportedModelError
+from hsplit_flwr.models import gguf_cache
+from hsplit_flwr.models.assets import smollm2_checkpoint
+from hsplit_flwr.models.files import INDEX, WEIGHTS, ModelFiles
+from hsplit_flwr.models.gguf_cache import CACHE_VARIABLE, convert_once
+from hsplit_flwr.models.segments import load_segment
+from tests.helpers.models import ARCHITECTURES, tiny_config, tiny_model
+
+SMOLLM2_CUT = 4
+PEAK_LIMIT = 1.25
+"""of the head's own bytes: what loading it may take above the imports"""
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[PreTrainedModel, Path]:
+    model = tiny_model("llama", tied=False)
+    folder = tmp_path / "llama"
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_tensor_reads_back_under_its_state_dict_name(name: str, tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(name, tied=tied)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    files = ModelFiles.resolve(str(tmp_path))
+    state = model.state_dict()
+    for key, tensor in state.items():
+        assert torch.equal(files.read(key), tensor), key
+    distinct = {tensor.data_ptr(): None for tensor in state.values()}
+    assert len(files.weight_names()) == len(distinct) == len(state) - tied
+    assert files.weight_names() == [key for key in state if key in files.weight_names()]
+
+
+def test_a_checkpoint_of_the_bare_model_is_found_too(tmp_path: Path) -> None:
+    """GPT-2's checkpoint on the hub is one: its names lack 'transformer.'."""
+    model = tiny_model("gpt2", tied=True)
+    model.transformer.save_pretrained(tmp_path)
+    assert "wte.weight" in load_file(tmp_path / WEIGHTS)
+    files = ModelFiles.resolve(str(tmp_path))
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(files.read(key), tensor), key
+
+
+@pytest.mark.parametrize("kept", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_of_a_tied_pair_either_name_may_be_stored(kept: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", tied=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors[kept] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / WEIGHTS)
+    files = ModelFiles.resolve(str(tmp_path))
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(files.read(name), model.get_input_embeddings().weight)
+
+
+def test_a_tied_pair_stored_twice_must_agree(tmp_path: Path) -> None:
+    tiny_model("llama", tied=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / WEIGHTS)
+    assert "lm_head.weight" not in ModelFiles.resolve(str(tmp_path)).weight_names()
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, tmp_path / WEIGHTS)
+    with pytest.raises(UnsupportedModelError, match=r"Expected lm_head\.weight to equal model\.embed_tokens\.weight"):
+        ModelFiles.resolve(str(tmp_path)).weight_names()
+
+
+def test_a_read_maps_the_file_unless_it_must_convert(llama: tuple[PreTrainedModel, Path]) -> None:
+    model, folder = llama
+    files = ModelFiles.resolve(str(folder))
+    name = "model.layers.0.mlp.up_proj.weight"
+    view = files.read(name)
+    assert view.data_ptr() == files.read(name, torch.float32).data_ptr()
+    assert torch.equal(files.read(name, torch.bfloat16), model.state_dict()[name].to(torch.bfloat16))
+    view.add_(1.0)  # the mapping is private
+    assert torch.equal(ModelFiles.resolve(str(folder)).read(name), model.state_dict()[name])
+
+
+def test_the_config_is_that_of_the_folder(llama: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = llama
+    config = ModelFiles.resolve(str(folder)).config
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == ("llama", 4, 32)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in (str(tmp_path / "absent"), "someone/absent-model", "not a//name"):
+        with pytest.raises(ConfigError, match="a model of the hub, found nothing under") as caught:
+            ModelFiles.resolve(name)
+        assert repr(name) in str(caught.value)
+    with pytest.raises(ConfigError, match=r"Expected a GGUF file, found none at .*absent\.gguf"):
+        ModelFiles.resolve(str(tmp_path / "absent.gguf"))
+
+
+def test_a_folder_without_config_or_safetensors_is_refused(llama: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = llama
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with pytest.raises(
+        UnsupportedModelError, match=r"found weights \['pytorch_model\.bin'\]\. Load .* save_pretrained"
+    ):
+        ModelFiles.resolve(str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"Expected a folder with config\.json, found none in"):
+        ModelFiles.resolve(str(folder))
+
+
+def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = sorted(set(json.loads((tmp_path / INDEX).read_text())["weight_map"].values()))[1]
+    (tmp_path / shard).unlink()
+    with pytest.raises(UnsupportedModelError, match=rf"Expected every shard .* found \['{shard}'\] missing"):
+        ModelFiles.resolve(str(tmp_path))
+
+
+def test_a_missing_tensor_is_refused_by_the_segment_that_needs_it(llama: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = llama
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, folder / WEIGHTS)
+    files = ModelFiles.resolve(str(folder))
+    load_segment(files, 0, 3)
+    with pytest.raises(UnsupportedModelError, match=r"a tensor for 'model\.layers\.3\.mlp\.up_proj\.weight'"):
+        load_segment(files, 3)
+
+
+# --- the hub's cache -------------------------------------------------------------------------------------------
+
+
+def put_in_hub_cache(cache: Path, repository: str, save: PreTrainedModel) -> Path:
+    """The layout that huggingface_hub keeps, without a download."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    snapshot = root / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    save.save_pretrained(snapshot)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(snapshot.name)
+    return snapshot
+
+
+def test_a_hub_name_resolves_to_the_local_cache_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = tiny_model("gpt2")
+    snapshot = put_in_hub_cache(tmp_path, "someone/tiny", model)
+    files = ModelFiles.resolve("someone/tiny")
+    assert files.folder == snapshot
+    assert torch.equal(files.read("transformer.wpe.weight"), model.transformer.wpe.weight)
+
+
+def test_an_incomplete_snapshot_is_not_taken_for_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AutoConfig alone leaves a snapshot with nothing but config.json."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    snapshot = put_in_hub_cache(tmp_path, "someone/tiny", tiny_model("gpt2"))
+    (snapshot / WEIGHTS).unlink()
+    with pytest.raises(UnsupportedModelError, match=r"found weights \[\]"):
+        ModelFiles.resolve("someone/tiny")
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_is_converted_once_however_many_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    conversions: list[Path] = []
+    running = threading.Event()
+
+    def convert(gguf: Path, folder: Path) -> None:
+        assert not running.is_set(), "two conversions at once"
+        running.set()
+        conversions.append(gguf)
+        threading.Event().wait(0.2)  # time for the others to arrive at the lock
+        tiny_model("llama").save_pretrained(folder)
+        running.clear()
+
+    monkeypatch.setattr(gguf_cache, "_convert", convert)
+    first, same, other = tmp_path / "a.gguf", tmp_path / "sub" / "a.gguf", tmp_path / "b.gguf"
+    same.parent.mkdir()
+    first.write_bytes(b"GGUF one")
+    same.write_bytes(b"GGUF one")
+    other.write_bytes(b"GGUF two")
+    folders: list[Path] = []
+    threads = [threading.Thread(target=lambda: folders.append(convert_once(first))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(folders) == 4
+    assert len({*folders, convert_once(same)}) == 1, "keyed by content"
+    assert len(conversions) == 1
+    assert convert_once(other) not in folders
+    assert ModelFiles.resolve(str(first)).config.model_type == "llama"
+
+
+def test_a_failed_conversion_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"not a GGUF file")
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=r"that transformers supports, found .*broken\.gguf"):
+            convert_once(broken)
+        assert [path.suffix for path in (tmp_path / "cache").iterdir()] in ([], [".lock"])
+
+
+def test_a_conversion_that_never_ends_is_not_waited_for_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(gguf_cache, "CONVERSION_LIMIT_S", 0.05)
+    gguf = tmp_path / "slow.gguf"
+    gguf.write_bytes(b"GGUF")
+
+    def ask_again(_gguf: Path, _folder: Path) -> None:
+        with pytest.raises(ConfigError, match=r"within 0 s, found .*\.lock still held"):
+            convert_once(gguf)
+
+    monkeypatch.setattr(gguf_cache, "_convert", ask_again)
+    convert_once(gguf)
+
+
+# --- real weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    pytest.importorskip("gguf")
+    try:
+        return smollm2_checkpoint()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2_cache(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that three processes filled at once. They share nothing but the file system."""
+    cache = tmp_path_factory.mktemp("gguf-cache")
+    code = f"from hsplit_flwr.models.files import ModelFiles; print(ModelFiles.resolve({str(smollm2)!r}).folder)"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**os.environ, CACHE_VARIABLE: str(cache)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    outputs = [process.communicate(timeout=500) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert len({stdout for stdout, _ in outputs}) == 1
+    assert sum("Converting SmolLM2" in stderr for _, stderr in outputs) == 1
+    assert [path.name for path in cache.iterdir() if path.name.startswith(".converting")] == []
+    return cache
+
+
+@pytest.mark.slow
+def test_smollm2_converted_and_cut_equals_the_gguf_model(
+    smollm2: Path, smollm2_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(smollm2_cache))
+    files = ModelFiles.resolve(str(smollm2))
+    reference = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    for name, tensor in reference.state_dict().items():
+        assert torch.equal(files.read(name), tensor), name
+    tokenizer = files.tokenizer()
+    texts = ["The Eagle is a", "Near the river there is a coffee shop called"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    head, tail = load_segment(files, 0, SMOLLM2_CUT), load_segment(files, SMOLLM2_CUT)
+    with torch.no_grad():
+        expected = reference.eval()(**batch).logits
+        found = tail(head(batch["input_ids"], batch["attention_mask"]), batch["attention_mask"])
+    assert torch.equal(found, expected)
+    assert tokenizer.decode(expected[1, batch["attention_mask"][1].sum() - 1].argmax()) != ""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory_of_loading_a_head(smollm2: Path, smollm2_cache: Path, dtype: str) -> None:
+    """In a process of its own: the peak above the imports stays below 1.25 times the head's own bytes."""
+    code = f"""
+        import json
+        import flwr, peft, torch, transformers
+        from pathlib import Path
+        from hsplit_flwr.models.files import ModelFiles
+        from hsplit_flwr.models.segments import load_segment
+
+        def status(key):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, see proc(5)
+        baseline = status("VmHWM:")
+        head = load_segment(ModelFiles.resolve({str(smollm2)!r}), 0, {SMOLLM2_CUT}, dtype=torch.{dtype})
+        for parameter in head.parameters():
+            parameter.sum()  # mapped pages count once they are touched
+        own = sum(p.numel() * p.element_size() for p in head.parameters())
+        print(json.dumps({{"own": own, "peak": status("VmHWM:") - baseline}}))
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, CACHE_VARIABLE: str(smollm2_cache)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    measured = json.loads(run.stdout.splitlines()[-1])
+    blocks, embeddings = SMOLLM2_CUT * 3_540_096, 49_152 * 576
+    assert measured["own"] == (blocks + embeddings) * {"float32": 4, "bfloat16": 2}[dtype]
+    ratio = measured["peak"] / measured["own"]
+    print(f"head of SmolLM2-135M at cut {SMOLLM2_CUT} in {dtype}: {ratio:.3f} of its bytes")
+    assert 1.0 <= ratio < PEAK_LIMIT
+
+
+def test_tied_flag_of_the_tiny_configs() -> None:
+    for name in ARCHITECTURES:
+        assert tiny_config(name, True).tie_word_embeddings
+        assert not tiny_config(name, False).tie_word_embeddings
