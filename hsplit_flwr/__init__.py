@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hsplit_flwr.exchange.tail_service import ServiceConfig
     from hsplit_flwr.federation.global_model import GlobalModel
-    from hsplit_flwr.flower.client import ClientData, HSplitLoRAClient
+    from hsplit_flwr.federation.head_client import ClientData
+    from hsplit_flwr.federation.round_server import StrategyConfig
+    from hsplit_flwr.flower.client import HSplitLoRAClient
     from hsplit_flwr.flower.server import server_components
-    from hsplit_flwr.flower.strategy import HSplitLoRAStrategy, StrategyConfig
+    from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
     from hsplit_flwr.lora.spec import LoraSpec
     from hsplit_flwr.models.files import ModelFiles
     from hsplit_flwr.planning.budgets.budget import Budget

@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService
+from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.lora.spec import LoraFactors, LoraSpec, init_lora_A
+from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import segment_from_model
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.config import ClientPlan, RoundTask, TrainingConfig, derive_seed
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import train_head
 from hsplit_flwr.training.session import StepReply
 from hsplit_flwr.training.tail import SharedTail

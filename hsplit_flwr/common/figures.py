@@ -6,6 +6,11 @@ pyplot's global state and its choice of a window system have no place in a serve
 from pathlib import Path
 from typing import Any
 
+# Okabe and Ito's colours, told apart with every common colour blindness: https://jfly.uni-koeln.de/color/
+BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
+# The rest of Okabe and Ito's colours, see plots.py.
+GREEN, SKY, PURPLE, GREY = "#009E73", "#56B4E9", "#CC79A7", "#999999"
+
 
 def new_figure(width: float, height: float) -> Any:
     """An empty figure of `width` x `height` inches."""

@@ -1,15 +1,14 @@
 """Bytes of the frames and arrays that travel, exact, from their shapes alone."""
 
-import io
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 
-from hsplit_flwr.exchange.frames import DTYPES, Header, encode
+from hsplit_flwr.exchange.frames import Header, encode
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.training.workload import Workload
 
 Shape = tuple[int, ...]
@@ -45,17 +44,6 @@ def step_bytes_down(workload: Workload, hidden_size: int) -> int:
 def hello_bytes() -> int:
     """One ``hello`` frame."""
     return _frame_bytes({})
-
-
-def array_bytes(shapes: Iterable[Shape]) -> int:
-    """Float32 arrays of these shapes, each as an npy file, which is how Flower's `Parameters` hold them."""
-    return sum(4 * math.prod(shape) + _npy_header_bytes(shape) for shape in shapes)
-
-
-def _npy_header_bytes(shape: Shape) -> int:
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return buffer.tell()
 
 
 def _frame_bytes(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> int:

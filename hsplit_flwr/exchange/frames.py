@@ -31,10 +31,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
-from hsplit_flwr.training.config import PROTOCOL_VERSION
+from hsplit_flwr.exchange.task import PROTOCOL_VERSION
 
 KINDS = ("hello", "delta", "train", "gradient", "evaluate", "score", "probe")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_HEADER_BYTES = 1 << 20
 HEADER_CHARACTERS = 512
 """headers are padded to it with spaces, so that the digits of a loss do not change a frame's size"""

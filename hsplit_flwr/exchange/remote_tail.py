@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.frames import (
-    DTYPES,
     Frame,
     Header,
     batch_tensors,
@@ -20,7 +19,8 @@ from hsplit_flwr.exchange.frames import (
     expect_header,
     probe_filler,
 )
-from hsplit_flwr.training.config import RoundTask
+from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.training.session import ScoreReply, StepReply
 
 _METHOD = "/hsplit_flwr.Tail/Exchange"

@@ -17,8 +17,9 @@ import grpc
 from torch import Tensor
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
-from hsplit_flwr.exchange.frames import DTYPES, Frame, Header, check_batch, decode, encode, expect_header, probe_filler
-from hsplit_flwr.training.config import Mode
+from hsplit_flwr.exchange.frames import Frame, Header, check_batch, decode, encode, expect_header, probe_filler
+from hsplit_flwr.exchange.task import Mode
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.training.tail import LocalSession, SharedTail
 
 SERVICE, METHOD = "hsplit_flwr.Tail", "Exchange"

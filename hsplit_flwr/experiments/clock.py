@@ -19,9 +19,9 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.budgets.budget import Budget
-from hsplit_flwr.reports.records import client_order
 
 SERVER = "server"
 What = Literal["download", "forward", "send", "tail", "receive", "backward", "wait", "upload", "aggregate"]

@@ -19,8 +19,8 @@ from hsplit_flwr.experiments.split_model import SplitTrainer
 from hsplit_flwr.experiments.task import Task, spread
 from hsplit_flwr.experiments.text_metrics import score_texts
 from hsplit_flwr.experiments.work import RoundOutcome
-from hsplit_flwr.federation.global_model import Score
 from hsplit_flwr.models.generation import generate_texts
+from hsplit_flwr.training.loss import Score
 
 
 class Trainer(Protocol):

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hsplit_flwr.common.progress import format_duration
+from hsplit_flwr.common.tables import format_number
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.evidence.store import Store, key_of
 from hsplit_flwr.experiments.records import RunSpec
 from hsplit_flwr.experiments.workers import Event, Failed, Finished, RoundDone, RunFunction, WorkerPool
-from hsplit_flwr.reports.run_tables import format_number
 
 QUIET_SECONDS = 60.0
 """without a line, before a round of a long run gets one"""

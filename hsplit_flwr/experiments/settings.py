@@ -24,11 +24,11 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.experiments.work import whole_flops
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.devices import DEVICES, GPU_UTILISATION
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
-from hsplit_flwr.training.config import derive_seed
 
 
 @dataclass(frozen=True)

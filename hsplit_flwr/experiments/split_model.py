@@ -10,21 +10,23 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
+from hsplit_flwr.common.seeds import head_seed
 from hsplit_flwr.experiments.clock import ClientWork
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.adapted import adapted
 from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, merge_flops, recorded, split_work
-from hsplit_flwr.federation.global_model import GlobalModel, Score, linear_shapes, score_segment
+from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.tail_rounds import TailRounds
 from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.lora.spec import LoraFactors
-from hsplit_flwr.models.segments import Segment, block_of, segment_from_model
+from hsplit_flwr.models.segments import Segment, block_of, linear_shapes, segment_from_model
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.config import ClientPlan, head_seed
-from hsplit_flwr.training.head import Batch, TrainReport, train_head
+from hsplit_flwr.training.config import ClientPlan
+from hsplit_flwr.training.head import TrainReport, train_head
+from hsplit_flwr.training.loss import Batch, Score, score_segment
 from hsplit_flwr.training.optimizer import Optimiser
 
 LIMITS = BarrierLimits(start_gate_s=60.0, straggler_limit_s=600.0, step_limit_s=600.0)

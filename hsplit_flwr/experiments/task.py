@@ -18,7 +18,7 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.head import Batch
+from hsplit_flwr.training.loss import Batch
 from hsplit_flwr.training.workload import Workload
 
 Item = TypeVar("Item")

@@ -9,10 +9,10 @@ from statistics import fmean
 
 from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.experiments.clock import ClientWork
-from hsplit_flwr.lora import deltas
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora import factors as lora_factors
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
-from hsplit_flwr.training.head import Batch
+from hsplit_flwr.training.loss import Batch
 
 Ranks = Mapping[str, int]
 BatchShape = tuple[int, int]
@@ -110,7 +110,7 @@ def full_flops(costs: ModelCosts) -> float:
 
 def factor_bytes(factors: Mapping[str, LoraFactors]) -> int:
     """Of all A and B as float32."""
-    return sum(map(deltas.factor_bytes, factors.values()))
+    return sum(map(lora_factors.factor_bytes, factors.values()))
 
 
 def merge_flops(update: Mapping[str, LoraFactors]) -> float:

@@ -1,74 +1,16 @@
 """The weights everyone agrees on: the base W_0 on disk plus the cumulative delta, in any segment of the model."""
 
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hsplit_flwr.lora.aggregation import Increment
 from hsplit_flwr.lora.delta_log import DeltaLog
-from hsplit_flwr.lora.deltas import WeightDelta, merge_into
-from hsplit_flwr.lora.segment_adapters import linear_shape
+from hsplit_flwr.lora.factors import Increment
+from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.segments import Segment, block_of, load_segment
-from hsplit_flwr.training.session import target_tokens
-from hsplit_flwr.training.tail import token_losses
-
-
-def linear_shapes(segment: Segment) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of every linear layer of the segment, by whole-model module name."""
-    return {name: linear_shape(layer) for name, layer in segment.linear_modules().items()}
-
-
-def merge_delta(segment: Segment, files: ModelFiles, delta: WeightDelta, names: Iterable[str]) -> None:
-    """Form ``W = round(W_0 + delta)`` anew for the modules `names` of `segment`, reading W_0 from disk."""
-    layers = segment.linear_modules()
-    for name in names:
-        layer = layers[name]
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        merged = merge_into(
-            files.read(f"{name}.weight"),
-            delta.form(name),
-            transposed=not isinstance(layer, nn.Linear),
-            dtype=weight.dtype,
-        )
-        weight.data = merged.to(weight.device)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Loss over a set of batches."""
-
-    nll: float
-    """summed negative log-likelihood, nats"""
-    tokens: int
-    """target tokens"""
-
-    @property
-    def loss(self) -> float:
-        """Mean negative log-likelihood per target token, nats."""
-        return self.nll / max(1, self.tokens)
-
-    @property
-    def perplexity(self) -> float:
-        """exp(total NLL / total tokens)."""
-        return math.exp(min(self.loss, 700.0))
-
-
-def score_segment(segment: Segment, batches: Iterable[Mapping[str, Tensor]]) -> Score:
-    """Loss of a segment that holds the whole model on `batches`; its adapters count."""
-    device = next(segment.parameters()).device
-    nll, tokens = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            labels = batch["labels"].to(device)
-            logits = segment(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-            nll += float(token_losses(logits, labels).double().sum())
-            tokens += target_tokens(labels)
-    return Score(nll, tokens)
+from hsplit_flwr.models.segments import block_of, load_segment
+from hsplit_flwr.training.loss import Score, score_segment
 
 
 class GlobalModel:

@@ -16,12 +16,12 @@ from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.export import AdapterExport, save_merged, save_peft_adapter
 from hsplit_flwr.models.generation import generate_texts
 from hsplit_flwr.planning.plots import plot_budgets, plot_importance
-from hsplit_flwr.planning.report import plan_history, plan_table
+from hsplit_flwr.planning.report import plan_table
 from hsplit_flwr.reports.health.diagnosis import RunSettings, diagnose
 from hsplit_flwr.reports.health.plots import plot_spectrum
 from hsplit_flwr.reports.records import RunSummary
 from hsplit_flwr.reports.run_picture import plot_run
-from hsplit_flwr.reports.run_tables import run_report
+from hsplit_flwr.reports.run_tables import plan_history, run_report
 
 _log = logging.getLogger("hsplit_flwr")
 MAX_NEW_TOKENS = 48

@@ -7,14 +7,15 @@ AdamW with it, until a new plan gives the matrix to a head or changes the rank, 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from hsplit_flwr.common.seeds import tail_seed
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.lora.spec import LoraFactors
 from hsplit_flwr.models.segments import Segment, block_of
 from hsplit_flwr.planning.plans import PlanBook
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.config import TrainingConfig, tail_seed
+from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.tail import SharedTail, StepReport
 
 Factors = Mapping[str, LoraFactors]

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from flwr.server import ServerAppComponents
 
-from hsplit_flwr.exchange.frames import DTYPES
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.run_output import RunOutput, Sample
 from hsplit_flwr.flower.run_config import Settings
 from hsplit_flwr.flower.server import log_progress, server_components
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.probe import Link, own_budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.replanning import AdaptivePlanning
-from hsplit_flwr.training.head import Batch
+from hsplit_flwr.training.loss import Batch
 
 _SERVER_LINK = {"uplink-mbps": 1000.0, "downlink-mbps": 1000.0, "latency-ms": 0.0}
 """of no consequence: plans count the clients' links"""

@@ -10,61 +10,49 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context
+from flwr.app import Context
 from flwr.client import NumPyClient
 
-from hsplit_flwr.errors import AggregationError, ConfigError
-from hsplit_flwr.exchange.frames import DTYPES
+from hsplit_flwr.common.tables import format_bytes
+from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.remote_tail import RemoteTail
-from hsplit_flwr.federation.global_model import linear_shapes, merge_delta
-from hsplit_flwr.flower.client_state import KeptBudget
-from hsplit_flwr.flower.messages import BUDGETS_KEY, budgets_to_json
-from hsplit_flwr.lora.delta_log import DeltaReplica, DeltaUpdate
-from hsplit_flwr.lora.deltas import WeightDelta
+from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.flower.client_state import DeltaState, KeptBudget
+from hsplit_flwr.flower.messages import (
+    BUDGETS_KEY,
+    CLIENTS_KEY,
+    CONCURRENCY_KEY,
+    PROBE_KEY,
+    REFUSED_KEY,
+    TASK_KEY,
+    budgets_to_json,
+)
+from hsplit_flwr.lora.delta_log import DeltaUpdate
+from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.segments import Segment, load_segment
+from hsplit_flwr.models.segments import Segment, linear_shapes, load_segment
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import Link, measure_link
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
-from hsplit_flwr.reports.run_tables import format_bytes
-from hsplit_flwr.training.config import Mode, RoundTask
-from hsplit_flwr.training.head import Batch, score_head, train_head
+from hsplit_flwr.training.head import score_head, train_head
 from hsplit_flwr.training.host_memory import return_freed_tensors
+from hsplit_flwr.training.loss import Batch
 from hsplit_flwr.training.workload import Workload
 
-TASK_KEY = "hsplit-task"
-PROBE_KEY = "hsplit-probe"
-REFUSED_KEY = "refused"
-CLIENTS_KEY = "hsplit-clients"
-CONCURRENCY_KEY = "hsplit-concurrency"
 _FRAME_MARGIN_BYTES = 1 << 20
 _log = logging.getLogger("hsplit_flwr")
 
 NDArrays = list[Any]
 Config = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """One client's data: batches of `input_ids`, `attention_mask`, `labels` (B, T), labels -100 where no loss."""
-
-    train: Callable[[int], Iterable[Batch]] | Iterable[Batch]
-    """At least ``local_steps`` batches per round. A callable gets the run step to start from, so that a client which is
-    built anew every round goes on where it stopped; an iterable starts again every round."""
-    evaluate: Iterable[Batch] = ()
-    """Held-out batches for the federated evaluation"""
-
-    def training_batches(self, first_step: int) -> Iterable[Batch]:
-        """Batches from run step `first_step` on."""
-        return self.train(first_step) if callable(self.train) else self.train
 
 
 class HSplitLoRAClient(NumPyClient):
@@ -248,39 +236,6 @@ def _bounded(batches: Iterable[Batch], workload: Workload | None) -> Iterator[Ba
                 f"was made for, found {rows} x {width}. Raise the strategy's workload, or use smaller batches."
             )
         yield batch
-
-
-class DeltaState:
-    """A client's copy of the weight delta in Flower's ``context.state``, with the version it has."""
-
-    def __init__(self, context: Context, run: str, client: str) -> None:
-        self._state = context.state
-        self._run = run
-        self._arrays_key = f"hsplit-delta-{client}"
-        self._version_key = f"hsplit-version-{client}"
-
-    def load(self, shapes: dict[str, tuple[int, int]]) -> DeltaReplica:
-        """The kept replica; an empty one if there is none, or it is of another run or another cut."""
-        record, arrays = self._state.get(self._version_key), self._state.get(self._arrays_key)
-        if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):
-            return DeltaReplica()
-        if record["run"] != self._run or record["modules"] != len(shapes):
-            return DeltaReplica()
-        tensors = {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
-        try:
-            total = WeightDelta.from_tensors(tensors, shapes)
-        except AggregationError as error:
-            _log.warning("client state %s is not usable, asking for the whole: %s", self._arrays_key, error)
-            return DeltaReplica()
-        return DeltaReplica(int(record["version"]), frozenset(shapes), total)  # type: ignore[arg-type]
-
-    def save(self, replica: DeltaReplica) -> None:
-        """Keep `replica` for the next round."""
-        figures: dict[str, Any] = {"run": self._run, "version": replica.version or 0, "modules": len(replica.names)}
-        self._state[self._version_key] = ConfigRecord(figures)
-        self._state[self._arrays_key] = ArrayRecord(
-            {name: Array(tensor.numpy()) for name, tensor in replica.total.to_tensors().items()}
-        )
 
 
 def default_client_id(context: Context) -> str:

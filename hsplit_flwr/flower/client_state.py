@@ -4,16 +4,22 @@ A client is built anew for every message. What the link and the processor do is 
 the memory that is free is looked up again each time, unless the node's config states it.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from flwr.app import ConfigRecord, Context
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 
+from hsplit_flwr.errors import AggregationError
+from hsplit_flwr.lora.delta_log import DeltaReplica
+from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import Link, own_budget, stated_figures, usable_memory
 
 STATE_KEY = "hsplit-budget"
+_log = logging.getLogger("hsplit_flwr")
 
 
 class KeptBudget:
@@ -43,3 +49,36 @@ class KeptBudget:
         if "memory_bytes" in stated_figures(self._context.node_config):
             return kept
         return replace(kept, memory_bytes=usable_memory(self._device))
+
+
+class DeltaState:
+    """A client's copy of the weight delta in Flower's ``context.state``, with the version it has."""
+
+    def __init__(self, context: Context, run: str, client: str) -> None:
+        self._state = context.state
+        self._run = run
+        self._arrays_key = f"hsplit-delta-{client}"
+        self._version_key = f"hsplit-version-{client}"
+
+    def load(self, shapes: dict[str, tuple[int, int]]) -> DeltaReplica:
+        """The kept replica; an empty one if there is none, or it is of another run or another cut."""
+        record, arrays = self._state.get(self._version_key), self._state.get(self._arrays_key)
+        if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+            return DeltaReplica()
+        if record["run"] != self._run or record["modules"] != len(shapes):
+            return DeltaReplica()
+        tensors = {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+        try:
+            total = WeightDelta.from_tensors(tensors, shapes)
+        except AggregationError as error:
+            _log.warning("client state %s is not usable, asking for the whole: %s", self._arrays_key, error)
+            return DeltaReplica()
+        return DeltaReplica(int(record["version"]), frozenset(shapes), total)  # type: ignore[arg-type]
+
+    def save(self, replica: DeltaReplica) -> None:
+        """Keep `replica` for the next round."""
+        figures: dict[str, Any] = {"run": self._run, "version": replica.version or 0, "modules": len(replica.names)}
+        self._state[self._version_key] = ConfigRecord(figures)
+        self._state[self._arrays_key] = ArrayRecord(
+            {name: Array(tensor.numpy()) for name, tensor in replica.total.to_tensors().items()}
+        )

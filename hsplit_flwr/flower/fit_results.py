@@ -7,14 +7,13 @@ import torch
 from flwr.common import FitRes, parameters_to_ndarrays
 from flwr.common.typing import NDArray
 
+from hsplit_flwr.common.tables import describe_ranks
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.exchange.tail_service import Ticket
-from hsplit_flwr.flower.client import REFUSED_KEY
-from hsplit_flwr.flower.messages import BUDGETS_KEY, budgets_from_json
-from hsplit_flwr.lora.aggregation import check_factors
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.flower.messages import BUDGETS_KEY, REFUSED_KEY, budgets_from_json
+from hsplit_flwr.lora.factors import LoraFactors, check_factors
 from hsplit_flwr.planning.budgets.budget import Budget
-from hsplit_flwr.reports.records import CLIENT_PHASES, ClientRecord, describe_ranks
+from hsplit_flwr.reports.records import CLIENT_PHASES, ClientRecord
 from hsplit_flwr.training.config import ClientPlan
 
 Trained = tuple[dict[str, LoraFactors], dict[str, float]]

@@ -31,3 +31,10 @@ def budgets_from_json(text: object) -> dict[str, Budget]:
         raise
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"Expected budgets by client id, found {str(text)!r:.200} ({error!r:.100}).") from error
+
+
+TASK_KEY = "hsplit-task"
+PROBE_KEY = "hsplit-probe"
+REFUSED_KEY = "refused"
+CLIENTS_KEY = "hsplit-clients"
+CONCURRENCY_KEY = "hsplit-concurrency"

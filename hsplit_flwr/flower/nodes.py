@@ -11,8 +11,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.flower.client import CLIENTS_KEY, CONCURRENCY_KEY
-from hsplit_flwr.flower.messages import BUDGETS_KEY, budgets_from_json
+from hsplit_flwr.flower.messages import BUDGETS_KEY, CLIENTS_KEY, CONCURRENCY_KEY, budgets_from_json
 from hsplit_flwr.planning.budgets.budget import Budget
 
 _log = logging.getLogger("hsplit_flwr")

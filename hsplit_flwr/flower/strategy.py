@@ -12,7 +12,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from flwr.common import (
@@ -27,17 +27,21 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import Strategy
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService, Ticket
-from hsplit_flwr.federation.global_model import GlobalModel, Score, linear_shapes
+from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.federation.tail_rounds import TailRounds
-from hsplit_flwr.flower.client import PROBE_KEY, TASK_KEY
 from hsplit_flwr.flower.fit_results import client_record, read_budget, read_trained, require_accepted
+from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY
 from hsplit_flwr.flower.nodes import Roster
 from hsplit_flwr.flower.task_proxy import TaskProxy, describe_failure
-from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, Contribution, token_shares
-from hsplit_flwr.lora.spec import LoraFactors, LoraSpec
-from hsplit_flwr.models.segments import block_of
+from hsplit_flwr.lora.aggregation import EXACT_RULE, Contribution, token_shares
+from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.models.segments import block_of, linear_shapes
 from hsplit_flwr.planning.plans import PlanBook, Plans
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.report import plan_table
@@ -45,39 +49,14 @@ from hsplit_flwr.reports.health.aggregation import measure_aggregation
 from hsplit_flwr.reports.health.steps import StepNotes
 from hsplit_flwr.reports.records import ClientRecord, Journal, RoundRecord
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.config import ClientPlan, Mode, RoundTask, TrainingConfig, derive_seed
-from hsplit_flwr.training.head import Batch
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
+from hsplit_flwr.training.loss import Batch, Score
 from hsplit_flwr.training.tail import StepReport
 from hsplit_flwr.training.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
 FitResults = list[tuple[ClientProxy, FitRes]]
 EvaluateResults = list[tuple[ClientProxy, EvaluateRes]]
-
-
-@dataclass(frozen=True)
-class StrategyConfig:
-    """What a run does besides training steps."""
-
-    rule: str = EXACT_RULE
-    """aggregation rule, one of `aggregation.RULES`"""
-    min_nodes: int = 1
-    """a round starts once so many SuperNodes are connected"""
-    fraction_clients: float = 1.0
-    """share of the known clients that train in a round"""
-    federated_evaluation: bool = True
-    """score the clients' held-out data after every round"""
-    round_limit_s: float = 600.0
-    """longest a client's stream may last"""
-    wait_for_nodes_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ConfigError(f"Expected an aggregation rule among {sorted(RULES)}, found {self.rule!r}.")
-        if not 0 < self.fraction_clients <= 1:
-            raise ConfigError(f"Expected 0 < fraction_clients <= 1, found {self.fraction_clients}.")
-        if self.min_nodes < 1 or not min(self.round_limit_s, self.wait_for_nodes_s) > 0:
-            raise ConfigError(f"Expected min_nodes >= 1 and limits > 0 s, found {self}.")
 
 
 class _Finished(NamedTuple):

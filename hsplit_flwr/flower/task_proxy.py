@@ -19,7 +19,7 @@ from flwr.common import (
 )
 from flwr.server.client_proxy import ClientProxy
 
-from hsplit_flwr.flower.client import REFUSED_KEY
+from hsplit_flwr.flower.messages import REFUSED_KEY
 
 LOST_ACTOR = "ray.exceptions.Actor"
 """in the reason of a message that a dead actor was given"""

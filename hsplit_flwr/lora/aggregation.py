@@ -19,16 +19,12 @@ from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors, check_factors, product_norm
 
 WEIGHT_TOLERANCE = 1e-6
 Client = TypeVar("Client")
-
-Increment: TypeAlias = Mapping[str, LoraFactors]
-"""Module name -> factors whose ``scaling * B @ A`` the module's weight changes by. Absent: no change."""
 
 
 @dataclass(frozen=True)
@@ -209,13 +205,6 @@ def _average_factors(terms: Sequence[Term], weights: Sequence[float]) -> LoraFac
     return LoraFactors(A=A, B=B, scaling=1.0)
 
 
-def product_norm(factors: LoraFactors) -> float:
-    """``||B A||_F`` from the two (r, r) Gram matrices, in float64: trace of (B^T B)(A A^T)."""
-    A, B = factors.A.double(), factors.B.double()
-    squared = float(((B.T @ B) * (A @ A.T)).sum())
-    return math.sqrt(max(squared, 0.0))
-
-
 def _check_shares(weights: Sequence[float]) -> None:
     if not weights:
         raise AggregationError(
@@ -250,29 +239,3 @@ def _check_terms(terms: Sequence[Term]) -> None:
                 f"Expected every adapter of a matrix for the same (d_out, d_in) = {shape}, found {found}. "
                 f"Check that all clients and the tail hold the same base model."
             )
-
-
-def check_factors(factors: LoraFactors) -> tuple[int, int]:
-    """The (d_out, d_in) of the matrix that `factors` are for.
-
-    Raises:
-        AggregationError: not two float32 matrices of one rank, or NaN or Inf in them or in the scaling.
-    """
-    A, B = factors.A, factors.B
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
-        raise AggregationError(
-            f"Expected A (r, d_in) and B (d_out, r) of one rank, found A {tuple(A.shape)} and "
-            f"B {tuple(B.shape)}. Report both factors of the same adapter."
-        )
-    if A.dtype != torch.float32 or B.dtype != torch.float32:
-        raise AggregationError(f"Expected float32 factors, found A {A.dtype} and B {B.dtype}. Convert them first.")
-    if not math.isfinite(factors.scaling) or not all_finite(A) or not all_finite(B):
-        raise AggregationError(
-            "Expected finite adapters, found NaN or Inf. Training diverged: lower the learning rate or drop the client."
-        )
-    return B.shape[0], A.shape[1]
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether `tensor` holds neither NaN nor Inf."""
-    return bool(torch.isfinite(tensor).all())

@@ -13,17 +13,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.lora.aggregation import Increment
-from hsplit_flwr.lora.deltas import (
-    Shape,
-    WeightDelta,
-    dense_bytes,
-    factor_bytes,
-    factors_from_tensors,
-    factors_to_tensors,
-    stack,
-)
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.deltas import WeightDelta, factors_from_tensors, factors_to_tensors
+from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, factor_bytes, stack
 
 ADDED, REPLACED = "add|", "replace|"
 

@@ -15,45 +15,18 @@ import torch
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.lora.aggregation import Increment, all_finite, check_factors
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.factors import (
+    Increment,
+    LoraFactors,
+    Shape,
+    all_finite,
+    check_factors,
+    dense_bytes,
+    factor_bytes,
+    stack,
+)
 
-Shape = tuple[int, int]
-FLOAT32_BYTES = 4
 SEPARATOR = "|"
-MERGE_ROWS = 128
-
-
-def merge_into(base: Tensor, delta: Tensor | LoraFactors, *, transposed: bool, dtype: torch.dtype) -> Tensor:
-    """``W = round(W_0 + delta)``: a new tensor in `dtype`, rounded once; `base` stays as it is.
-
-    Args:
-        base: W_0 as stored, (d_out, d_in), or (d_in, d_out) if `transposed` (transformers' ``Conv1D``).
-        delta: (d_out, d_in), float32, dense or as factors (`WeightDelta.form`).
-        transposed: whether `base` is stored the other way round.
-        dtype: the dtype to train or serve in.
-
-    Raises:
-        AggregationError: the shapes disagree.
-    """
-    d_out, d_in = (delta.B.shape[0], delta.A.shape[1]) if isinstance(delta, LoraFactors) else delta.shape
-    if tuple(base.shape) != ((d_in, d_out) if transposed else (d_out, d_in)):
-        raise AggregationError(
-            f"Expected a delta of (d_out, d_in) = {tuple(base.T.shape if transposed else base.shape)} for this "
-            f"base weight (transposed={transposed}), found {(d_out, d_in)}. "
-            f"Check that the delta belongs to this base model."
-        )
-    merged = torch.empty(base.shape, dtype=dtype, device=base.device)
-    # A few rows at a time: a chunk stays in cache and no float32 copy of the matrix is made, neither of the base nor
-    # of the product of the factors.
-    for start in range(0, base.shape[0], MERGE_ROWS):
-        rows = slice(start, start + MERGE_ROWS)
-        if isinstance(delta, LoraFactors):
-            left, right = (delta.A.T, delta.B.T) if transposed else (delta.B, delta.A)
-            merged[rows] = torch.addmm(base[rows].float(), left[rows], right, alpha=delta.scaling)
-        else:
-            merged[rows] = base[rows].float() + (delta.T if transposed else delta)[rows]
-    return merged
 
 
 @dataclass(frozen=True)
@@ -88,28 +61,6 @@ class MatrixDelta:
     def form(self) -> Tensor | LoraFactors:
         """Dense (d_out, d_in), or all pieces stacked into one pair of factors with scaling 1.0."""
         return self.dense if self.dense is not None else stack(self.pieces)
-
-
-def stack(pieces: Iterable[LoraFactors]) -> LoraFactors:
-    """One pair of factors (scaling 1.0) for the sum of all `pieces` (at least one) of a matrix."""
-    all_pieces = list(pieces)
-    if len(all_pieces) == 1 and all_pieces[0].scaling == 1.0:
-        return all_pieces[0]
-    return LoraFactors(
-        A=torch.cat([piece.A for piece in all_pieces]),
-        B=torch.cat([piece.B if piece.scaling == 1.0 else piece.scaling * piece.B for piece in all_pieces], dim=1),
-        scaling=1.0,
-    )
-
-
-def factor_bytes(factors: LoraFactors) -> int:
-    """Bytes of A and B."""
-    return FLOAT32_BYTES * (factors.A.numel() + factors.B.numel())
-
-
-def dense_bytes(shape: Shape) -> int:
-    """Bytes of a dense float32 matrix."""
-    return FLOAT32_BYTES * shape[0] * shape[1]
 
 
 class WeightDelta:

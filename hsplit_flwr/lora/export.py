@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError, ConfigError
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

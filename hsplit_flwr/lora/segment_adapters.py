@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.lora.spec import LoraFactors, LoraSpec, init_lora_A
+from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
+from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.block_layout import PATCHING
-from hsplit_flwr.models.segments import Segment
-from hsplit_flwr.training.config import derive_seed
+from hsplit_flwr.models.segments import Segment, linear_shape
 
 ADAPTER = "default"
 
@@ -89,14 +90,6 @@ class SegmentAdapters:
             for name, layer in self._layers.items()
             for A, B in [_pair(layer)]
         }
-
-
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """(d_out, d_in) of a linear layer, whichever way it stores its weight."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
 
 
 def _inject(segment: Segment, spec: LoraSpec, names: list[str]) -> dict[str, nn.Module]:

@@ -11,37 +11,10 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from hsplit_flwr.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 Number = TypeVar("Number", int, float)
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """One trained adapter: its module's weight changes by ``scaling * B @ A``.
-
-    Always in ``nn.Linear`` orientation (a GPT-2 ``Conv1D`` weight is the transpose of this).
-    """
-
-    A: Tensor
-    """(r, d_in), float32"""
-    B: Tensor
-    """(d_out, r), float32"""
-    scaling: float
-    """``lora_alpha / r``"""
-
-    @property
-    def rank(self) -> int:
-        """The rank r."""
-        return self.A.shape[0]
-
-    def delta(self) -> Tensor:
-        """The dense update ``scaling * B @ A`` (d_out, d_in)."""
-        return self.scaling * (self.B @ self.A)
 
 
 @dataclass(frozen=True)
@@ -159,10 +132,3 @@ def _first_match(pattern: Mapping[str, Number], module_name: str, default: Numbe
 @lru_cache(maxsize=1 << 14)  # a planned client has a key per matrix, more than re's own cache holds
 def _ending(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})")
-
-
-def init_lora_A(rank: int, in_features: int, seed: int) -> Tensor:
-    """A fresh A (rank, in_features), float32: Kaiming-uniform with a = sqrt(5), as PEFT and nn.Linear start it."""
-    bound = in_features**-0.5
-    generator = torch.Generator().manual_seed(seed)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)

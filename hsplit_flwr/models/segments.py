@@ -252,3 +252,16 @@ def _fill(segment: Segment, stored: Container[str], read: Callable[[str], Tensor
             name = segment.global_name(f"{prefix}.{leaf}".lstrip("."))
             if name in stored:
                 module._buffers[leaf] = read(name)
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a linear layer, whichever way it stores its weight."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    rows, columns = weight.shape
+    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
+
+
+def linear_shapes(segment: Segment) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of every linear layer of the segment, by whole-model module name."""
+    return {name: linear_shape(layer) for name, layer in segment.linear_modules().items()}

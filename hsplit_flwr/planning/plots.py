@@ -7,17 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from hsplit_flwr.common.figures import new_figure, save_figure
+from hsplit_flwr.common.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, save_figure
+from hsplit_flwr.common.tables import client_order, format_bytes, format_seconds
 from hsplit_flwr.models.block_layout import block_of
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.round_plan import RoundPlan
-from hsplit_flwr.reports.records import client_order
-from hsplit_flwr.reports.run_picture import BLUE, ORANGE, VERMILION
-from hsplit_flwr.reports.run_tables import format_bytes, format_seconds
 
-# The rest of Okabe and Ito's colours, see plots.py.
-GREEN, SKY, PURPLE, GREY = "#009E73", "#56B4E9", "#CC79A7", "#999999"
 MEMORY_COLOURS = {
     "weights": BLUE,
     "adapters": ORANGE,

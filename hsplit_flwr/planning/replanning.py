@@ -10,6 +10,7 @@ Follows HSplitLoRA (arXiv:2505.02795), adaptive rank and split configuration; th
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -17,7 +18,6 @@ from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.importance_history import ImportanceHistory, drift
 from hsplit_flwr.planning.planner import PlannerConfig, plan
 from hsplit_flwr.planning.round_plan import RoundPlan
-from hsplit_flwr.reports.records import client_order
 
 Profile = Mapping[str, float]
 

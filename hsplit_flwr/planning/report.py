@@ -1,10 +1,7 @@
 """A plan as plain-text or Markdown tables: who gets what, what it costs, what limits it."""
 
-from collections.abc import Sequence
-
+from hsplit_flwr.common.tables import client_order, describe_ranks, format_bytes, format_seconds, format_table
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
-from hsplit_flwr.reports.records import RoundRecord, client_order, describe_ranks
-from hsplit_flwr.reports.run_tables import MISSING, format_bytes, format_seconds, format_table
 
 TAIL = "tail"
 HEADER = ["client", "cut", "ranks", "adapted", "memory", "budget", "use %", "step s", "round s", "limited by"]
@@ -26,20 +23,6 @@ def plan_table(plan: RoundPlan, *, markdown: bool = False) -> str:
         gap = "\n\n" if markdown else "\n"
         parts.append(f"Left out:{gap}" + "\n".join(lines))
     return "\n\n".join(parts)
-
-
-def plan_history(records: Sequence[RoundRecord], *, markdown: bool = False) -> str:
-    """A row per round: whether it began to follow a new plan, how far importance had drifted, and why."""
-    rows = [
-        [
-            str(record.round),
-            "new" if record.plan_reasons else "kept",
-            MISSING if record.drift is None else f"{record.drift:.3f}",
-            "; ".join(record.plan_reasons) or MISSING,
-        ]
-        for record in records
-    ]
-    return format_table(["round", "plan", "drift", "why"], rows, markdown, left_aligned=4)
 
 
 def _client_row(client: PlannedClient) -> list[str]:

@@ -3,9 +3,8 @@
 import json
 import math
 import os
-import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -159,19 +158,6 @@ class RunSummary:
             unfinished.replace(target)
         finally:
             unfinished.unlink(missing_ok=True)
-
-
-def client_order(client_id: str) -> list[int | str]:
-    """A sort key that puts client 2 before client 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", client_id)]
-
-
-def describe_ranks(ranks: Iterable[int]) -> str:
-    """``"8"`` where all modules have one rank, ``"2-16"`` where they differ, ``"0"`` without any adapter."""
-    found = list(ranks)
-    if not found:
-        return "0"
-    return str(min(found)) if min(found) == max(found) else f"{min(found)}-{max(found)}"
 
 
 def _json_value(value: Any) -> Any:

@@ -4,11 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hsplit_flwr.common.figures import new_figure, save_figure
-from hsplit_flwr.reports.records import RoundRecord, RunSummary, client_order
+from hsplit_flwr.common.figures import BLUE, ORANGE, VERMILION, new_figure, save_figure
+from hsplit_flwr.common.tables import client_order
+from hsplit_flwr.reports.records import RoundRecord, RunSummary
 
-# Okabe and Ito's colours, told apart with every common colour blindness: https://jfly.uni-koeln.de/color/
-BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
 DOWN_STYLE = {"facecolor": ORANGE, "hatch": "//", "edgecolor": "white"}
 LOG_SCALE_RATIO = 20.0
 """From this ratio of highest to lowest perplexity the axis is logarithmic."""

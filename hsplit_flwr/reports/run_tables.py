@@ -3,11 +3,16 @@
 from collections.abc import Iterable, Sequence
 
 from hsplit_flwr.common.progress import format_duration
+from hsplit_flwr.common.tables import (
+    MISSING,
+    client_order,
+    format_bytes,
+    format_number,
+    format_seconds,
+    format_table,
+)
 from hsplit_flwr.reports.health.records import Finding
-from hsplit_flwr.reports.records import CLIENT_PHASES, ROUND_PHASES, ClientRecord, RoundRecord, RunSummary, client_order
-
-MISSING = "-"
-Row = list[str]
+from hsplit_flwr.reports.records import CLIENT_PHASES, ROUND_PHASES, ClientRecord, RoundRecord, RunSummary
 
 
 def round_table(records: Sequence[RoundRecord], *, markdown: bool = False) -> str:
@@ -111,47 +116,19 @@ def health_section(findings: Sequence[Finding], *, markdown: bool = False) -> st
     return "\n".join([table, "", *lines] if lines else [table])
 
 
-def format_bytes(count: int) -> str:
-    """Decimal units as for links: ``"999 B"``, ``"1.0 kB"``, ``"12.3 MB"``."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.95 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{count} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def format_number(value: float | None) -> str:
-    """A perplexity or loss to about four digits; ``"-"`` where there is none."""
-    if value is None:
-        return MISSING
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}" if abs(value) < 1e6 else f"{value:.3g}"
-
-
-def format_seconds(value: float | None) -> str:
-    """Seconds to a tenth, to a thousandth below one; ``"-"`` where the phase was not timed."""
-    if value is None:
-        return MISSING
-    return f"{value:.1f}" if value >= 0.9995 else f"{value:.3f}"
-
-
 def _each_once(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def format_table(header: Row, rows: Sequence[Row], markdown: bool, left_aligned: int = 0) -> str:
-    """Padded columns, the first `left_aligned` aligned to the left, the others (numbers) to the right."""
-    lines = [header, *rows]
-    if markdown:
-        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
-    padded = [
+def plan_history(records: Sequence[RoundRecord], *, markdown: bool = False) -> str:
+    """A row per round: whether it began to follow a new plan, how far importance had drifted, and why."""
+    rows = [
         [
-            cell.ljust(width) if column < left_aligned else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+            str(record.round),
+            "new" if record.plan_reasons else "kept",
+            MISSING if record.drift is None else f"{record.drift:.3f}",
+            "; ".join(record.plan_reasons) or MISSING,
         ]
-        for line in lines
+        for record in records
     ]
-    if markdown:
-        rule = ["-" * w if c < left_aligned else "-" * (w - 1) + ":" for c, w in enumerate(widths)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
-    rule = ["-" * width for width in widths]
-    return "\n".join("  ".join(line).rstrip() for line in [padded[0], rule, *padded[1:]])
+    return format_table(["round", "plan", "drift", "why"], rows, markdown, left_aligned=4)

@@ -1,18 +1,12 @@
 """What a run and a round are made of, as data: training settings, a client's plan, a client's task for one round."""
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.spec import LoraSpec
-from hsplit_flwr.training.workload import ACTIVATION_DTYPES, Workload
+from hsplit_flwr.training.workload import ACTIVATION_DTYPES
 
-PROTOCOL_VERSION = 2
-Mode = Literal["train", "evaluate", "probe"]
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -80,103 +74,6 @@ class ClientPlan:
 
     def __post_init__(self) -> None:
         _require(_whole(self.cut, 1), "a cut >= 1 (blocks held by the client)", self.cut)
-
-
-@dataclass(frozen=True)
-class RoundTask:
-    """Everything a client needs to know for one `fit` or `evaluate`; travels as JSON in the Flower config."""
-
-    run: str
-    round: int
-    client: str
-    mode: Mode
-    address: str
-    token: str
-    time_limit_s: float
-    max_frame_bytes: int
-    plan: ClientPlan
-    training: TrainingConfig
-    workload: Workload | None = None
-    """what the plan was made for; larger batches are refused"""
-    common_start: bool = False
-    """see `head_seed`"""
-
-    @property
-    def first_step(self) -> int:
-        """The run step (0-based) at which this round starts."""
-        return (self.round - 1) * self.training.local_steps
-
-    @property
-    def adapter_seed(self) -> int:
-        """Decides this client's fresh adapters in this round."""
-        return head_seed(self.training.seed, self.round, self.client, self.common_start)
-
-    def to_json(self) -> str:
-        """The JSON text that `from_json` reads."""
-        plan = {"cut": self.plan.cut, "lora": self.plan.lora.to_dict()}
-        flat = {f.name: getattr(self, f.name) for f in fields(self)}
-        workload = asdict(self.workload) if self.workload else None
-        training = asdict(self.training)
-        data = {**flat, "plan": plan, "training": training, "workload": workload, "protocol": PROTOCOL_VERSION}
-        return json.dumps(data)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """The task that `to_json` wrote.
-
-        Raises:
-            ConfigError: not a task, or one of another protocol version.
-        """
-        try:
-            data: dict[str, Any] = json.loads(text)
-            protocol = data.pop("protocol")
-            if protocol != PROTOCOL_VERSION:
-                raise ConfigError(
-                    f"Expected a task of protocol version {PROTOCOL_VERSION}, found {protocol}. "
-                    "Install the same hsplit_flwr version on server and clients."
-                )
-            plan = ClientPlan(cut=data["plan"]["cut"], lora=LoraSpec.from_dict(data["plan"]["lora"]))
-            workload = Workload(**data["workload"]) if data["workload"] else None
-            training = TrainingConfig(**data["training"])
-            return cls(**{**data, "plan": plan, "training": training, "workload": workload})
-        except ConfigError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"Expected a round task of hsplit_flwr in the Flower config, found {error!r}.") from error
-
-
-def tail_seed(seed: int, round_: int) -> int:
-    """Decides the tail's fresh adapters in a round of the run of `seed`."""
-    return derive_seed(seed, "tail", round_)
-
-
-def head_seed(seed: int, round_: int, client: str, common_start: bool) -> int:
-    """Decides the fresh adapters of a client's head; with a common start they are those of every other head and tail.
-
-    Stacked adapters may start anywhere, and learn more from different starts. What is averaged must start alike, or the
-    average is of unrelated things.
-    """
-    return tail_seed(seed, round_) if common_start else derive_seed(seed, "head", round_, client)
-
-
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any parts: equal parts, equal seed, on every machine."""
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
-def plans_from_table(
-    cuts: Mapping[str, int],
-    ranks: Mapping[str, int],
-    *,
-    lora_alpha: float = 16.0,
-    target_modules: str = "",
-) -> dict[str, ClientPlan]:
-    """Plans per client id from two small tables, with one alpha for all."""
-    if set(cuts) != set(ranks):
-        raise ConfigError(f"Expected cuts and ranks for the same clients, found {sorted(cuts)} and {sorted(ranks)}.")
-    targets = tuple(target_modules.split()) if target_modules else "all-linear"
-    return {client: ClientPlan(cuts[client], LoraSpec(ranks[client], lora_alpha, targets)) for client in cuts}
 
 
 def _whole(value: object, least: int) -> bool:

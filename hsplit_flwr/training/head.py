@@ -1,7 +1,7 @@
 """A head's part of a round, against any `TailSession`: forward, exchange, backward, step."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -14,10 +14,9 @@ from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.host_memory import trim_heap
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
+from hsplit_flwr.training.loss import Batch
 from hsplit_flwr.training.optimizer import Optimiser
 from hsplit_flwr.training.session import ScoreReply, TailSession
-
-Batch = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

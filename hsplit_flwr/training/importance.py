@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hsplit_flwr.errors import UnsupportedModelError
-from hsplit_flwr.lora.segment_adapters import ADAPTER, linear_shape
-from hsplit_flwr.models.segments import Segment, block_of
-from hsplit_flwr.training.session import target_tokens
+from hsplit_flwr.lora.segment_adapters import ADAPTER
+from hsplit_flwr.models.segments import Segment, block_of, linear_shape
+from hsplit_flwr.training.loss import target_tokens
 
 TILE_BYTES = 8 << 20
 """the most of one gradient that is held at once (float32)"""

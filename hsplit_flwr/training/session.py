@@ -5,11 +5,6 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
-def target_tokens(labels: Tensor) -> int:
-    """How many positions of `labels` (B, T) are predicted."""
-    return int((labels[:, 1:] != -100).sum())
-
-
 class StepReply(NamedTuple):
     """The tail's answer to one training step."""
 

@@ -20,17 +20,17 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.lora.spec import LoraFactors
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.barrier import BarrierLimits, StepBarrier
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, SampledRows, sample_rows
+from hsplit_flwr.training.loss import target_tokens, token_losses
 from hsplit_flwr.training.optimizer import Optimiser
-from hsplit_flwr.training.session import ScoreReply, StepReply, target_tokens
+from hsplit_flwr.training.session import ScoreReply, StepReply
 
 _log = logging.getLogger("hsplit_flwr")
 
@@ -67,16 +67,6 @@ class _Request:
     measured: bool = False
     """the tail's importance is measured on it"""
     reply: "Future[StepReply]" = field(default_factory=Future)
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Loss per position (B, T) of next-token prediction, float32; 0 where the label to predict is -100.
-
-    Position t predicts label t+1, as in transformers' ``ForCausalLMLoss``.
-    """
-    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    flat = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="none")
-    return flat.view(labels.shape)
 
 
 def _require_finite(what: str, *tensors: Tensor) -> None:

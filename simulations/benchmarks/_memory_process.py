@@ -15,12 +15,12 @@ from _models import MODELS
 from flwr.common import ndarrays_to_parameters
 from torch import Tensor
 
-from hsplit_flwr.exchange.frames import DTYPES
 from hsplit_flwr.exchange.remote_tail import RemoteTail
+from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment, load_segment
-from hsplit_flwr.training.config import RoundTask
 from hsplit_flwr.training.head import train_head
 from hsplit_flwr.training.host_memory import return_freed_tensors, trim_heap
 from hsplit_flwr.training.workload import Workload

@@ -35,8 +35,9 @@ from torch import Tensor
 
 from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate, noise_free, terms_by_module, token_shares
 from hsplit_flwr.lora.delta_log import DeltaLog
-from hsplit_flwr.lora.deltas import MatrixDelta, WeightDelta, merge_into
-from hsplit_flwr.lora.spec import LoraFactors, init_lora_A
+from hsplit_flwr.lora.deltas import MatrixDelta, WeightDelta
+from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
+from hsplit_flwr.lora.merge import merge_into
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 HIDDEN = 4096

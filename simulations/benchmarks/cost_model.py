@@ -36,12 +36,13 @@ from _step_flops import head_flops, tail_flops
 from torch import Tensor
 
 from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService
+from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import load_segment
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
-from hsplit_flwr.training.config import ClientPlan, RoundTask, TrainingConfig
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.host_memory import CLIENT_TUNABLES
 from hsplit_flwr.training.session import ScoreReply, StepReply
 

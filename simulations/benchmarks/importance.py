@@ -32,7 +32,7 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment, block_of, load_segment
 from hsplit_flwr.training.importance import ImportanceProbe, SampledRows
-from hsplit_flwr.training.tail import token_losses
+from hsplit_flwr.training.loss import token_losses
 
 SEED = 0
 ROUND_STEPS = 20

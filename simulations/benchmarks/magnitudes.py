@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from _provenance import provenance
 
+from hsplit_flwr.common.tables import format_table
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.records import RunSpec
 from hsplit_flwr.experiments.rivals.whole_model import WholeTrainer
@@ -25,7 +26,6 @@ from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.lora.aggregation import RULES, aggregate
 from hsplit_flwr.models.segments import block_of
-from hsplit_flwr.reports.run_tables import format_table
 
 RANKS = ((8, 8, 8, 8, 8), (2, 4, 8, 12, 16), (1, 1, 1, 1, 16), (16, 16, 16, 16, 1))
 SPEC = RunSpec("hetlora", "homogeneous", "dirichlet", 0, 5e-3, rounds=1, local_steps=20, warmup_steps=5)

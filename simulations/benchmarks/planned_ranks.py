@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from _provenance import provenance
 
+from hsplit_flwr.common.tables import format_table
 from hsplit_flwr.data.restaurants import restaurant_examples
 from hsplit_flwr.experiments.split_plans import UnweightedPlanning
 from hsplit_flwr.federation.global_model import GlobalModel
@@ -38,7 +39,6 @@ from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
 from hsplit_flwr.planning.round_plan import RoundPlan
-from hsplit_flwr.reports.run_tables import format_table
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.workload import Workload
 

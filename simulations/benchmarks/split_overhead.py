@@ -34,15 +34,15 @@ from _models import MODELS
 from _provenance import provenance
 from torch import Tensor
 
-from hsplit_flwr.exchange.frames import DTYPES
 from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService
-from hsplit_flwr.federation.global_model import linear_shapes
+from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.segments import block_of, load_segment
+from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.config import ClientPlan, RoundTask, TrainingConfig
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.host_memory import CLIENT_TUNABLES
 from hsplit_flwr.training.tail import SharedTail, StepReport
 

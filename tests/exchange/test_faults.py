@@ -25,14 +25,16 @@ from torch import Tensor
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.exchange import remote_tail as tail_client
 from hsplit_flwr.exchange import tail_service
-from hsplit_flwr.exchange.frames import DTYPES, Header, batch_tensors, encode
+from hsplit_flwr.exchange.frames import Header, batch_tensors, encode
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.tail_service import DeltaSource, ServiceConfig, TailService
+from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.segments import segment_from_model
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.config import ClientPlan, Mode, RoundTask, TrainingConfig
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.session import StepReply, TailSession
 from hsplit_flwr.training.tail import SharedTail, StepReport
 from tests.helpers.models import HIDDEN_SIZE, VOCAB_SIZE, tiny_model
@@ -425,7 +427,7 @@ def test_a_client_that_vanishes_while_its_step_waits_leaves_no_trace() -> None:
 
 VICTIM = """
 import sys, torch
-from hsplit_flwr.training.config import RoundTask
+from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 task = RoundTask.from_json(sys.stdin.readline())
 with RemoteTail(task, task.max_frame_bytes) as tail:

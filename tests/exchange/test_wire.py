@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.frames import (
-    DTYPES,
     KINDS,
     MAX_HEADER_BYTES,
     Header,
@@ -27,7 +26,8 @@ from hsplit_flwr.exchange.frames import (
     encode,
     expect_header,
 )
-from hsplit_flwr.training.config import PROTOCOL_VERSION
+from hsplit_flwr.exchange.task import PROTOCOL_VERSION
+from hsplit_flwr.models.dtypes import DTYPES
 
 pytestmark = pytest.mark.timeout(20)
 

@@ -17,9 +17,10 @@ from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.federation import tail_rounds
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.flower.client import ClientData
+from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.flower.local_federation import LocalNode, run_federation
-from hsplit_flwr.flower.strategy import HSplitLoRAStrategy, StrategyConfig
+from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.planning.planner import PlannerConfig, plan
 from hsplit_flwr.planning.plans import PlanBook

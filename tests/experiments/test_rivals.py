@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.experiments.engine import run
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.records import RunSpec
@@ -20,8 +21,7 @@ from hsplit_flwr.experiments.rivals.server_model import ServerTrainer
 from hsplit_flwr.experiments.rivals.whole_model import WholeTrainer
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.lora.aggregation import Contribution
-from hsplit_flwr.lora.spec import LoraFactors
-from hsplit_flwr.training.config import derive_seed
+from hsplit_flwr.lora.factors import LoraFactors
 from tests.helpers.references import (
     ALGEBRA,
     RATES,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.split_model import SplitTrainer
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.lora.spec import LoraFactors, init_lora_A
-from hsplit_flwr.training.config import derive_seed
+from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from tests.helpers.references import (
     ALGEBRA,
     RATES,

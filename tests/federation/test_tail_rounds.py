@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hsplit_flwr.common.seeds import derive_seed, head_seed, tail_seed
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.tail_rounds import TailRounds
 from hsplit_flwr.lora.aggregation import Contribution
+from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.lora.spec import LoraFactors, LoraSpec, init_lora_A
+from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import block_of, segment_from_model
 from hsplit_flwr.planning.plans import PlanBook
-from hsplit_flwr.training.config import ClientPlan, TrainingConfig, derive_seed, head_seed, tail_seed
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import train_head
 from tests.helpers.federation import random_batches
 from tests.helpers.models import tiny_model

@@ -10,9 +10,10 @@ from flwr.common.config import parse_config_args
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.tail_service import ServiceConfig
+from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.flower.apps import flwr_command
-from hsplit_flwr.flower.run_config import count_clients, get, hosted_clients, integers, read_settings
-from hsplit_flwr.flower.strategy import StrategyConfig
+from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, integers
+from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import ReplanConfig

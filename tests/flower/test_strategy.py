@@ -18,19 +18,23 @@ from transformers import AutoModelForCausalLM
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.remote_tail import DeltaTensors, RemoteTail
+from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.flower import client as client_module
 from hsplit_flwr.flower import task_proxy
-from hsplit_flwr.flower.client import CLIENTS_KEY, CONCURRENCY_KEY, TASK_KEY, ClientData
+from hsplit_flwr.flower.messages import CLIENTS_KEY, CONCURRENCY_KEY, TASK_KEY
 from hsplit_flwr.flower.nodes import Roster
 from hsplit_flwr.flower.server import HSplitLoRAServer
-from hsplit_flwr.flower.strategy import HSplitLoRAStrategy, StrategyConfig
+from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.flower.task_proxy import ClientFailureError, TaskProxy, describe_failure
-from hsplit_flwr.lora.spec import LoraFactors, LoraSpec
+from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.config import ClientPlan, RoundTask, TrainingConfig
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import train_head
 from tests.helpers.federation import (
     Batch,

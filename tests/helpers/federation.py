@@ -17,11 +17,11 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.server import evaluate_clients, fit_clients
 from torch import Tensor
 
+from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.flower import client as client_module
-from hsplit_flwr.flower.client import ClientData
 from hsplit_flwr.flower.local_federation import LocalNode
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.planning.budgets.budget import Budget
 
 TIMEOUT_S = 60.0

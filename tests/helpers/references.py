@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.experiments.records import RunSpec
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.lora.spec import init_lora_A
+from hsplit_flwr.lora.factors import init_lora_A
 from hsplit_flwr.models.assets import tiny_checkpoint
-from hsplit_flwr.training.config import derive_seed
 
 TRAINED = 1e-5
 """largest absolute difference of trained fp32 values, but for `NOISY`"""

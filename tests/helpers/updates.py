@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from hsplit_flwr.lora.delta_log import DeltaLog
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.lora.segment_adapters import SegmentAdapters, linear_shape
-from hsplit_flwr.lora.spec import LoraFactors, LoraSpec
-from hsplit_flwr.models.segments import Segment, segment_from_model
+from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.models.segments import Segment, linear_shape, segment_from_model
 from tests.helpers.models import HIDDEN_SIZE, NUM_BLOCKS, tiny_model
 
 pytestmark = pytest.mark.timeout(30)

@@ -23,7 +23,7 @@ from hsplit_flwr.lora.aggregation import (
     token_shares,
     zero_pad,
 )
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors
 
 EXACT = 1e-6  # relative, float32 factors against a float64 sum
 D_OUT, D_IN = 24, 40

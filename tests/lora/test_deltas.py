@@ -12,8 +12,9 @@ from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.delta_log import DeltaLog, DeltaReplica, DeltaUpdate
-from hsplit_flwr.lora.deltas import WeightDelta, dense_bytes, factor_bytes, merge_into
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.deltas import WeightDelta
+from hsplit_flwr.lora.factors import LoraFactors, dense_bytes, factor_bytes
+from hsplit_flwr.lora.merge import merge_into
 
 EXACT = 1e-6  # relative, float32 sums against float64 ones
 SHAPES = {"h.0.q": (16, 16), "h.0.up": (24, 12), "h.1.q": (16, 16), "h.2.down": (12, 40)}

@@ -25,7 +25,7 @@ from transformers import (
 
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.lora.export import EXACT_TOLERANCE, AdapterExport, save_merged, save_peft_adapter
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors
 
 LOGITS_TOLERANCE = 1e-5
 ERROR_TOLERANCE = 1e-5

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.lora.spec import ALL_LINEAR, LoraFactors, LoraSpec, init_lora_A
+from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
+from hsplit_flwr.lora.spec import ALL_LINEAR, LoraSpec
 from tests.helpers.models import tiny_model
 
 pytestmark = pytest.mark.timeout(20)

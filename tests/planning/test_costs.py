@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
-from hsplit_flwr.exchange.frames import DTYPES, Header, batch_tensors, encode
+from hsplit_flwr.exchange.frames import Header, batch_tensors, encode
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, NUM_BLOCKS, VOCAB_SIZE, tiny_config, tiny_model

@@ -14,9 +14,12 @@ import torch
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.remote_tail import RemoteTail
+from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.flower.client import TASK_KEY, ClientData
-from hsplit_flwr.flower.strategy import HSplitLoRAStrategy, StrategyConfig
+from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.round_server import StrategyConfig
+from hsplit_flwr.flower.messages import TASK_KEY
+from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -25,7 +28,7 @@ from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning, ReplanConfig
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.config import ClientPlan, RoundTask, TrainingConfig
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 from tests.helpers.federation import (
     EMPTY,

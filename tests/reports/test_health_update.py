@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from hsplit_flwr.lora.aggregation import RULES, Contribution, Term, noise_free
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.reports.health import aggregation as aggregation_health
 from hsplit_flwr.reports.health.aggregation import (
     KEPT_VALUES,

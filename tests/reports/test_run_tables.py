@@ -13,18 +13,11 @@ import pytest
 
 from hsplit_flwr.common import provenance
 from hsplit_flwr.common.progress import Progress, format_duration, format_rate
+from hsplit_flwr.common.tables import describe_ranks, format_bytes, format_number, format_seconds
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.reports.records import ClientRecord, RoundRecord, RunSummary, describe_ranks
+from hsplit_flwr.reports.records import ClientRecord, RoundRecord, RunSummary
 from hsplit_flwr.reports.run_picture import MOST_BARS, plot_run, run_figure
-from hsplit_flwr.reports.run_tables import (
-    client_table,
-    format_bytes,
-    format_number,
-    format_seconds,
-    round_table,
-    run_report,
-    summary_table,
-)
+from hsplit_flwr.reports.run_tables import client_table, round_table, run_report, summary_table
 
 CENTRAL, FEDERATED = (41.5, 20.25, 10.125), (44.0, 22.0, 11.0)
 

@@ -13,16 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.task import PROTOCOL_VERSION, RoundTask
+from hsplit_flwr.flower.run_config import plans_from_table
 from hsplit_flwr.lora.spec import LoraSpec
-from hsplit_flwr.training.config import (
-    PROTOCOL_VERSION,
-    ClientPlan,
-    RoundTask,
-    TrainingConfig,
-    derive_seed,
-    plans_from_table,
-)
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 
 pytestmark = pytest.mark.timeout(20)
 

@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.errors import ConfigError, ExchangeError, UnsupportedModelError
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.lora.spec import LoraFactors, LoraSpec
+from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.planning.importance_history import LEAST_BALANCE, ImportanceHistory, drift, merge, normalise
 from hsplit_flwr.training import importance

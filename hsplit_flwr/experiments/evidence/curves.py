@@ -8,12 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hsplit_flwr.common.figures import new_figure, save_figure
+from hsplit_flwr.common.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, save_figure
 from hsplit_flwr.experiments.evidence.store import StoredEvaluation
 from hsplit_flwr.experiments.evidence.stored_runs import StoredRun, StoredRuns
 from hsplit_flwr.experiments.records import Evaluation
-from hsplit_flwr.planning.plots import GREEN, GREY, PURPLE, SKY
-from hsplit_flwr.reports.run_picture import BLUE, ORANGE, VERMILION
 
 Axis = Literal["round", "virtual_s", "tokens"]
 LABELS: dict[Axis, str] = {"round": "round", "virtual_s": "virtual time (s)", "tokens": "target tokens trained on"}

@@ -6,8 +6,8 @@ Pure functions: `StoredRuns` in, text out.
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from hsplit_flwr.common.tables import MISSING, format_bytes, format_number, format_seconds, format_table
 from hsplit_flwr.experiments.evidence.stored_runs import StoredRun, StoredRuns, by_seed
-from hsplit_flwr.reports.run_tables import MISSING, format_bytes, format_number, format_seconds, format_table
 
 Format = Callable[[float], str]
 TEXT_SCORES = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from hsplit_flwr.common.figures import new_figure, save_figure
+from hsplit_flwr.common.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, save_figure
 from hsplit_flwr.experiments.clock import SERVER, Interval, RoundTimeline, What
-from hsplit_flwr.planning.plots import GREEN, PURPLE, SKY
-from hsplit_flwr.reports.run_picture import BLUE, ORANGE, VERMILION
 
 YELLOW = "#F0E442"
 """Okabe and Ito's last colour, see plots.py"""

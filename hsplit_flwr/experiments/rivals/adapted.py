@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.lora.spec import LoraFactors, LoraSpec
+from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import Segment, segment_from_model
 
 

@@ -10,9 +10,9 @@ from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.whole_training import WholeReport, client_steps, train_whole
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, full_flops, whole_work
-from hsplit_flwr.federation.global_model import Score, score_segment
 from hsplit_flwr.lora.aggregation import token_shares
 from hsplit_flwr.models.segments import load_segment
+from hsplit_flwr.training.loss import Score, score_segment
 from hsplit_flwr.training.optimizer import Optimiser
 
 

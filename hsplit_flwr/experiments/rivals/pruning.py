@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors
 
 DECAY = 0.99
 STRENGTH = 5e-3

@@ -5,14 +5,15 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.whole_training import client_steps, train_whole
 from hsplit_flwr.experiments.task import LARGEST_RANK, SCALING, Task
 from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, length_factor, whole_flops
-from hsplit_flwr.federation.global_model import GlobalModel, Score, score_segment
+from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
-from hsplit_flwr.training.config import derive_seed
+from hsplit_flwr.training.loss import Score, score_segment
 from hsplit_flwr.training.optimizer import Optimiser
 
 

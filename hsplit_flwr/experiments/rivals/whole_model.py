@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.adapted import adapted
 from hsplit_flwr.experiments.rivals.pruning import penalty, ranks_after
 from hsplit_flwr.experiments.rivals.whole_training import WholeReport, client_steps, train_whole
 from hsplit_flwr.experiments.task import LORA_ALPHA, SCALING, Task
 from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, merge_flops, whole_flops, whole_work
-from hsplit_flwr.federation.global_model import GlobalModel, Score, linear_shapes, score_segment
+from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.lora.spec import LoraFactors, LoraSpec, init_lora_A
-from hsplit_flwr.models.segments import Segment, block_of, segment_from_model
-from hsplit_flwr.training.config import derive_seed
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.models.segments import Segment, block_of, linear_shapes, segment_from_model
+from hsplit_flwr.training.loss import Score, score_segment
 from hsplit_flwr.training.optimizer import Optimiser
 
 Factors = Mapping[str, LoraFactors]

@@ -10,10 +10,8 @@ from torch import Tensor
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.experiments.work import BatchShape, recorded
 from hsplit_flwr.models.segments import Segment
-from hsplit_flwr.training.head import Batch
+from hsplit_flwr.training.loss import Batch, target_tokens, token_losses
 from hsplit_flwr.training.optimizer import Optimiser
-from hsplit_flwr.training.session import target_tokens
-from hsplit_flwr.training.tail import token_losses
 
 
 @dataclass(frozen=True)

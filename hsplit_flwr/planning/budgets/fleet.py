@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.toml_file import read_toml
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.budgets.budget import UNITS, Budget, budget_of, read_units
 from hsplit_flwr.planning.budgets.devices import device_budget
-from hsplit_flwr.training.config import derive_seed
 
 FACTORS = ("memory", "compute", "link")
 _DEVICE_KEYS = ("device", *UNITS)

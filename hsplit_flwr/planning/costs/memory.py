@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit_flwr.exchange.frames import DTYPES
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs.shapes import Matrix, WeightBytes, blocks_of
 from hsplit_flwr.planning.costs.step_trace import StepTrace
 from hsplit_flwr.training.config import TrainingConfig

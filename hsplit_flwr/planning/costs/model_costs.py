@@ -14,8 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange import frame_bytes
-from hsplit_flwr.exchange.frames import DTYPES
 from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton, find_layout
+from hsplit_flwr.models.dtypes import DTYPES
+from hsplit_flwr.planning.costs import npy_bytes
 from hsplit_flwr.planning.costs.flops import FlopModel
 from hsplit_flwr.planning.costs.memory import HeadMemory, MemoryEstimate
 from hsplit_flwr.planning.costs.shapes import Matrix, matrices_of, weight_bytes
@@ -99,7 +100,7 @@ class ModelCosts:
             if (rank := ranks.get(matrix.name, 0))
             for shape in ((rank, matrix.d_in), (matrix.d_out, rank))
         ]
-        return frame_bytes.array_bytes([*factors, (len(held),)])
+        return npy_bytes.array_bytes([*factors, (len(held),)])
 
     def head_base_bytes(self, cut: int) -> int:
         """Memory of a head with adapters everywhere, of ranks near 0."""

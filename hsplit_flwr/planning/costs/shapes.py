@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hsplit_flwr.lora.segment_adapters import linear_shape
 from hsplit_flwr.models.block_layout import BlockLayout, block_of
+from hsplit_flwr.models.segments import linear_shape
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit_flwr.exchange.frames import DTYPES
+from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs.memory import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate
 from hsplit_flwr.planning.costs.shapes import Matrix
 from hsplit_flwr.planning.costs.step_trace import StepTrace

@@ -16,16 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hsplit_flwr.lora.aggregation import (
-    EXACT_RULE,
-    RULES,
-    Contribution,
-    Term,
-    noise_free,
-    product_norm,
-    terms_by_module,
-)
-from hsplit_flwr.lora.spec import LoraFactors
+from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, Contribution, Term, noise_free, terms_by_module
+from hsplit_flwr.lora.factors import LoraFactors, product_norm
 from hsplit_flwr.reports.health.records import AdapterCoverage, AggregationHealth, MatrixSpectrum
 
 _log = logging.getLogger("hsplit_flwr")

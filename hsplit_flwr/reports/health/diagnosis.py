@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hsplit_flwr.common.tables import format_bytes, format_number, format_seconds
 from hsplit_flwr.reports.health.causes import Cause, convergence_causes
 from hsplit_flwr.reports.health.links import LinkUse, link_use
 from hsplit_flwr.reports.health.records import AggregationHealth, Finding, MatrixSpectrum
 from hsplit_flwr.reports.records import RoundRecord
-from hsplit_flwr.reports.run_tables import format_bytes, format_number, format_seconds
 from hsplit_flwr.training.config import TrainingConfig
 
 CONVERGENCE, COMMUNICATION, AGGREGATION = "convergence", "communication", "aggregation"

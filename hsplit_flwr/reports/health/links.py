@@ -11,8 +11,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.reports.health.records import TailSteps
-from hsplit_flwr.reports.records import ClientRecord, RoundRecord, client_order
+from hsplit_flwr.reports.records import ClientRecord, RoundRecord
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from hsplit_flwr.common.figures import new_figure, save_figure
+from hsplit_flwr.common.figures import BLUE, VERMILION, new_figure, save_figure
 from hsplit_flwr.reports.health.diagnosis import COLLAPSE, unequal_matrices
 from hsplit_flwr.reports.health.records import AggregationHealth
 from hsplit_flwr.reports.records import RoundRecord
-from hsplit_flwr.reports.run_picture import BLUE, VERMILION
 
 FLOOR = 1e-4
 """Of the largest singular value: below, values are float32's noise and are not drawn."""

@@ -6,7 +6,7 @@ from flwr.clientapp import ClientApp
 
 from e2e_nlg.task import FOLDER, client_data, model_name
 from hsplit_flwr.flower.client import HSplitLoRAClient
-from hsplit_flwr.flower.run_config import count_clients, get, hosted_clients, read_fleet
+from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, read_fleet
 
 
 def client_fn(context: Context) -> Client:

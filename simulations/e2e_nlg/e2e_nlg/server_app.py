@@ -8,7 +8,8 @@ from hsplit_flwr.data.e2e import validation_examples
 from hsplit_flwr.data.text_batches import prompt_text
 from hsplit_flwr.federation.run_output import Sample
 from hsplit_flwr.flower.apps import server_app_components
-from hsplit_flwr.flower.run_config import get, read_settings
+from hsplit_flwr.flower.client_settings import get
+from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.models.files import ModelFiles
 
 SAMPLES = 2

@@ -5,7 +5,7 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 
 from hsplit_flwr.flower.client import HSplitLoRAClient
-from hsplit_flwr.flower.run_config import count_clients, get, hosted_clients, read_fleet
+from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, read_fleet
 from quickstart.task import FOLDER, MODEL, client_data
 
 
