@@ -111,7 +111,7 @@ def main() -> None:
     """Tokenizer, pretraining, perplexity on unseen text, files and hash."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=tiny_checkpoint(), help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of text and weights (default: %(default)s)")
     arguments = parser.parse_args()
 

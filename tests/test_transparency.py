@@ -72,15 +72,15 @@ def monolithic_peft(name: str, batches: list[Batch], cut: int) -> tuple[list[flo
             else:
                 parameter.data.zero_()
             adapters[f"{module}.{factor[0]}"] = parameter
-    optimiser = torch.optim.AdamW(adapters.values(), lr=CONFIG.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(adapters.values(), lr=CONFIG.learning_rate, weight_decay=0.0)
     losses = []
     for step, batch in enumerate(batches):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = CONFIG.learning_rate_at(step)
         loss = wrapped(**batch).loss
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return losses, {key: parameter.detach() for key, parameter in adapters.items()}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 # Okabe and Ito's colours, told apart with every common colour blindness: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
-# The rest of Okabe and Ito's colours, see plots.py.
+# The rest of theirs.
 GREEN, SKY, PURPLE, GREY = "#009E73", "#56B4E9", "#CC79A7", "#999999"
 
 

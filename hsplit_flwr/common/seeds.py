@@ -3,18 +3,18 @@
 import hashlib
 
 
-def tail_seed(seed: int, round_: int) -> int:
+def tail_seed(seed: int, round_number: int) -> int:
     """Decides the tail's fresh adapters in a round of the run of `seed`."""
-    return derive_seed(seed, "tail", round_)
+    return derive_seed(seed, "tail", round_number)
 
 
-def head_seed(seed: int, round_: int, client: str, common_start: bool) -> int:
+def head_seed(seed: int, round_number: int, client: str, common_start: bool) -> int:
     """Decides the fresh adapters of a client's head; with a common start they are those of every other head and tail.
 
     Stacked adapters may start anywhere, and learn more from different starts. What is averaged must start alike, or the
     average is of unrelated things.
     """
-    return tail_seed(seed, round_) if common_start else derive_seed(seed, "head", round_, client)
+    return tail_seed(seed, round_number) if common_start else derive_seed(seed, "head", round_number, client)
 
 
 def derive_seed(*parts: object) -> int:

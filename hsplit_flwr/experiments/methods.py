@@ -12,8 +12,8 @@ Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_arm
 How we read the rivals, where their texts leave a choice:
 
 * ``splitlora`` (arXiv:2407.00952): one cut and one rank for all, which the weakest device affords; heads' factors are
-  averaged and handed back, the tail's adapters and all optimisers go on over the whole run. The server takes an
-  optimiser step on each client's batch, as the released code does; ``splitlora_joint`` takes one on all of them.
+  averaged and handed back, the tail's adapters and all optimizers go on over the whole run. The server takes an
+  optimizer step on each client's batch, as the released code does; ``splitlora_joint`` takes one on all of them.
 * ``splitlora_as_released`` (https://github.com/FDU-INC/Split_LoRA, gpt2_ft_sfl.py): its aggregation averages N + 1
   snapshots of N clients without weights. Each was taken before that client's last step, and the first client has two.
 * ``hetlora`` (arXiv:2401.06432): the whole model on every client, rank by device, zero-padding, sparsity-weighted
@@ -62,7 +62,7 @@ class Method:
     stale_snapshots: bool = False
     """aggregates what SplitLoRA's released code does"""
     joint_steps: bool = False
-    """the server takes one optimiser step on the batches of all clients together; else one on each client's batch"""
+    """the server takes one optimizer step on the batches of all clients together; else one on each client's batch"""
 
 
 _HSPLITLORA = Method("HSplitLoRA", "split", planned=True)

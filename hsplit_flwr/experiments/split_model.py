@@ -27,7 +27,7 @@ from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan
 from hsplit_flwr.training.head import TrainReport, train_head
 from hsplit_flwr.training.loss import Batch, Score, score_segment
-from hsplit_flwr.training.optimizer import Optimiser
+from hsplit_flwr.training.optimizer import Optimizer
 
 LIMITS = BarrierLimits(start_gate_s=60.0, straggler_limit_s=600.0, step_limit_s=600.0)
 """nobody is late here: a step always takes all clients, so that a run does not depend on the machine's load"""
@@ -40,7 +40,7 @@ class _Head:
     plan: ClientPlan
     segment: Segment
     adapters: SegmentAdapters
-    optimiser: Optimiser
+    optimizer: Optimizer
     download_bytes: int = 0
     """what it was sent before its first step"""
     shapes: list[BatchShape] = field(default_factory=list)
@@ -118,11 +118,11 @@ class SplitTrainer:
             common_start = self._method.rule != EXACT_RULE
             seed = head_seed(self._training.seed, number, client, common_start)
             adapters.reset(seed)
-        optimiser = Optimiser(adapters.parameters(), self._training)
+        optimizer = Optimizer(adapters.parameters(), self._training)
         version, _, lacking = self._model.since(self._versions.get(client, 0), plan.cut)
         self._versions[client] = version
         download = sum(tensor.nbytes for tensor in lacking.values()) + factor_bytes(self._average)
-        head = _Head(plan, segment, adapters, optimiser, download)
+        head = _Head(plan, segment, adapters, optimizer, download)
         if self._method.carried:
             self._heads[client] = head
         return head
@@ -142,7 +142,7 @@ class SplitTrainer:
             try:
                 batches = recorded(self._task.streams[client](first), head.shapes)
                 snapped = _with_snapshot(batches, head, training.local_steps)
-                return train_head(head.segment, head.adapters, snapped, session, training, first, head.optimiser)
+                return train_head(head.segment, head.adapters, snapped, session, training, first, head.optimizer)
             finally:
                 session.close()
 

@@ -70,10 +70,10 @@ def log_progress(training: TrainingConfig, interval_s: float = 5.0) -> Callable[
 
     def on_step(report: StepReport) -> None:
         nonlocal current
-        round_ = 1 + report.step // training.local_steps
-        if round_ != current:
-            current = round_
-            progress.start_round(round_, report.round_clients * training.local_steps, report.compute_s)
+        round_number = 1 + report.step // training.local_steps
+        if round_number != current:
+            current = round_number
+            progress.start_round(round_number, report.round_clients * training.local_steps, report.compute_s)
         line = progress.step(len(report.clients), report.loss, report.tokens)
         if line:
             _log.info("%s", line)

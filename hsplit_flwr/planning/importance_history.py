@@ -44,7 +44,7 @@ def merge(per_client: Mapping[str, Profile], weights: Mapping[str, float]) -> di
     return {name: total / shares[name] for name, total in totals.items()}
 
 
-def normalise(profile: Profile) -> dict[str, float]:
+def normalize(profile: Profile) -> dict[str, float]:
     """`profile` scaled to the sum 1.
 
     Raises:
@@ -60,16 +60,16 @@ def normalise(profile: Profile) -> dict[str, float]:
 
 
 def drift(a: Profile, b: Profile) -> float:
-    """Total variation distance of two profiles in [0, 1]: ``1/2 sum |a - b|`` of the normalised ones.
+    """Total variation distance of two profiles in [0, 1]: ``1/2 sum |a - b|`` of the normalized ones.
 
     0: the same distribution of importance over the modules; 1: none in common. A missing module counts as 0.
     """
-    left, right = normalise(a), normalise(b)
+    left, right = normalize(a), normalize(b)
     return min(1.0, math.fsum(abs(left.get(n, 0.0) - right.get(n, 0.0)) for n in left.keys() | right.keys()) / 2)
 
 
 class ImportanceHistory:
-    """The profile that plans are made from: ``I_bar <- beta_t I + (1 - beta_t) I_bar`` on normalised profiles.
+    """The profile that plans are made from: ``I_bar <- beta_t I + (1 - beta_t) I_bar`` on normalized profiles.
 
     ``beta_t = b_t + (1 - b_t) d_t`` with ``b_t = max(LEAST_BALANCE, 1/t)`` for the t-th profile and d_t its `drift`
     from the history: without drift the history is the mean of all profiles at first and an exponential mean later; a
@@ -107,7 +107,7 @@ class ImportanceHistory:
         """`profile` with the history's share for the modules that it lacks; what it measured shares the rest of 1."""
         missing = {name: share for name, share in self.profile.items() if name not in profile}
         rest = 1 - math.fsum(missing.values())
-        return {name: rest * share for name, share in normalise(profile).items()} | missing
+        return {name: rest * share for name, share in normalize(profile).items()} | missing
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form; `from_dict` takes it back."""
@@ -124,7 +124,7 @@ class ImportanceHistory:
         if set(data) != expected:
             raise ConfigError(f"Expected an importance history with the keys {sorted(expected)}, found {sorted(data)}.")
         history = cls()
-        history.profile = normalise(data["profile"]) if data["profile"] else {}
+        history.profile = normalize(data["profile"]) if data["profile"] else {}
         history.updates, history.beta = int(data["updates"]), float(data["beta"])
         return history
 

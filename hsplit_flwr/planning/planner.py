@@ -3,18 +3,18 @@
 Choose, for every client i, a cut s_i in 1..L-1 and, for the matrices m of blocks below s_i, ranks r_im that are 0 or a
 candidate, to
 
-    maximise    sum_i ( sum_{m in head(s_i)} I_m g(r_im) + w sum_{m in tail(s_i)} I_m g(r_m) )
+    maximize    sum_i ( sum_{m in head(s_i)} I_m g(r_im) + w sum_{m in tail(s_i)} I_m g(r_m) )
                 I: importance, sum 1; g: `ranks.gain`; w: `tail_worth`; r_m: the tail's rank
 
     subject to  head_base_bytes(s_i) + sum_m r_im rank_bytes_m  <=  memory_i                                 every i
                 steps * (head_flops(s_i, r_i) / compute_i + up / uplink_i + down / downlink_i + 2 latency_i + t)
                     + 4 sum_m r_im (d_in + d_out) / uplink_i + update(s_i) / downlink_i  <=  deadline        every i
                 t = sum_i tail_flops(s_i) / server compute;  update(s): bytes by which a round changes a head, at most
-                weights + tail adapters with optimiser state + sum_i activations(s_i)  <=  server memory
+                weights + tail adapters with optimizer state + sum_i activations(s_i)  <=  server memory
 
 The tail serves the clients of a step one after another, so t couples them: a deeper cut of one gives all others time.
 The server's memory counts every client's activations at once; in truth only clients of equal cut run as one batch, so
-the sum errs on the safe side. The tail's own ranks follow from `tail_rank` and the importance alone: they maximise
+the sum errs on the safe side. The tail's own ranks follow from `tail_rank` and the importance alone: they maximize
 sum_m I_m g(r_m) over the blocks from 1 on, subject to sum_m r_m (d_in + d_out) <= tail_rank sum_m (d_in + d_out).
 
 The objective counts what every client's data trains, in its head or in the tail. The tail trains better: it steps on

@@ -18,7 +18,7 @@ MEMORY_COLOURS = {
     "weights": BLUE,
     "adapters": ORANGE,
     "gradients": VERMILION,
-    "optimiser": PURPLE,
+    "optimizer": PURPLE,
     "activations": SKY,
     "workspace": GREEN,
     "planner's margin": "0.8",

@@ -32,7 +32,7 @@ class TrainingConfig:
     importance_rows: int = 2
     """rows of each batch that importance is measured on; 0: all"""
     joint_steps: bool = False
-    """the tail takes one optimiser step on the batches of all clients of a step; else one on each client's batch"""
+    """the tail takes one optimizer step on the batches of all clients of a step; else one on each client's batch"""
     tail_passes: int = 1
     """over the batches of a step; those after the first are the tail's alone, taken once the clients have their answers
     and compute"""
@@ -51,7 +51,7 @@ class TrainingConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of one client over the whole run."""
+        """Optimizer steps of one client over the whole run."""
         return self.rounds * self.local_steps
 
     def learning_rate_at(self, step: int) -> float:

@@ -15,7 +15,7 @@ from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.host_memory import trim_heap
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
 from hsplit_flwr.training.loss import Batch
-from hsplit_flwr.training.optimizer import Optimiser
+from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import ScoreReply, TailSession
 
 
@@ -29,7 +29,7 @@ class TrainReport:
     losses: tuple[float, ...]
     """own mean loss at each step, nats per token"""
     compute_s: float
-    """forward, backward and optimiser of the head"""
+    """forward, backward and optimizer of the head"""
     exchange_s: float
     """from activations out to gradient in: transfer, waiting for others, the tail's compute"""
     importance: dict[str, float] = field(default_factory=dict)
@@ -43,20 +43,20 @@ def train_head(
     session: TailSession,
     config: TrainingConfig,
     first_step: int = 0,
-    optimiser: Optimiser | None = None,
+    optimizer: Optimizer | None = None,
 ) -> TrainReport:
     """Train `adapters` for ``config.local_steps`` steps on `batches`.
 
-    The autograd graph of each step and the optimiser stay alive on the client; only activations, mask and labels go
+    The autograd graph of each step and the optimizer stay alive on the client; only activations, mask and labels go
     out and only the activation gradient comes in. `first_step` is the run step of the round's first step. The first
     ``config.importance_steps`` steps also measure the head's importance, which changes nothing in what is trained.
-    `optimiser` goes on from an earlier round; by default it starts afresh.
+    `optimizer` goes on from an earlier round; by default it starts afresh.
 
     Raises:
         ConfigError: the batches run out, or lack a tensor.
         ExchangeError: the tail refused a step or could not be reached.
     """
-    optimiser = optimiser or Optimiser(adapters.parameters(), config)
+    optimizer = optimizer or Optimizer(adapters.parameters(), config)
     importance = MeanImportance()
     losses: list[float] = []
     tokens = 0
@@ -64,7 +64,7 @@ def train_head(
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, config.local_steps)):
         input_ids, mask, labels = _on_device(batch, head)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         with _probe(head, labels, step, config) as probe:
             hidden = head(input_ids, mask)
             sent = time.perf_counter()
@@ -72,7 +72,7 @@ def train_head(
             exchange_s += time.perf_counter() - sent
             if hidden.requires_grad:
                 hidden.backward(reply.gradient.to(hidden.device, hidden.dtype))
-                optimiser.step(first_step + step)
+                optimizer.step(first_step + step)
         for values in probe.values():
             importance.add(values)
         trim_heap()

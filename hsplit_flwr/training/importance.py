@@ -1,6 +1,6 @@
 """Important weight identification: which weight matrices the loss leans on, measured during training.
 
-The resource-normalised gradient-weight product of a matrix W (d_out, d_in) is ``sum |W * dL/dW| / (d_in + d_out)``: the
+The resource-normalized gradient-weight product of a matrix W (d_out, d_in) is ``sum |W * dL/dW| / (d_in + d_out)``: the
 first-order estimate of how much its entries matter to the loss, per unit of what one unit of rank costs there (A and B
 have d_in + d_out entries per rank). HSplitLoRA (arXiv:2505.02795) names the idea; its exact expression is not public,
 this one is ours.

@@ -1,4 +1,4 @@
-"""One optimiser step as heads, tail and the monolithic reference all take it."""
+"""One optimizer step as heads, tail and the monolithic reference all take it."""
 
 import math
 from collections.abc import Iterable
@@ -10,13 +10,13 @@ from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.training.config import TrainingConfig
 
 
-class Optimiser:
+class Optimizer:
     """AdamW over `parameters` with the run's learning-rate schedule and gradient clipping."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: TrainingConfig) -> None:
         self._parameters = list(parameters)
         self._config = config
-        # An optimiser of nothing is legal: every rank of a client may be 0.
+        # An optimizer of nothing is legal: every rank of a client may be 0.
         self._adamw = (
             torch.optim.AdamW(self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
             if self._parameters
@@ -28,7 +28,7 @@ class Optimiser:
         if self._adamw:
             self._adamw.zero_grad(set_to_none=True)
 
-    def adopt(self, former: "Optimiser", parameters: Iterable[nn.Parameter]) -> None:
+    def adopt(self, former: "Optimizer", parameters: Iterable[nn.Parameter]) -> None:
         """Go on with these where `former` was: AdamW takes over its moments of them."""
         if self._adamw and former._adamw:
             states = former._adamw.state

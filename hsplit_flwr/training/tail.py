@@ -1,7 +1,7 @@
 """The shared tail: one set of blocks and adapters that all clients of a round train together.
 
 In a step the tail takes one AdamW step on each client's mean loss S_i / n_i, one client after another (S_i: summed
-loss, n_i: target tokens of client i; SplitFedV2, arXiv:2004.12088): as many tokens, and N times the optimiser steps.
+loss, n_i: target tokens of client i; SplitFedV2, arXiv:2004.12088): as many tokens, and N times the optimizer steps.
 With `TrainingConfig.joint_steps` it takes one on the token-weighted mean over all clients, J = sum_i S_i / sum_i n_i;
 clients of equal cut and length then run as one batch, groups accumulate. Either way client i gets the gradient of its
 own mean loss. Further passes over the same batches (`tail_passes`) are for the tail alone.
@@ -29,7 +29,7 @@ from hsplit_flwr.training.barrier import BarrierLimits, StepBarrier
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, SampledRows, sample_rows
 from hsplit_flwr.training.loss import target_tokens, token_losses
-from hsplit_flwr.training.optimizer import Optimiser
+from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import ScoreReply, StepReply
 
 _log = logging.getLogger("hsplit_flwr")
@@ -46,7 +46,7 @@ class StepReport:
     """token-weighted mean over the clients, nats per token"""
     tokens: int
     answered_s: tuple[float, ...]
-    """client by client: the tail's own forward, backward and optimiser steps until the client had its answer"""
+    """client by client: the tail's own forward, backward and optimizer steps until the client had its answer"""
     round_clients: int
     """clients that were given this round's task"""
 
@@ -91,7 +91,7 @@ class SharedTail:
         self._limits = limits or BarrierLimits()
         self._on_step = on_step
         self._compute = threading.Lock()
-        self._optimiser: Optimiser | None = None
+        self._optimizer: Optimizer | None = None
         self._at_open: dict[str, LoraFactors] = {}
         """the adapters when the round was opened"""
         self._barrier: StepBarrier[_Request] | None = None
@@ -111,20 +111,20 @@ class SharedTail:
         adapter_seed: int,
         goes_on: Collection[str] = (),
     ) -> None:
-        """Start a training round: a barrier over `clients`, fresh adapters and optimiser state.
+        """Start a training round: a barrier over `clients`, fresh adapters and optimizer state.
 
         Args:
             clients: who is expected.
             concurrency: how many of them train at a time.
             adapter_seed: of the adapters.
-            goes_on: modules whose adapters and optimiser state stay as they are.
+            goes_on: modules whose adapters and optimizer state stay as they are.
         """
         self.close_training()
         fresh = [name for name in self.adapters.module_names if name not in goes_on]
         self.adapters.reset(adapter_seed, fresh)
-        if self._optimiser is None:
-            self._optimiser = Optimiser(self.adapters.parameters(), self._config)
-        self._optimiser.forget(self.adapters.parameters(fresh))
+        if self._optimizer is None:
+            self._optimizer = Optimizer(self.adapters.parameters(), self._config)
+        self._optimizer.forget(self.adapters.parameters(fresh))
         self._at_open = self.adapters.factors()
         self._importance = defaultdict(MeanImportance)
         members = list(clients)
@@ -144,20 +144,20 @@ class SharedTail:
         return dropped
 
     def undo_training(self) -> None:
-        """Make the adapters what they were when the round was opened; the optimiser starts afresh."""
+        """Make the adapters what they were when the round was opened; the optimizer starts afresh."""
         self.adapters.set(self._at_open)
-        self._optimiser = None
+        self._optimizer = None
 
     def replace_adapters(self, adapters: SegmentAdapters, goes_on: Iterable[str] = ()) -> None:
         """Train `adapters` from now on, which are in the segment already.
 
         Args:
             adapters: all new, but for the tensors of `goes_on`.
-            goes_on: modules whose optimiser state stays.
+            goes_on: modules whose optimizer state stays.
         """
-        former, self._optimiser = self._optimiser, Optimiser(adapters.parameters(), self._config)
+        former, self._optimizer = self._optimizer, Optimizer(adapters.parameters(), self._config)
         if former:
-            self._optimiser.adopt(former, adapters.parameters(goes_on))
+            self._optimizer.adopt(former, adapters.parameters(goes_on))
         self.adapters = adapters
 
     def importance(self) -> dict[str, dict[str, float]]:
@@ -232,12 +232,12 @@ class SharedTail:
 
     def _train_again(self, batches: Sequence[list[_Request]]) -> None:
         """The further passes over a step's batches, whose clients have their answers."""
-        assert self._optimiser is not None
+        assert self._optimizer is not None
         try:
             for batch in (batch for _ in range(self._config.tail_passes - 1) for batch in batches):
                 self._accumulate_all([replace(request, measured=False) for request in batch])
                 if sum(target_tokens(request.labels) for request in batch):
-                    self._optimiser.step(max(request.run_step for request in batch))
+                    self._optimizer.step(max(request.run_step for request in batch))
         except ExchangeError as error:
             _log.warning("the tail leaves out further passes of this step: %s", error)
 
@@ -249,14 +249,14 @@ class SharedTail:
         return None
 
     def _train(self, requests: list[_Request]) -> tuple[dict[str, StepReply], StepReport]:
-        assert self._optimiser is not None
+        assert self._optimizer is not None
         started = time.perf_counter()
         replies, importance = self._accumulate_all(requests)
         total = sum(reply.tokens for reply in replies.values())
         loss = sum(r.loss * r.tokens for r in replies.values()) / max(1, total)
         run_step = max(request.run_step for request in requests)
         if total:
-            self._optimiser.step(run_step)
+            self._optimizer.step(run_step)
         for client, values in importance.items():  # only now: a step that failed is taken again
             self._importance[client].add(values)
         answered_s = (time.perf_counter() - started,) * len(replies)
@@ -264,8 +264,8 @@ class SharedTail:
 
     def _accumulate_all(self, requests: list[_Request]) -> tuple[dict[str, StepReply], dict[str, dict[str, float]]]:
         """The gradients of one step's objective in the tail's adapters; every client's reply and importance."""
-        assert self._optimiser is not None
-        self._optimiser.zero_grad()
+        assert self._optimizer is not None
+        self._optimizer.zero_grad()
         total = sum(target_tokens(request.labels) for request in requests)
         groups: dict[tuple[int, int], list[_Request]] = defaultdict(list)
         for request in requests:

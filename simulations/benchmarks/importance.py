@@ -3,7 +3,7 @@
     python simulations/benchmarks/importance.py --json OUT
 
 Forward and backward pass of a head, and of the tail for that client, with and without importance, alternated pass by
-pass in one process, so that other work on the machine meets both alike. Optimiser and transfer, which importance leaves
+pass in one process, so that other work on the machine meets both alike. Optimizer and transfer, which importance leaves
 as they are, are left out: in a real round the shares are smaller. Columns:
 
 * ``head_ms``, ``tail_ms``: a pass without importance, median

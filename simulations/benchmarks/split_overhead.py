@@ -83,17 +83,17 @@ def monolithic(setting: Setting, files: ModelFiles, config: TrainingConfig) -> C
     model = peft.get_peft_model(model, spec)
     model.eval()  # no dropout, as in the split: the same work on both sides
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     batch = {k: v.to(setting.device) for k, v in random_batch(setting, model.config.vocab_size).items()}
 
     def run_block() -> list[float]:
         seconds = []
         for _ in range(setting.steps):
             started = time.perf_counter()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             model(**batch, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
+            optimizer.step()
             if setting.device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)

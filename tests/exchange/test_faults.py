@@ -77,10 +77,10 @@ def make_tail(
 
 def learned(tail: SharedTail) -> State:
     """Everything a step of the tail changes."""
-    assert tail._optimiser is not None
-    assert tail._optimiser._adamw is not None
+    assert tail._optimizer is not None
+    assert tail._optimizer._adamw is not None
     state = {f"adapter.{i}": p.detach().clone() for i, p in enumerate(tail.adapters.parameters())}
-    for i, values in tail._optimiser._adamw.state_dict()["state"].items():
+    for i, values in tail._optimizer._adamw.state_dict()["state"].items():
         state |= {f"adamw.{i}.{name}": torch.as_tensor(value).clone() for name, value in values.items()}
     return state
 

@@ -64,7 +64,7 @@ def dense(A: Any, B: Any, scaling: float = SCALING) -> Floats:
 def test_cenlora_is_one_peft_training_on_everybodys_batches(task: Task, method: str) -> None:
     trainer = ServerTrainer(task, METHODS[method])
     model, pairs = with_adapters(fresh(16, derive_seed(0, "tail")))
-    optimiser = adamw(flat(pairs))
+    optimizer = adamw(flat(pairs))
     warm_up = [4e-3 * (step + 1) / 10 for step in range(10)]
     small_rates = [*warm_up, *(4e-3 * (1 - step / 10) for step in range(10))]
     for number in (1, 2):
@@ -72,7 +72,7 @@ def test_cenlora_is_one_peft_training_on_everybodys_batches(task: Task, method: 
         steps = joint if method == "cenlora" else [[batch] for batches in joint for batch in batches]
         rates = RATES[number - 1] if method == "cenlora" else small_rates[10 * (number - 1) : 10 * number]
         outcome = trainer.round(number, ("1",))  # the server has the data of those who are away, too
-        losses = train(model, optimiser, steps, rates)
+        losses = train(model, optimizer, steps, rates)
         assert outcome.train_loss == pytest.approx(fmean(losses), rel=RELATIVE)
         assert outcome.tokens == tokens_of(batch for batches in joint for batch in batches)
         assert trainer.score().perplexity == pytest.approx(perplexity(model, task), rel=RELATIVE)

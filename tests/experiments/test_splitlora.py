@@ -56,7 +56,7 @@ class WithoutASplit:
         }
         self.average: dict[str, Tensor] = {}
         self.task = task
-        self.optimisers = [adamw(part.values()) for part in (self.tail, *self.heads.values())]
+        self.optimizers = [adamw(part.values()) for part in (self.tail, *self.heads.values())]
 
     def round(self, number: int, stale: bool) -> None:
         """Local steps; then the heads go on from the mean of their adapters, or of what they were one step before."""
@@ -84,7 +84,7 @@ class WithoutASplit:
         """Each head on its own mean loss, the tail on that of one client after another, or on that of all tokens."""
         total = tokens_of(batches.values())
         self._zero_tail()
-        for optimiser, (client, batch) in zip(self.optimisers[1:], batches.items(), strict=True):
+        for optimizer, (client, batch) in zip(self.optimizers[1:], batches.items(), strict=True):
             head = self.heads[client]
             loss = functional_call(self.model, {**head, **self.tail}, (), dict(batch)).loss
             gradients = torch.autograd.grad(loss, [*head.values(), *self.tail.values()])
@@ -93,22 +93,22 @@ class WithoutASplit:
             for value, gradient in zip(self.tail.values(), gradients[len(head) :], strict=True):
                 assert value.grad is not None
                 value.grad += tokens_of([batch]) / total * gradient if self.joint else gradient
-            _take_step(optimiser, rate)
+            _take_step(optimizer, rate)
             if not self.joint:
-                _take_step(self.optimisers[0], rate)
+                _take_step(self.optimizers[0], rate)
                 self._zero_tail()
         if self.joint:
-            _take_step(self.optimisers[0], rate)
+            _take_step(self.optimizers[0], rate)
 
     def _zero_tail(self) -> None:
         for value in self.tail.values():
             value.grad = torch.zeros_like(value)
 
 
-def _take_step(optimiser: torch.optim.AdamW, rate: float) -> None:
-    torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
-    optimiser.param_groups[0]["lr"] = rate
-    optimiser.step()
+def _take_step(optimizer: torch.optim.AdamW, rate: float) -> None:
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.param_groups[0]["lr"] = rate
+    optimizer.step()
 
 
 def module_of(key: str) -> str:
@@ -136,7 +136,7 @@ def require_same_adapters(found: Mapping[str, LoraFactors], expected: Mapping[st
     ],
 )
 def test_heads_go_on_from_their_mean(method: str, stale: bool, joint: bool, rounds: int) -> None:
-    """So do the tail and all optimisers, from where they were."""
+    """So do the tail and all optimizers, from where they were."""
     task = Task.of(SPEC)
     trainer = SplitTrainer(task, METHODS[method])
     reference = WithoutASplit(task, trainer._book.plan("0").cut, joint)

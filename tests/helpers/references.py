@@ -88,7 +88,7 @@ def with_adapters(start: Mapping[str, Pair], alpha: float | None = None) -> tupl
 
 def train(
     model: Any,
-    optimiser: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     steps: Iterable[Sequence[Batch]],
     rates: Iterable[float],
     extra: Callable[[], Tensor | float] = lambda: 0.0,
@@ -96,15 +96,15 @@ def train(
     """A step per rate; its loss is the mean over the tokens of its batches, plus `extra`."""
     losses = []
     for batches, rate in zip(steps, rates, strict=True):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         total = tokens_of(batches)
         parts = [model(**batch).loss * (tokens_of([batch]) / total) for batch in batches]
         loss = torch.stack(parts).sum()
         torch.autograd.backward(loss + torch.as_tensor(extra()))
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
             group["lr"] = rate
-        optimiser.step()
+        optimizer.step()
         losses.append(float(loss.detach()))
     return losses
 

@@ -137,12 +137,12 @@ def test_memory_by_hand(llama: ModelCosts) -> None:
     rotary = 4 * 4 * 2  # inv_freq of 8 / 2 frequencies and its copy
     assert estimate.weights == 4 * (VOCAB_SIZE * 32 + 2 * block_weights) + rotary
     assert estimate.adapters == estimate.gradients == 4 * 5 * 2 * sum(sides.values())
-    assert estimate.optimiser == 2 * estimate.adapters
-    parts = (estimate.weights, estimate.adapters, estimate.gradients, estimate.optimiser)
+    assert estimate.optimizer == 2 * estimate.adapters
+    parts = (estimate.weights, estimate.adapters, estimate.gradients, estimate.optimizer)
     assert estimate.total_bytes == sum(parts) + estimate.activations + estimate.workspace
     tokens = BATCH * LENGTH
     hidden, mlp, heads = 4 * tokens * 32, 4 * tokens * 48, 4 * tokens * 16
-    # Kept by a block: two norms (input, its normalised form, its output), q k v with rotary, attention's output and
+    # Kept by a block: two norms (input, its normalized form, its output), q k v with rotary, attention's output and
     # logsumexp, gate, its sigmoid product, up and their product, all adapters' A x.
     least = 2 * 2 * hidden + hidden + 2 * heads + hidden + 3 * mlp + 7 * 5 * 4 * tokens
     grown = estimate.activations - llama.head_memory(1, {m.name: 5 for m in llama.matrices}).activations

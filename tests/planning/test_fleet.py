@@ -46,7 +46,7 @@ def test_the_last_change_that_has_begun_holds_whatever_the_order_in_the_file(tmp
     recovered = Budget(2_000_000_000, 20e9, 1e6, 2e6)
     expected = {1: whole, 2: whole, 3: shrunk, 4: shrunk, 5: recovered, 99: recovered}
     for client in ("0", "1"):
-        assert {round_: read.budget(client, round_) for round_ in expected} == expected
+        assert {round_number: read.budget(client, round_number) for round_number in expected} == expected
     assert read.budget("2", 4) == whole
 
 
@@ -54,7 +54,7 @@ FLUCTUATING = f"[[client]]\n{OWN}latency_ms = 7\ncount = 40\nfluctuation = 0.2\n
 
 
 def factors(read: Fleet, rounds: int = 10) -> list[tuple[float, float, float]]:
-    budgets = [read.budget(client, round_) for client in read.client_ids for round_ in range(1, rounds + 1)]
+    budgets = [read.budget(client, round_number) for client in read.client_ids for round_number in range(1, rounds + 1)]
     assert all(budget.latency_s == 0.007 for budget in budgets)
     assert all(b.downlink_bytes_per_s == pytest.approx(2 * b.uplink_bytes_per_s) for b in budgets)
     return [(b.memory_bytes / 2e9, b.flops_per_s / 10e9, b.uplink_bytes_per_s / 1e6) for b in budgets]

@@ -213,7 +213,7 @@ def test_importance_reaches_the_plan_and_the_record(
     strategy = make_strategy(model, plans)
     close.append(strategy)
     means = budgets(costs)
-    manager = manager_of(*(node(model, c, lambda client, round_: means[client]) for c in CLIENTS))
+    manager = manager_of(*(node(model, c, lambda client, round_number: means[client]) for c in CLIENTS))
     for number in (1, 2):
         assert play_round(strategy, manager, number).metrics["clients"] == 3
     first, second = strategy.history
@@ -232,7 +232,9 @@ def test_a_new_plan_loses_nothing_learnt(model: Path, costs: ModelCosts, close: 
     means, turned = budgets(costs), dict(zip(CLIENTS, reversed(budgets(costs).values()), strict=True))
     strategy = make_strategy(model, planning(costs))
     close.append(strategy)
-    manager = manager_of(*(node(model, c, lambda c, round_: (means if round_ == 1 else turned)[c]) for c in CLIENTS))
+    manager = manager_of(
+        *(node(model, c, lambda c, round_number: (means if round_number == 1 else turned)[c]) for c in CLIENTS)
+    )
     before = play_round(strategy, manager, 1)
     strategy.configure_fit(server_round=2, parameters=EMPTY, client_manager=manager)
     strategy.aggregate_fit(server_round=2, results=[], failures=[])  # nobody trained: only the plan lies between
@@ -262,7 +264,7 @@ def test_a_head_beyond_the_budget_is_refused_with_the_figures_and_planned_anew(
     means = budgets(costs)
     shrunk = {"2": False}
 
-    def now(client: str, round_: int) -> Budget:
+    def now(client: str, round_number: int) -> Budget:
         return means["0"] if shrunk.get(client) else means[client]
 
     strategy = make_strategy(model, planning(costs), gate_s=60.0)
@@ -298,7 +300,7 @@ def test_a_larger_batch_than_planned_for_is_refused(
     means = budgets(costs)
     strategy = make_strategy(model, planning(costs), gate_s=0.5)
     close.append(strategy)
-    nodes = [node(model, c, lambda client, round_: means[client]) for c in CLIENTS]
+    nodes = [node(model, c, lambda client, round_number: means[client]) for c in CLIENTS]
     wide = ClientData(train=random_batches(STEPS, seed=4, width=11), evaluate=EVALUATION)
     nodes[1]._data = lambda _: wide
     play_round(strategy, manager_of(*nodes), 1)
@@ -353,7 +355,7 @@ def test_nobody_can_take_part(model: Path, costs: ModelCosts, close: list[HSplit
     strategy = make_strategy(model, planning(costs))
     close.append(strategy)
     tiny = replace(SERVER, memory_bytes=1000)
-    manager = manager_of(node(model, "0", lambda client, round_: tiny))
+    manager = manager_of(node(model, "0", lambda client, round_number: tiny))
     with pytest.raises(ConfigError, match="Expected a client that can take part, found none"):
         strategy.configure_fit(server_round=1, parameters=EMPTY, client_manager=manager)
 

@@ -385,7 +385,7 @@ def test_every_request_is_taken_exactly_once_whatever_the_order(seed: int) -> No
     worker = threading.Thread(target=tail)
     worker.start()
     with ThreadPoolExecutor(4) as actors:
-        sent = [request for round_ in actors.map(client_round, clients) for request in round_]
+        sent = [request for round_number in actors.map(client_round, clients) for request in round_number]
     assert barrier.close() == []
     worker.join(SOON_S)
     assert not worker.is_alive()

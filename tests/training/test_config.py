@@ -1,4 +1,4 @@
-"""Settings, plans and tasks: what is refused, what travels, and the learning rate that every optimiser follows."""
+"""Settings, plans and tasks: what is refused, what travels, and the learning rate that every optimizer follows."""
 
 import hashlib
 import json
@@ -39,18 +39,18 @@ def test_a_task_survives_json() -> None:
 @settings(max_examples=50, deadline=None)
 @given(
     client=st.text(),
-    round_=st.integers(1, 10**6),
+    round_number=st.integers(1, 10**6),
     limit=st.floats(1e-3, 1e9),
     rate=st.floats(1e-30, 1e3),
     rank=st.integers(0, 512),
     targets=st.sampled_from(["all-linear", ("q_proj",), ("a", "b.c")]),
 )
 def test_any_task_survives_json(
-    client: str, round_: int, limit: float, rate: float, rank: int, targets: str | tuple[str, ...]
+    client: str, round_number: int, limit: float, rate: float, rank: int, targets: str | tuple[str, ...]
 ) -> None:
     plan = ClientPlan(1, LoraSpec(rank, 2.0, targets, {re.escape(client): rank}, {re.escape(client): 0.1}))
     training = replace(TRAINING, learning_rate=rate)
-    task = replace(TASK, client=client, round=round_, time_limit_s=limit, plan=plan, training=training)
+    task = replace(TASK, client=client, round=round_number, time_limit_s=limit, plan=plan, training=training)
     assert RoundTask.from_json(task.to_json()) == task
 
 

@@ -23,7 +23,7 @@ from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import Segment, segment_from_model
-from hsplit_flwr.planning.importance_history import LEAST_BALANCE, ImportanceHistory, drift, merge, normalise
+from hsplit_flwr.planning.importance_history import LEAST_BALANCE, ImportanceHistory, drift, merge, normalize
 from hsplit_flwr.training import importance
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
@@ -485,14 +485,14 @@ def test_merge_needs_weights(weights: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1e-9])
 def test_importance_must_be_finite_and_not_negative(bad: float) -> None:
-    for take in (normalise, ImportanceHistory().update, lambda p: merge({"1": p}, {"1": 1.0})):
+    for take in (normalize, ImportanceHistory().update, lambda p: merge({"1": p}, {"1": 1.0})):
         with pytest.raises(ConfigError, match=r"Expected importance to be a finite number >= 0, found .* for 'y'"):
             take({"x": 1.0, "y": bad})
 
 
 def test_a_profile_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"Expected an importance profile with a value above 0, found 1 modules"):
-        normalise({"x": 0.0})
+        normalize({"x": 0.0})
 
 
 @given(profiles, profiles, profiles, st.floats(0.01, 100))
@@ -519,7 +519,7 @@ def test_the_history_is_a_profile_between_past_and_present(rounds: list[Importan
         history.update(profile)
         assert LEAST_BALANCE <= history.beta <= 1
         assert sum(history.profile.values()) == pytest.approx(1)
-        present = normalise(profile)
+        present = normalize(profile)
         past = before or present
         for name, value in history.profile.items():
             assert min(past[name], present[name]) - 1e-12 <= value <= max(past[name], present[name]) + 1e-12

@@ -13,7 +13,7 @@ from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, full_flops, w
 from hsplit_flwr.lora.aggregation import token_shares
 from hsplit_flwr.models.segments import load_segment
 from hsplit_flwr.training.loss import Score, score_segment
-from hsplit_flwr.training.optimizer import Optimiser
+from hsplit_flwr.training.optimizer import Optimizer
 
 
 class FullTrainer:
@@ -39,8 +39,8 @@ class FullTrainer:
             _assign(parameters, start)
             shapes[client] = []
             steps = client_steps(self._task, client, first, shapes[client])
-            optimiser = Optimiser(parameters, self._task.training)
-            reports[client] = train_whole(self._segment, optimiser, steps, first)
+            optimizer = Optimizer(parameters, self._task.training)
+            reports[client] = train_whole(self._segment, optimizer, steps, first)
             trained[client] = [parameter.detach().clone() for parameter in parameters]
         shares = token_shares({client: report.tokens for client, report in reports.items()})
         _assign(parameters, [sum_of([trained[c][i] for c in present], shares, present) for i in range(len(start))])

@@ -14,7 +14,7 @@ from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.loss import Score, score_segment
-from hsplit_flwr.training.optimizer import Optimiser
+from hsplit_flwr.training.optimizer import Optimizer
 
 
 class ServerTrainer:
@@ -33,7 +33,7 @@ class ServerTrainer:
             local_steps=times * task.training.local_steps,
             warmup_steps=times * task.training.warmup_steps,
         )
-        self._optimiser = Optimiser(self._adapters.parameters(), training)
+        self._optimizer = Optimizer(self._adapters.parameters(), training)
 
     def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
         """As many batches of every client as in a round of the others; the server has them all, whoever is away."""
@@ -43,7 +43,7 @@ class ServerTrainer:
         joint = ([batch for batches in together for batch in batches] for together in zip(*streams, strict=True))
         steps = joint if self._joint else ([batch] for batches in joint for batch in batches)
         start = first if self._joint else first * len(streams)
-        report = train_whole(self._segment, self._optimiser, steps, start)
+        report = train_whole(self._segment, self._optimizer, steps, start)
         ranks = {name: pair.rank for name, pair in self._adapters.factors().items()}
         costs = self._task.costs
         flops = len(shapes) * length_factor(costs, shapes) * whole_flops(costs, ranks)

@@ -21,7 +21,7 @@ from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import Segment, block_of, linear_shapes, segment_from_model
 from hsplit_flwr.training.loss import Score, score_segment
-from hsplit_flwr.training.optimizer import Optimiser
+from hsplit_flwr.training.optimizer import Optimizer
 
 Factors = Mapping[str, LoraFactors]
 
@@ -145,7 +145,7 @@ class WholeTrainer:
         flat = adapters.parameters()
         pairs: list[tuple[Tensor, Tensor]] = list(zip(flat[::2], flat[1::2], strict=True))
         extra = (lambda: penalty(pairs)) if self._method.self_pruning else None
-        return train_whole(segment, Optimiser(flat, training), steps, first, extra)
+        return train_whole(segment, Optimizer(flat, training), steps, first, extra)
 
     def _download(self, client: str) -> int:
         if self._global:

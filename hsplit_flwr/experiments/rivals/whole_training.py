@@ -11,7 +11,7 @@ from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.experiments.work import BatchShape, recorded
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.loss import Batch, target_tokens, token_losses
-from hsplit_flwr.training.optimizer import Optimiser
+from hsplit_flwr.training.optimizer import Optimizer
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class WholeReport:
 
 def train_whole(
     segment: Segment,
-    optimiser: Optimiser,
+    optimizer: Optimizer,
     steps: Iterable[Sequence[Batch]],
     first_step: int,
     extra_loss: Callable[[], Tensor] | None = None,
@@ -34,7 +34,7 @@ def train_whole(
 
     Args:
         segment: holds all blocks.
-        optimiser: of its trainable parameters.
+        optimizer: of its trainable parameters.
         steps: the batches of each step; a step's loss is the mean over the target tokens of all of them.
         first_step: run step of the first one.
         extra_loss: added to every step's loss.
@@ -42,7 +42,7 @@ def train_whole(
     losses: list[float] = []
     trained = 0
     for step, batches in enumerate(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         tokens = sum(target_tokens(batch["labels"]) for batch in batches)
         total = 0.0
         for batch in batches:
@@ -52,7 +52,7 @@ def train_whole(
             total += float(loss.detach())
         if extra_loss is not None and (extra := extra_loss()).requires_grad:
             extra.backward()  # type: ignore[no-untyped-call]
-        optimiser.step(first_step + step)
+        optimizer.step(first_step + step)
         losses.append(total)
         trained += tokens
     return WholeReport(fmean(losses), trained)

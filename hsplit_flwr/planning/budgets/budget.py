@@ -12,7 +12,7 @@ class Budget:
     """One device's means, for training alone: what the idle client process and its libraries take is not in it."""
 
     memory_bytes: int
-    """that a head may take: weights, adapters, gradients, optimiser state, activations, workspace"""
+    """that a head may take: weights, adapters, gradients, optimizer state, activations, workspace"""
     flops_per_s: float
     """sustained, not the data sheet's peak; a multiply-add counts as two"""
     uplink_bytes_per_s: float

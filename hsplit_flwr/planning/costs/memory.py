@@ -53,7 +53,7 @@ class MemoryEstimate:
     adapters: int
     """A and B, float32"""
     gradients: int
-    optimiser: int
+    optimizer: int
     """AdamW's two moments"""
     activations: int
     """kept for the backward pass"""
@@ -63,7 +63,7 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        held = self.weights + self.adapters + self.gradients + self.optimiser
+        held = self.weights + self.adapters + self.gradients + self.optimizer
         return held + self.activations + self.workspace
 
 
@@ -147,7 +147,7 @@ class HeadMemory:
             weights=self._weights.prelude + sum(self._weights.blocks[:cut]),
             adapters=4 * parameters,
             gradients=4 * parameters,
-            optimiser=8 * parameters,
+            optimizer=8 * parameters,
             activations=int(self._alive[cut]) + kept - self._not_kept(cut, ranks),
             workspace=self._workspace(cut) + transient + sampled,
         )

@@ -61,7 +61,7 @@ class TailMemory:
             weights=self._weights,
             adapters=4 * parameters,
             gradients=4 * parameters,
-            optimiser=8 * parameters,
+            optimizer=8 * parameters,
             activations=max(kept, default=0),
             workspace=largest * self._above + len(cuts) * self._queued + self._tile,
         )

@@ -62,7 +62,7 @@ class _Model:
         self._upper: list[float] = []
 
     def objective(self) -> Floats:
-        """To be minimised."""
+        """To be minimized."""
         cost = np.zeros(self.size)
         worth = np.outer(self.problem.importance[self.matrices], np.diff(self.problem.level_gains))
         cost[self.z] = -worth

@@ -19,7 +19,7 @@ def gain(rank: float) -> float:
 
 
 def spread_ranks(importance: Floats, size: Floats, ranks: Sequence[int], budget: float) -> Ints:
-    """(M,) ranks that maximise sum I_m g(r_m) subject to sum r_m size_m <= `budget`, greedily.
+    """(M,) ranks that maximize sum I_m g(r_m) subject to sum r_m size_m <= `budget`, greedily.
 
     Steps of rank in order of gain per parameter, as long as they fit.
 

@@ -63,7 +63,7 @@ class Problem:
     tail_values: Floats
     """(C,) what the tail's training of the blocks behind a cut is worth for one client"""
     server_fixed_bytes: float
-    """whatever the clients do: the whole model's weights, the tail's adapters and their optimiser state"""
+    """whatever the clients do: the whole model's weights, the tail's adapters and their optimizer state"""
     ranks: tuple[int, ...]
     """(R,) ascending, without 0"""
     clients: tuple[str, ...]

@@ -37,7 +37,7 @@ def upper_bounds(values: Floats, limits: Ints) -> Floats:
 
 
 def share(values: Floats, limit: int) -> Ints | None:
-    """(n,) cuts that maximise the sum of `values` with a sum of lifts within `limit`; None: there are none.
+    """(n,) cuts that maximize the sum of `values` with a sum of lifts within `limit`; None: there are none.
 
     Args:
         values: (n, C), -inf where a client cannot have a cut.
@@ -81,7 +81,7 @@ def _priced(by_lift: Floats, limit: int) -> tuple[float, Ints]:
 
 
 def _best_of_kept(by_lift: Floats, limit: int, fallback: Ints) -> Ints:
-    """(n,) lifts that maximise the sum of `by_lift` (n, C) within `limit`, by dynamic programming."""
+    """(n,) lifts that maximize the sum of `by_lift` (n, C) within `limit`, by dynamic programming."""
     able = np.isfinite(by_lift)
     least = able.argmax(axis=1)
     spread = by_lift.shape[1] - 1 - able[:, ::-1].argmax(axis=1) - least
