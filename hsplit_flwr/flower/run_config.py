@@ -60,12 +60,11 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     adapter_rank = get(run_config, "adapter-rank", 0)
     return Settings(
         training=training,
-        workload=Workload(
+        workload=Workload.of(
+            training,
             batch_size=get(run_config, "batch-size", 8),
             sequence_length=get(run_config, "max-length", 96),
-            local_steps=training.local_steps,
             dtype=get(run_config, "dtype", "fp32"),
-            activation_dtype=training.activation_dtype,
             gradient_checkpointing=get(run_config, "gradient-checkpointing", False),
         ),
         plans=_configured_plans(run_config, lora_alpha, targets),

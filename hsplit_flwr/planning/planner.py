@@ -4,7 +4,7 @@ Choose, for every client i, a cut s_i in 1..L-1 and, for the matrices m of block
 candidate, to
 
     maximize    sum_i ( sum_{m in head(s_i)} I_m g(r_im) + w sum_{m in tail(s_i)} I_m g(r_m) )
-                I: importance, sum 1; g: `ranks.gain`; w: `tail_worth`; r_m: the tail's rank
+                I: importance, sum 1; g: `objective.gain`; w: `tail_worth`; r_m: the tail's rank
 
     subject to  head_base_bytes(s_i) + sum_m r_im rank_bytes_m  <=  memory_i                                 every i
                 steps * (head_flops(s_i, r_i) / compute_i + up / uplink_i + down / downlink_i + 2 latency_i + t)
@@ -34,10 +34,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hsplit_flwr.common.checks import is_at_least, is_whole, require, require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
-from hsplit_flwr.planning.solver import exact, greedy
+from hsplit_flwr.planning.solver import greedy
 from hsplit_flwr.planning.solver.balance import balanced_deadline
 from hsplit_flwr.planning.solver.limits import limits
 from hsplit_flwr.planning.solver.objective import Ints
@@ -66,17 +67,14 @@ class PlannerConfig:
     for the shallowest head (`balance.balanced_deadline`)"""
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in self.ranks)
-        if not (self.ranks and whole and len(set(self.ranks)) == len(self.ranks)):
-            raise ConfigError(
-                f"Expected at least one candidate rank, whole, >= 1 and no two equal, found {self.ranks}."
-            )
-        if not (isinstance(self.tail_rank, int) and self.tail_rank >= 0):
-            raise ConfigError(f"Expected tail_rank as a whole number >= 0, found {self.tail_rank!r}.")
-        if not 0 <= self.tail_worth < math.inf:
-            raise ConfigError(f"Expected a finite tail_worth >= 0, found {self.tail_worth!r}.")
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ConfigError(f"Expected deadline_s > 0 (inf: none), or None, found {self.deadline_s!r}.")
+        whole = all(is_whole(rank, 1) for rank in self.ranks)
+        distinct = len(set(self.ranks)) == len(self.ranks)
+        expected = "as whole numbers >= 1, at least one candidate and no two equal"
+        require(bool(self.ranks) and whole and distinct, "ranks", expected, self.ranks, key="candidate-ranks")
+        require_whole("tail_rank", self.tail_rank, 0)
+        require(is_at_least(self.tail_worth, 0), "tail_worth", ">= 0 and finite", self.tail_worth)
+        good = self.deadline_s is None or self.deadline_s > 0
+        require(good, "deadline_s", "> 0 (inf: none), or None", self.deadline_s)
 
 
 def plan(
@@ -121,7 +119,9 @@ def plan_exact(
 
 
 def exact_solver(*, time_limit_s: float = 60.0, gap: float = 1e-4) -> Solver:
-    """For `plan_problem`."""
+    """The exact planner as a solver for `plan_problem`."""
+    from hsplit_flwr.planning.solver import exact  # scipy: only who asks for the optimum waits for it
+
     return lambda problem, _: exact.solve(problem, time_limit_s=time_limit_s, gap=gap)
 
 

@@ -44,7 +44,7 @@ class PlanBook:
         for plan in self._plans.values() if isinstance(self._plans, Mapping) else [self._plans]:
             _check_cut(plan.cut, num_blocks)
         if self.workload:
-            _check_workload(self.workload, training)
+            self.workload.check(training)
 
     def settle(self, known: Iterable[str], new_budgets: Mapping[str, Budget]) -> PlanDecision | None:
         """The plan of a round with the clients `known`; None where plans are configured.
@@ -124,13 +124,3 @@ class PlanBook:
 def _check_cut(cut: int, num_blocks: int) -> None:
     if not 1 <= cut < num_blocks:
         raise ConfigError(f"Expected a cut in 1..{num_blocks - 1} for this model of {num_blocks} blocks, found {cut}.")
-
-
-def _check_workload(workload: Workload, training: TrainingConfig) -> None:
-    expected = (training.local_steps, training.activation_dtype)
-    found = (workload.local_steps, workload.activation_dtype)
-    if expected != found:
-        raise ConfigError(
-            f"Expected a workload of local_steps={expected[0]} and activation_dtype={expected[1]!r} as in training, "
-            f"found {found[0]} and {found[1]!r}. Give both the same."
-        )

@@ -10,6 +10,7 @@ Follows HSplitLoRA (arXiv:2505.02795), adaptive rank and split configuration; th
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
+from hsplit_flwr.common.checks import require
 from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.spec import LoraSpec
@@ -32,8 +33,8 @@ class ReplanConfig:
     """relative change of any figure of a budget that is let pass, as long as the client's head still fits"""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.drift_threshold <= 1 and 0 <= self.budget_tolerance < 1):
-            raise ConfigError(f"Expected drift_threshold in [0, 1] and budget_tolerance in [0, 1), found {self}.")
+        require(0 <= self.drift_threshold <= 1, "drift_threshold", "in [0, 1]", self.drift_threshold)
+        require(0 <= self.budget_tolerance < 1, "budget_tolerance", "in [0, 1)", self.budget_tolerance)
 
 
 @dataclass(frozen=True)

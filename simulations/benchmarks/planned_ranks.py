@@ -94,7 +94,7 @@ def run(arm: str, seed: int, training: TrainingConfig, planner: PlannerConfig) -
     """One federated run; perplexity after every round, cuts, mean ranks and adapter bytes of the last plan."""
     run_config = {"batch-size": BATCH, "max-length": LENGTH, "seed": seed}
     files = ModelFiles.resolve(MODEL)
-    workload = Workload(batch_size=BATCH, sequence_length=LENGTH, local_steps=training.local_steps)
+    workload = Workload.of(training, batch_size=BATCH, sequence_length=LENGTH)
     fleet = Fleet.from_toml(FOLDER / "devices.toml", seed=seed)
     costs = ModelCosts(files.config, workload)
     _, held_out = restaurant_examples()

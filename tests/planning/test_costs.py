@@ -23,6 +23,7 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
+from hsplit_flwr.training.config import TrainingConfig
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, NUM_BLOCKS, VOCAB_SIZE, tiny_config, tiny_model
 
 FLOPS_TOLERANCE = 1e-6
@@ -189,6 +190,31 @@ def test_matrices_without_adapter_keep_no_input() -> None:
     without_o = {name: rank for name, rank in ranks.items() if "o_proj" not in name}  # attention keeps that one
     spared = costs.head_memory(3, ranks).activations - costs.head_memory(3, without_o).activations
     assert spared == 3 * 4 * tokens * 4
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_rows_that_importance_is_measured_on_are_those_of_the_run(checkpointing: bool) -> None:
+    """Not the settings' default: a run that measures all rows was planned for two."""
+
+    def costs(**changes: int) -> ModelCosts:
+        training = TrainingConfig(**changes)  # type: ignore[arg-type]
+        workload = Workload.of(training, batch_size=8, sequence_length=64, gradient_checkpointing=checkpointing)
+        return ModelCosts(tiny_config("llama", True), workload)
+
+    none, two, all_rows = costs(importance_steps=0), costs(importance_rows=2), costs(importance_rows=0)
+    row = 4 * 64 * (32 + 32 + 32 + 32 + 32 + 32 + 48)  # the inputs of q, k, v, o, gate, up and down
+    tile = 4 * 32 * 48
+    if checkpointing:  # what a block does not keep, importance does: in the first step, before AdamW's moments
+        inputs = {rows: found.head_memory(3, {}).workspace for rows, found in ((0, none), (2, two), (8, all_rows))}
+        assert inputs[8] - inputs[2] == 3 * 6 * row
+        assert inputs[2] - inputs[0] in (3 * 2 * row, 3 * 2 * row + tile)
+    else:  # a matrix without an adapter keeps its measured rows alone
+        ranks = {m.name: 4 for m in two.matrices if "down_proj" not in m.name}
+        kept = [found.head_memory(3, ranks).activations for found in (none, two, all_rows)]
+        assert kept[1] - kept[0] == 3 * 2 * 4 * 64 * 48
+        assert kept[2] - kept[1] == 3 * 6 * 4 * 64 * 48
+    assert two.tail_memory([2], {}).workspace - none.tail_memory([2], {}).workspace == tile
+    assert two.tail_memory([2], {}) == all_rows.tail_memory([2], {})
 
 
 @given(data=st.data())

@@ -47,7 +47,8 @@ SAME = 1e-6
 """relative difference of perplexities that only a plan lies between"""
 STEPS = 3
 CLIENTS = ("0", "1", "2")
-WORKLOAD = Workload(batch_size=2, sequence_length=10, local_steps=STEPS)
+TRAINING = TrainingConfig(rounds=3, local_steps=STEPS, learning_rate=0.02, warmup_steps=2, importance_rows=0)
+WORKLOAD = Workload.of(TRAINING, batch_size=2, sequence_length=10)
 SERVER = Budget(10**10, 1e12, 1e9, 1e9)
 CONFIG = PlannerConfig(ranks=(1, 2, 4), tail_rank=2, tail_worth=0.0, deadline_s=math.inf)
 DATA = {c: random_batches(STEPS, seed=int(c)) for c in CLIENTS}
@@ -89,7 +90,7 @@ def make_strategy(model: Path, plans: AdaptivePlanning, gate_s: float = 30.0) ->
     return HSplitLoRAStrategy(
         GlobalModel(ModelFiles.resolve(str(model))),
         plans,
-        TrainingConfig(rounds=3, local_steps=STEPS, learning_rate=0.02, warmup_steps=2, importance_rows=0),
+        TRAINING,
         config=StrategyConfig(wait_for_nodes_s=10.0),
         limits=BarrierLimits(start_gate_s=gate_s, straggler_limit_s=20.0, step_limit_s=40.0),
         eval_batches=EVALUATION,
