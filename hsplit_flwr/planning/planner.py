@@ -41,9 +41,11 @@ from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPla
 from hsplit_flwr.planning.solver import greedy
 from hsplit_flwr.planning.solver.balance import balanced_deadline
 from hsplit_flwr.planning.solver.limits import limits
+from hsplit_flwr.planning.solver.model_problem import problem_of
 from hsplit_flwr.planning.solver.objective import Ints
 from hsplit_flwr.planning.solver.participants import participants
-from hsplit_flwr.planning.solver.problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
+from hsplit_flwr.planning.solver.problem import Problem
+from hsplit_flwr.planning.solver.solution import Solution, needed_bytes, own_seconds, tail_blocks, values
 
 if TYPE_CHECKING:
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
@@ -136,7 +138,7 @@ def plan_problem(problem: Problem, solver: Solver) -> RoundPlan:
     if len(stay):
         solution = solver(served, least_load)
     else:
-        solution = Solution(np.zeros(0, int), np.zeros((0, len(problem.names)), np.int8))
+        solution = Solution(np.zeros(0, int), np.zeros((0, len(problem.matrices.names)), np.int8))
     return _round_plan(served, solution, left_out)
 
 
@@ -149,7 +151,7 @@ def _problem(
 ) -> Problem:
     if not clients:
         raise ConfigError("Expected at least one client's budget, found none. Wait for clients to report theirs.")
-    problem = Problem.from_costs(
+    problem = problem_of(
         costs,
         importance,
         clients,
@@ -175,19 +177,19 @@ def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str
             cut=int(solution.cuts[i]),
             ranks=ranks.of(solution, i),
             memory_bytes=round(memory[i]),
-            memory_budget_bytes=round(problem.memory[i]),
+            memory_budget_bytes=round(problem.devices.memory[i]),
             step_s=float((whole[i] - exchange[i]) / steps + server_step),
             round_s=float(whole[i] + steps * server_step),
             limited_by=found[i],
             value=float(value[i]),
         )
-        for i, name in enumerate(problem.clients)
+        for i, name in enumerate(problem.devices.clients)
     }
-    tail_ranks = zip(problem.names, problem.tail_ranks.tolist(), problem.block, strict=True)
+    tail_ranks = zip(problem.matrices.names, problem.tail.ranks.tolist(), problem.matrices.block, strict=True)
     tail = PlannedTail(
         ranks={name: rank for name, rank, block in tail_ranks if block >= 1},
         memory_bytes=round(problem.server_bytes(blocks, problem.num_clients)),
-        memory_budget_bytes=round(problem.server_memory),
+        memory_budget_bytes=round(problem.devices.server_memory),
         step_s=server_step,
     )
     slowest = max((client.round_s for client in clients.values()), default=0.0)
@@ -206,7 +208,7 @@ class _RankTables:
         problem, cut, levels = self._problem, solution.cuts[client], solution.levels[client]
         key = bytes([*int(cut).to_bytes(4, "little"), *levels.tobytes()])
         if key not in self._known:
-            held = int(np.searchsorted(problem.block, cut))
+            held = int(np.searchsorted(problem.matrices.block, cut))
             ranks = problem.levels[levels[:held]].astype(int).tolist()
-            self._known[key] = dict(zip(problem.names[:held], ranks, strict=True))
+            self._known[key] = dict(zip(problem.matrices.names[:held], ranks, strict=True))
         return self._known[key]
