@@ -13,7 +13,7 @@ from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, block_of
-from hsplit_flwr.planning.plans import PlanBook
+from hsplit_flwr.planning.plans import PlansInForce
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.tail import SharedTail, StepReport
@@ -35,7 +35,7 @@ class TailRounds:
         self,
         model: GlobalModel,
         segment: Segment,
-        book: PlanBook,
+        book: PlansInForce,
         training: TrainingConfig,
         limits: BarrierLimits | None = None,
         on_step: Callable[[StepReport], None] | None = None,

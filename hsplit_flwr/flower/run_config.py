@@ -74,6 +74,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             tail_rank=tail_rank,
             tail_worth=get(run_config, "tail-worth", PlannerConfig.tail_worth),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
+            target_modules=spec,
         ),
         replan=ReplanConfig(
             drift_threshold=get(run_config, "drift-threshold", ReplanConfig.drift_threshold),

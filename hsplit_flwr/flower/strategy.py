@@ -42,7 +42,7 @@ from hsplit_flwr.lora.aggregation import EXACT_RULE, Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import block_of, linear_shapes
-from hsplit_flwr.planning.plans import PlanBook, Plans
+from hsplit_flwr.planning.plans import Plans, plans_in_force
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.report import plan_table
 from hsplit_flwr.reports.health.aggregation import measure_aggregation
@@ -107,7 +107,8 @@ class HSplitLoRAStrategy(Strategy):
         self.config = config or StrategyConfig()
         self._journal = Journal()
         self.initial_score: Score | None = None
-        self._book = PlanBook(plans, tail_lora, workload, training, model.num_blocks)
+        self._shapes = linear_shapes(model.segment)
+        self._book = plans_in_force(plans, tail_lora, workload, training, self._shapes)
         self._eval_batches = eval_batches
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._roster = Roster(self.config.wait_for_nodes_s, self._question)
@@ -117,7 +118,6 @@ class HSplitLoRAStrategy(Strategy):
                 f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
                 f"{self.config.round_limit_s}: a round must not end at its gate. Lower start_gate_s."
             )
-        self._shapes = linear_shapes(model.segment)
         self._steps = StepNotes(on_step)
         self._tail_rounds = TailRounds(model, model.segment, self._book, training, limits, self._steps)
         self._tail = self._tail_rounds.tail
@@ -261,7 +261,7 @@ class HSplitLoRAStrategy(Strategy):
 
     def _question(self, cid: str) -> dict[str, Scalar]:
         """What node `cid` is asked with: a way to measure its link, if plans depend on budgets."""
-        if self._book.adaptive is None:
+        if not self._book.asks_budgets:
             return {}
         token = self._open_service().open_probe(cid)
         return {PROBE_KEY: self._task(0, "probe", cid, token, ClientPlan(1, LoraSpec(0))).to_json()}

@@ -6,9 +6,10 @@ fluctuates. The paper's exact expressions are not public to us; names and formul
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from typing import Any
 
+from hsplit_flwr.common.checks import is_at_least, require, require_keys, require_whole
 from hsplit_flwr.errors import ConfigError
 
 LEAST_BALANCE = 0.1
@@ -109,24 +110,47 @@ class ImportanceHistory:
         rest = 1 - math.fsum(missing.values())
         return {name: rest * share for name, share in normalize(profile).items()} | missing
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form; `from_dict` takes it back."""
+    def update_from_round(
+        self,
+        heads: Mapping[str, Profile],
+        tail: Mapping[str, Profile],
+        shares: Mapping[str, float],
+        modules: Iterable[str],
+    ) -> None:
+        """Take in what a round measured.
+
+        Args:
+            heads: client -> what its head measured.
+            tail: client -> what the tail measured of that client's batches.
+            shares: client -> p_i, its share of the trained tokens.
+            modules: every linear layer of the model; a client that did not measure all of them does not count.
+
+        Raises:
+            ConfigError: see `merge`.
+        """
+        names = set(modules)
+        whole = {client: {**tail.get(client, {}), **measured} for client, measured in heads.items()}
+        complete = {client: profile for client, profile in whole.items() if shares[client] and profile.keys() == names}
+        if complete:
+            self.update(merge(complete, {client: shares[client] for client in complete}))
+
+    def state(self) -> dict[str, Any]:
+        """The history as JSON-able data; `load_state` takes it back."""
         return {"profile": dict(self.profile), "updates": self.updates, "beta": self.beta}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The history that `to_dict` wrote.
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, bit by bit.
 
         Raises:
             ConfigError: unknown or missing keys, or values out of range.
         """
-        expected = {"profile", "updates", "beta"}
-        if set(data) != expected:
-            raise ConfigError(f"Expected an importance history with the keys {sorted(expected)}, found {sorted(data)}.")
-        history = cls()
-        history.profile = normalize(data["profile"]) if data["profile"] else {}
-        history.updates, history.beta = int(data["updates"]), float(data["beta"])
-        return history
+        require_keys("an importance history", state, {"profile", "updates", "beta"})
+        profile = {str(name): float(value) for name, value in state["profile"].items()}
+        if profile:
+            normalize(profile)  # refuses what is no profile; its rounding is not wanted
+        require_whole("updates", state["updates"], 0)
+        require(is_at_least(state["beta"], 0), "beta", ">= 0 and finite", state["beta"])
+        self.profile, self.updates, self.beta = profile, state["updates"], float(state["beta"])
 
 
 def _checked(profile: Profile) -> Profile:

@@ -28,7 +28,7 @@ paper's own formulation is not public text to us; this one is ours.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ import numpy as np
 
 from hsplit_flwr.common.checks import is_at_least, is_whole, require, require_whole
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.lora.spec import ALL_LINEAR, LoraSpec
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
 from hsplit_flwr.planning.solver import greedy
@@ -67,6 +68,8 @@ class PlannerConfig:
     deadline_s: float | None = None
     """for a round: download, all steps and the adapters' upload; inf: no deadline; None: what the slowest client needs
     for the shallowest head (`balance.balanced_deadline`)"""
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """which linear layers may get an adapter, as in `LoraSpec`; all others have rank 0, in heads and tail"""
 
     def __post_init__(self) -> None:
         whole = all(is_whole(rank, 1) for rank in self.ranks)
@@ -77,6 +80,15 @@ class PlannerConfig:
         require(is_at_least(self.tail_worth, 0), "tail_worth", ">= 0 and finite", self.tail_worth)
         good = self.deadline_s is None or self.deadline_s > 0
         require(good, "deadline_s", "> 0 (inf: none), or None", self.deadline_s)
+        LoraSpec(target_modules=self.target_modules)  # refuses none at all
+
+    def targets(self, module_names: Iterable[str]) -> list[str]:
+        """Those linear layers of a model that may get an adapter, in the given order.
+
+        Raises:
+            ConfigError: a target matches none of them.
+        """
+        return LoraSpec(target_modules=self.target_modules).targets(module_names)
 
 
 def plan(
@@ -93,10 +105,11 @@ def plan(
         importance: whole-model module name -> I_m >= 0, for all of `costs.matrices`; any scale.
         clients: client id -> budget.
         server: its memory and compute; its links are not looked at.
-        config: candidates, tail rank, deadline.
+        config: candidates, target modules, tail rank, deadline.
 
     Raises:
-        ConfigError: no clients, importance that is not complete, finite and >= 0, or a server with too little memory.
+        ConfigError: no clients, importance that is not complete, finite and >= 0, a target module that matches nothing,
+            or a server with too little memory.
     """
     return plan_problem(_problem(costs, importance, clients, server, config), greedy.solve)
 
@@ -159,6 +172,7 @@ def _problem(
         ranks=config.ranks,
         tail_rank=config.tail_rank,
         tail_worth=config.tail_worth,
+        trained=config.targets(matrix.name for matrix in costs.matrices),
         deadline_s=config.deadline_s or math.inf,
     )
     return problem if config.deadline_s else replace(problem, deadline_s=balanced_deadline(problem))
@@ -193,7 +207,13 @@ def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str
         step_s=server_step,
     )
     slowest = max((client.round_s for client in clients.values()), default=0.0)
-    return RoundPlan(clients, dict(left_out), tail, sum(client.value for client in clients.values()), slowest)
+    return RoundPlan(
+        clients=clients,
+        left_out=dict(left_out),
+        tail=tail,
+        value=sum(client.value for client in clients.values()),
+        round_s=slowest,
+    )
 
 
 class _RankTables:
@@ -204,7 +224,7 @@ class _RankTables:
         self._known: dict[bytes, dict[str, int]] = {}
 
     def of(self, solution: Solution, client: int) -> dict[str, int]:
-        """Of one client, for all matrices of its head."""
+        """Ranks of one client, for all matrices of its head."""
         problem, cut, levels = self._problem, solution.cuts[client], solution.levels[client]
         key = bytes([*int(cut).to_bytes(4, "little"), *levels.tobytes()])
         if key not in self._known:

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
+
+from hsplit_flwr.errors import ConfigError
 
 Limit = Literal["memory", "deadline", "server", "none"]
 """what keeps a client from more: its memory, the round's deadline, the server's budget, or nothing"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedClient:
     """One client's share of a round and what it is predicted to cost."""
 
@@ -40,7 +42,7 @@ class PlannedTail:
     """its compute for all clients of a step"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundPlan:
     """A whole plan."""
 
@@ -53,3 +55,16 @@ class RoundPlan:
     """the objective: sum over the clients"""
     round_s: float
     """of the slowest client"""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The plan that `dataclasses.asdict` made plain data of, for instance in ``plan.json``.
+
+        Raises:
+            ConfigError: not such data.
+        """
+        try:
+            clients = {client: PlannedClient(**planned) for client, planned in data["clients"].items()}
+            return cls(**{**data, "clients": clients, "tail": PlannedTail(**data["tail"])})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"Expected a plan as it was written, found other data: {error!r}.") from error

@@ -102,7 +102,7 @@ def test_every_key_arrives() -> None:
     )
     assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0, True, 3)
     assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", True, importance_steps=2, importance_rows=0)
-    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0)
+    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"))
     assert settings.replan == ReplanConfig(0.5, 0.3)
     assert settings.lora_alpha == 4.0
     assert settings.plans

@@ -334,8 +334,23 @@ def test_refusals(llama: ModelCosts) -> None:
         "mixtral", vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, num_local_experts=4,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="MixtralForCausalLM to run on shapes alone"):
+    with pytest.raises(UnsupportedModelError, match=r"MixtralForCausalLM to run on shapes alone, .* MixtralExperts"):
         ModelCosts(experts, WORKLOAD)
+
+
+def test_who_looks_at_the_data_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not every model whose costs depend on its data is a mixture of experts."""
+    config = tiny_config("llama", True)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(UnsupportedModelError, match=r"that LlamaRotaryEmbedding looks at its data .*cuts") as caught:
+        ModelCosts(config, WORKLOAD)
+    assert "experts" not in str(caught.value)
+    broken = AutoConfig.for_model(
+        "gptj", vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=64
+    )  # a rotary dimension that is wider than a head
+    with pytest.raises(UnsupportedModelError, match=r"found an error in GPTJAttention: RuntimeError: .*broadcast"):
+        ModelCosts(broken, WORKLOAD)
+    assert capfd.readouterr().err.count("meta for aten") == 0
 
 
 @pytest.mark.slow

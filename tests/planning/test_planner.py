@@ -558,6 +558,27 @@ def test_no_balance_where_the_server_cannot_hold_the_shallowest_heads() -> None:
     assert balanced_deadline(problem) < math.inf
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_no_target_has_rank_0(costs: ModelCosts, importance: Mapping[str, float], exact: bool) -> None:
+    """In heads and tail; of what is a target, the plan is that of a model where the rest is worth nothing."""
+    clients = {"a": device(costs.head_base_bytes(2) * 1.05), "b": device()}
+    config = replace(NO_DEADLINE, target_modules=("down_proj", "self_attn.q_proj"))
+    find = plan_exact if exact else plan
+    found = find(costs, importance, clients, SERVER, config)
+    for part in (*found.clients.values(), found.tail):
+        adapted = {name.rsplit(".", 1)[1] for name, rank in part.ranks.items() if rank}
+        assert adapted == {"down_proj", "q_proj"}
+    rest = {name: value if name.endswith(("q_proj", "down_proj")) else 0.0 for name, value in importance.items()}
+    assert found == find(costs, rest, clients, SERVER, NO_DEADLINE)
+
+
+def test_a_target_that_matches_nothing_is_refused(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"Expected target_modules among .*q_proj.*found \['nosuch'\]"):
+        plan(costs, importance, {"a": device()}, SERVER, PlannerConfig(target_modules=("q_proj", "nosuch")))
+    with pytest.raises(ConfigError, match="Expected target_modules, found none"):
+        PlannerConfig(target_modules=())
+
+
 @pytest.mark.parametrize("ranks", [(), (0, 2), (2, 2), (2, -1), (2.5,), (True, 2)])
 def test_candidate_ranks_are_checked(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match=r"Expected ranks as whole numbers >= 1, .*\(run config: candidate-ranks\)"):

@@ -319,8 +319,8 @@ def test_clients_state_or_measure_their_own_budget(
     close.append(strategy)
     manager = manager_of(node(model, "0", None, **stated), node(model, "1", None))
     assert play_round(strategy, manager, 1).metrics["clients"] == 2
-    assert plans._budgets["0"] == Budget(500_000_000, 5e9, 1e7, 1e7, 0.002)
-    measured = plans._budgets["1"]
+    assert plans.budgets["0"] == Budget(500_000_000, 5e9, 1e7, 1e7, 0.002)
+    measured = plans.budgets["1"]
     assert 1e8 < measured.memory_bytes < 1e13
     assert 1e8 < measured.flops_per_s < 1e15
     assert 1e6 < measured.uplink_bytes_per_s < 1e11  # loopback

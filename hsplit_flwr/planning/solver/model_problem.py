@@ -1,7 +1,7 @@
 """The planning problem of a model, from its costs, the measured importance and the devices' budgets."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +24,7 @@ def problem_of(
     ranks: Sequence[int],
     tail_rank: float,
     tail_worth: float,
+    trained: Collection[str],
     deadline_s: float = math.inf,
 ) -> Problem:
     """The problem of a model.
@@ -36,6 +37,7 @@ def problem_of(
         ranks: candidates besides 0.
         tail_rank: mean rank of the tail's adapters.
         tail_worth: of a matrix in the tail against one in a head.
+        trained: the matrices that may get an adapter; all others count as of no importance.
         deadline_s: for a round.
 
     Raises:
@@ -43,7 +45,7 @@ def problem_of(
     """
     names = tuple(matrix.name for matrix in costs.matrices)
     block = np.array([matrix.block for matrix in costs.matrices])
-    weights = checked_importance(names, importance)
+    weights = checked_importance(names, importance, trained)
     size = np.array([matrix.sides for matrix in costs.matrices], float)
     tail_budget = tail_rank * float(size[block >= 1].sum())
     tail = spread_ranks(np.where(block >= 1, weights, 0.0), size, ranks, tail_budget)
@@ -113,11 +115,11 @@ def _affine(by_cut: Sequence[float] | Floats) -> tuple[float, float]:
     return max(0.0, float(shallow_to_deep[-1]) - per_block), per_block
 
 
-def checked_importance(names: Sequence[str], importance: Mapping[str, float]) -> Floats:
-    """(M,) importance of `names`, sum 1.
+def checked_importance(names: Sequence[str], importance: Mapping[str, float], trained: Collection[str]) -> Floats:
+    """(M,) importance of `names`, sum 1; 0 for those that are not among the `trained`.
 
     Raises:
-        ConfigError: a module is missing, a value is negative or not finite, or all are 0.
+        ConfigError: a module is missing, a value is negative or not finite, or all that are trained are 0.
     """
     missing = [name for name in names if name not in importance]
     if missing:
@@ -127,6 +129,7 @@ def checked_importance(names: Sequence[str], importance: Mapping[str, float]) ->
         )
     array = np.array([importance[name] for name in names], float)
     bad = [f"{name}: {value}" for name, value in zip(names, array, strict=True) if not 0 <= value < math.inf]
+    array = np.where([name in trained for name in names], array, 0.0)
     if bad or not array.sum() > 0:
         found = ", ".join(bad[:3]) if bad else "only zeros"
         raise ConfigError(
