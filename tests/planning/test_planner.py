@@ -565,8 +565,8 @@ def test_what_is_no_target_has_rank_0(costs: ModelCosts, importance: Mapping[str
     config = replace(NO_DEADLINE, target_modules=("down_proj", "self_attn.q_proj"))
     find = plan_exact if exact else plan
     found = find(costs, importance, clients, SERVER, config)
-    for part in (*found.clients.values(), found.tail):
-        adapted = {name.rsplit(".", 1)[1] for name, rank in part.ranks.items() if rank}
+    for ranks in (*(client.ranks for client in found.clients.values()), found.tail.ranks):
+        adapted = {name.rsplit(".", 1)[1] for name, rank in ranks.items() if rank}
         assert adapted == {"down_proj", "q_proj"}
     rest = {name: value if name.endswith(("q_proj", "down_proj")) else 0.0 for name, value in importance.items()}
     assert found == find(costs, rest, clients, SERVER, NO_DEADLINE)

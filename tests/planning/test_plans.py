@@ -53,11 +53,11 @@ def budget(costs: ModelCosts, cut: int, rank: int = 4) -> Budget:
 
 def test_one_plan_is_everybodys(modules: list[str]) -> None:
     plans = plans_in_force(ClientPlan(2, LORA), None, None, TRAINING, modules)
-    assert isinstance(plans, ConfiguredPlans)
     assert plans.settle(["0", "stranger"], {}) is None
     assert plans.takes_part("stranger")
     assert plans.plan("stranger") == ClientPlan(2, LORA)
     assert (plans.deepest_cut, plans.tail_lora, plans.workload) == (2, LoraSpec(), None)
+    assert isinstance(plans, ConfiguredPlans)
     assert plans.adaptive is None
     assert not plans.asks_budgets
 
@@ -188,7 +188,7 @@ def test_a_restored_planner_decides_the_same_bit_by_bit(costs: ModelCosts, modul
     ]
 
     def play(plans: PlansInForce, first: int, last: int) -> list[Any]:
-        found = []
+        found: list[Any] = []
         for value, known, budgets in script[first:last]:
             found.append(plans.settle(known, budgets))
             found.append({client: plans.plan(client) for client in known})

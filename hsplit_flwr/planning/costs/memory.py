@@ -61,7 +61,7 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         held = self.weights + self.adapters + self.gradients + self.optimizer
         return held + self.activations + self.workspace
 

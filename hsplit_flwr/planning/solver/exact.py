@@ -78,7 +78,7 @@ class _Model:
         return bounds
 
     def constraints(self) -> LinearConstraint:
-        """All rows, each scaled by its right-hand side."""
+        """Rows of the programme, each scaled by its right-hand side."""
         problem = self.problem
         for client in range(problem.num_clients):
             self._row(self.y[client], 1.0, lower=1, upper=1)

@@ -48,7 +48,7 @@ class Heads:
 
 
 class HeadFamily:
-    """All members for all cuts.
+    """The family's members for all cuts.
 
     Args:
         problem: whose costs and importance; its clients' and server's budgets are not looked at.
@@ -130,7 +130,7 @@ def _directions(problem: Problem) -> list[Floats]:
 
 
 def _frontiers(problem: Problem, cost: Floats, size: int) -> list[NDArray[np.int8]]:
-    """For every cut, (K, M) levels: the best value for its cost, at most `size` of them."""
+    """Levels (K, M) for every cut: the best value for its cost, at most `size` of them."""
     total_cost, value = np.zeros(1), np.zeros(1)
     levels = np.zeros((1, len(problem.matrices.names)), np.int8)
     choices = np.arange(len(problem.levels), dtype=np.int8)

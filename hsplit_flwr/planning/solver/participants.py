@@ -17,7 +17,7 @@ ROUNDING = 1e-9
 
 
 def tolerances(problem: Problem) -> Floats:
-    """(n, C) seconds."""
+    """Tolerances (n, C) in seconds."""
     cuts = range(1, problem.num_cuts + 1)
     slack = problem.deadline_s - np.stack([problem.fixed_seconds(cut) for cut in cuts], axis=1)
     fits = problem.heads.base_bytes[None, :] <= problem.devices.memory[:, None]
@@ -25,7 +25,7 @@ def tolerances(problem: Problem) -> Floats:
 
 
 def serving_seconds(problem: Problem) -> Floats:
-    """(C,) that the server computes in a step for one client with a cut."""
+    """Seconds (C,) that the server computes in a step for one client with a cut."""
     blocks = problem.num_cuts - np.arange(problem.num_cuts)
     return np.array([problem.server_step_s(float(count), 1) for count in blocks])
 

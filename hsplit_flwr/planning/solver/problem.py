@@ -142,12 +142,12 @@ class Problem:
 
     @property
     def num_cuts(self) -> int:
-        """C."""
+        """Number of cuts, C."""
         return len(self.heads.base_bytes)
 
     @property
     def num_clients(self) -> int:
-        """n."""
+        """Number of clients, n."""
         return len(self.devices.clients)
 
     @property
