@@ -158,7 +158,7 @@ class SplitTrainer:
         tail = self._rounds.tail
         update = self._rounds.merge(contributions, tail.adapters.factors(), self._method.rule)
         if not self._method.tail_goes_on:
-            self._rounds.settle()
+            self._rounds.merge_remaining()
         measured = {client: report.importance for client, report in reports.items()}
         self._book.observe_importance(measured, tail.importance(), shares, self._shapes)
         return update
@@ -172,7 +172,7 @@ class SplitTrainer:
             shares = token_shares({client: report.tokens for client, report in reports.items()})
             contributions = [Contribution(shares[c], h.plan.cut, h.adapters.factors()) for c, h in heads.items()]
         self._average = aggregate(contributions, {}, block_of, RULES[self._method.rule])
-        self._rounds.go_on()
+        self._rounds.keep_tail_only()
         return self._average
 
     def _work(self, client: str, head: _Head) -> ClientWork:

@@ -1,8 +1,9 @@
-"""The tail from round to round: which of its adapters are merged and start afresh, and which go on.
+"""The tail from round to round: which of its adapters are merged and restart, and which are kept.
 
-A matrix that a head may hold, too, is aggregated: the sum goes into the weights, and its adapter starts afresh. One
-that no plan in force gives to a head is trained by the tail alone. Its adapter is the whole update, so it goes on, and
-AdamW with it, until a new plan gives the matrix to a head or changes the rank, or to the end. Then it is merged.
+A matrix that a head may hold, too, is aggregated: the sum goes into the weights, and its adapter restarts. One that no
+plan in force gives to a head is trained by the tail alone. Its adapter is the whole update, so it is kept, and the
+optimizer's state with it, until a new plan gives the matrix to a head or changes the rank, or to the end. Then it is
+merged.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,14 +46,14 @@ class TailRounds:
         self._book = book
         self._seed = training.seed
         self.tail = SharedTail(segment, self._adapters(), training, limits, on_step)
-        self._going_on: frozenset[str] = frozenset()
+        self._kept: frozenset[str] = frozenset()
 
     def open(self, round_number: int, clients: Iterable[str], concurrency: int) -> None:
         """Open a training round; see `SharedTail.open_training`."""
-        self.tail.open_training(clients, concurrency, tail_seed(self._seed, round_number), self._going_on)
+        self.tail.open_training(clients, concurrency, tail_seed(self._seed, round_number), self._kept)
 
     def replan(self) -> None:
-        """Adapters by the book's new plan. Nothing learnt is lost: what cannot go on is merged."""
+        """Adapters by the book's new plan. Nothing learnt is lost: what cannot be kept is merged."""
         former = self.tail.adapters
         stays = [name for name, pair in self.unmerged().items() if self._stays(name, pair)]
         self._merge_all_but(stays)
@@ -70,26 +71,26 @@ class TailRounds:
             trained: the tail's adapters at the end of the round.
             rule: see `aggregation`.
         """
-        self.go_on()
-        shared = {name: factors for name, factors in trained.items() if name not in self._going_on}
+        self.keep_tail_only()
+        shared = {name: factors for name, factors in trained.items() if name not in self._kept}
         update = aggregate(contributions, shared, block_of, RULES[rule])
         self._apply(update)
         self.tail.adapters.reset(self._seed, shared)
         return update
 
-    def go_on(self) -> None:
+    def keep_tail_only(self) -> None:
         """The adapters of what no plan in force gives to a head are kept from now on."""
         names = self.tail.adapters.module_names
-        self._going_on = frozenset(name for name in names if block_of(name) >= self._book.deepest_cut)
+        self._kept = frozenset(name for name in names if block_of(name) >= self._book.deepest_cut)
 
-    def settle(self) -> None:
-        """Merge the adapters that go on; all are empty afterwards."""
+    def merge_remaining(self) -> None:
+        """Merge the adapters that were kept; all are empty afterwards."""
         self._merge_all_but([])
         self.tail.adapters.reset(self._seed)
 
     def unmerged(self) -> dict[str, LoraFactors]:
-        """The adapters that go on: what the weights lack."""
-        return {name: pair for name, pair in self.tail.adapters.factors().items() if name in self._going_on}
+        """The adapters that are kept: what the weights lack."""
+        return {name: pair for name, pair in self.tail.adapters.factors().items() if name in self._kept}
 
     def _stays(self, name: str, pair: LoraFactors) -> bool:
         spec = self._book.tail_lora
@@ -97,10 +98,10 @@ class TailRounds:
         return alike and block_of(name) >= self._book.deepest_cut
 
     def _merge_all_but(self, stays: Iterable[str]) -> None:
-        goes_on = frozenset(stays)
-        if ended := {name: pair for name, pair in self.unmerged().items() if name not in goes_on}:
+        kept = frozenset(stays)
+        if ended := {name: pair for name, pair in self.unmerged().items() if name not in kept}:
             self._apply(ended)
-        self._going_on = goes_on
+        self._kept = kept
 
     def _adapters(self) -> SegmentAdapters:
         names = [name for name in self._segment.linear_modules() if block_of(name) >= 1]  # block 0 is always a head's

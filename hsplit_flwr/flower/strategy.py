@@ -250,7 +250,7 @@ class HSplitLoRAStrategy(Strategy):
 
     def remove_adapters(self) -> None:
         """Merge what is not merged yet and take the adapters out of the model, to save it. Only after `close`."""
-        self._tail_rounds.settle()
+        self._tail_rounds.merge_remaining()
         self._tail.adapters.remove()
 
     def close(self) -> None:

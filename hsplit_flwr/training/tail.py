@@ -109,7 +109,7 @@ class SharedTail:
         clients: Iterable[str],
         concurrency: int,
         adapter_seed: int,
-        goes_on: Collection[str] = (),
+        keep: Collection[str] = (),
     ) -> None:
         """Start a training round: a barrier over `clients`, fresh adapters and optimizer state.
 
@@ -117,10 +117,10 @@ class SharedTail:
             clients: who is expected.
             concurrency: how many of them train at a time.
             adapter_seed: of the adapters.
-            goes_on: modules whose adapters and optimizer state stay as they are.
+            keep: modules whose adapters and optimizer state stay as they are.
         """
         self.close_training()
-        fresh = [name for name in self.adapters.module_names if name not in goes_on]
+        fresh = [name for name in self.adapters.module_names if name not in keep]
         self.adapters.reset(adapter_seed, fresh)
         if self._optimizer is None:
             self._optimizer = Optimizer(self.adapters.parameters(), self._config)
@@ -144,20 +144,20 @@ class SharedTail:
         return dropped
 
     def undo_training(self) -> None:
-        """Make the adapters what they were when the round was opened; the optimizer starts afresh."""
+        """Make the adapters what they were when the round was opened; the optimizer restarts."""
         self.adapters.set(self._at_open)
         self._optimizer = None
 
-    def replace_adapters(self, adapters: SegmentAdapters, goes_on: Iterable[str] = ()) -> None:
+    def replace_adapters(self, adapters: SegmentAdapters, keep: Iterable[str] = ()) -> None:
         """Train `adapters` from now on, which are in the segment already.
 
         Args:
-            adapters: all new, but for the tensors of `goes_on`.
-            goes_on: modules whose optimizer state stays.
+            adapters: all new, but for the tensors of `keep`.
+            keep: modules whose optimizer state stays.
         """
         former, self._optimizer = self._optimizer, Optimizer(adapters.parameters(), self._config)
         if former:
-            self._optimizer.adopt(former, adapters.parameters(goes_on))
+            self._optimizer.adopt(former, adapters.parameters(keep))
         self.adapters = adapters
 
     def importance(self) -> dict[str, dict[str, float]]:

@@ -182,7 +182,7 @@ def test_settling_changes_the_form_alone(model: GlobalModel) -> None:
     play_round(rounds, model, 1, 2)
     before = whole_weights(model, rounds)
     assert all(pair.B.any() for pair in rounds.unmerged().values())
-    rounds.settle()
+    rounds.merge_remaining()
     assert not rounds.unmerged()
     assert not any(pair.B.any() for pair in rounds.tail.adapters.factors().values())
     tail_layers = rounds.tail.segment.linear_modules()
