@@ -17,7 +17,8 @@ from hsplit_flwr.models.segments import Segment, block_of
 from hsplit_flwr.planning.plans import PlanBook
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.tail import SharedTail, StepReport
+from hsplit_flwr.training.step import StepReport
+from hsplit_flwr.training.tail import SharedTail
 
 Factors = Mapping[str, LoraFactors]
 

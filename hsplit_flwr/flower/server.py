@@ -9,7 +9,7 @@ from flwr.server.history import History
 from hsplit_flwr.common.progress import Progress
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 
 _log = logging.getLogger("hsplit_flwr")
 
