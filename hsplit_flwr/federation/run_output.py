@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from hsplit_flwr.common.provenance import commit, versions
 from hsplit_flwr.errors import AggregationError, ConfigError
@@ -76,15 +77,15 @@ class RunOutput:
         self._samples = samples
         self._adapter_rank = adapter_rank
         self._tokenizer = model.files.tokenizer()
-        self._before = self._generate()
+        self._before = self._generate(model.segment.model)
         self._commit = commit()  # that of the code which runs, not of what is checked out when it ends
         self._started = time.perf_counter()
 
     def __call__(self, strategy: HSplitLoRAStrategy) -> None:
         """Write the results of the finished run and log its tables."""
         wall_seconds = time.perf_counter() - self._started
-        after = self._generate()
-        strategy.remove_adapters()
+        after = self._generate(strategy.tail_rounds.evaluated_model())
+        strategy.merge_remaining()
         save_merged(self._model.segment.model, self._tokenizer, self._folder / "merged_model")
         adapter = self._export_adapter()
         initial = strategy.initial_score.perplexity if strategy.initial_score else None
@@ -151,6 +152,6 @@ class RunOutput:
             _log.warning("no adapter exported: %s", error)
             return None
 
-    def _generate(self) -> list[str]:
+    def _generate(self, model: PreTrainedModel) -> list[str]:
         prompts = [sample.prompt for sample in self._samples]
-        return generate_texts(self._model.segment.model, self._tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
+        return generate_texts(model, self._tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)

@@ -119,8 +119,8 @@ class HSplitLoRAStrategy(Strategy):
             )
         self._shapes = linear_shapes(model.segment)
         self._steps = StepNotes(on_step)
-        self._tail_rounds = TailRounds(model, model.segment, self._book, training, limits, self._steps)
-        self._tail = self._tail_rounds.tail
+        self.tail_rounds = TailRounds(model, self._book, training, limits, self._steps)
+        self._tail = self.tail_rounds.tail
         self._service_config = replace(service or ServiceConfig(), activation_dtype=training.activation_dtype)
         self._service: TailService | None = None
         self._round_plans: dict[str, ClientPlan] = {}
@@ -149,7 +149,7 @@ class HSplitLoRAStrategy(Strategy):
         self._settle_plans(server_round, known)
         proxies = self._sample(known, server_round)
         tasks = self._open_round(server_round, "train", proxies)
-        self._tail_rounds.open(server_round, tasks, self._roster.concurrency(tasks))
+        self.tail_rounds.open(server_round, tasks, self._roster.concurrency(tasks))
         self._journal.phase(server_round, "configure", started)
         self._phase_started = time.perf_counter()
         return [
@@ -187,7 +187,7 @@ class HSplitLoRAStrategy(Strategy):
             Contribution(shares[client], tickets[client].cut, done.adapters) for client, done in finished.items()
         ]
         tail_factors = self._tail.adapters.factors()
-        self._tail_rounds.merge(contributions, tail_factors, self.config.rule)
+        self.tail_rounds.merge(contributions, tail_factors, self.config.rule)
         heads = {client: done.importance for client, done in finished.items()}
         self._book.observe_importance(heads, self._tail.importance(), shares, self._shapes)
         self._journal.note(server_round, importance=self._book.history.profile)
@@ -206,7 +206,7 @@ class HSplitLoRAStrategy(Strategy):
         if self._eval_batches is None:
             return None
         started = time.perf_counter()
-        score = self.model.score(self._eval_batches)
+        score = self.tail_rounds.score(self._eval_batches)
         if server_round == 0:
             self.initial_score = score
         else:
@@ -248,10 +248,9 @@ class HSplitLoRAStrategy(Strategy):
         self._journal.note(server_round, federated_perplexity=score.perplexity)
         return score.loss, {"perplexity": score.perplexity, "clients": len(scored)}
 
-    def remove_adapters(self) -> None:
-        """Merge what is not merged yet and take the adapters out of the model, to save it. Only after `close`."""
-        self._tail_rounds.merge_remaining()
-        self._tail.adapters.remove()
+    def merge_remaining(self) -> None:
+        """Merge what is not merged yet into `model`, to save it. Only after `close`."""
+        self.tail_rounds.merge_remaining()
 
     def close(self) -> None:
         """Stop the tail and its service. The strategy cannot be used afterwards."""
@@ -277,7 +276,7 @@ class HSplitLoRAStrategy(Strategy):
                 "round %d: new plan: %s\n%s", server_round, "; ".join(decision.reasons), plan_table(decision.plan)
             )
             self._journal.note(server_round, plan=decision.plan)
-            self._tail_rounds.replan()
+            self.tail_rounds.replan()
 
     def _sample(self, known: Mapping[str, ClientProxy], server_round: int) -> dict[str, ClientProxy]:
         able = sorted(filter(self._book.takes_part, known))

@@ -213,7 +213,7 @@ def test_one_node_with_three_clients_equals_the_dense_reference(model: Path, str
     told = strategy.configure_fit(server_round=1, parameters=NOTHING, client_manager=manager)
     assert sorted(json.loads(str(ins.config[TASK_KEY]))["client"] for _, ins in told) == ["0", "1", "2"]
     results = [(proxy, proxy.fit(ins, timeout=60.0, group_id=1)) for proxy, ins in told]  # in waves of one
-    tail = strategy._tail.adapters.factors()
+    tail = strategy.tail_rounds.tail.adapters.factors()
     strategy.aggregate_fit(server_round=1, results=results, failures=[])
     sent = {str(res.metrics["client"]): res for _, res in results}
     assert_equal_weights(weights_of(strategy), expected_weights(base_weights(model), sent, tail))
@@ -542,7 +542,7 @@ def test_the_seed_decides_the_weights_bit_for_bit(model: Path) -> None:
 def test_perplexities_equal_transformers_own_loss(model: Path, strategy: HSplitLoRAStrategy, tmp_path: Path) -> None:
     played = play_round(strategy, manager_of(*node_per_client(model)), 1)
     strategy.close()
-    strategy.remove_adapters()
+    strategy.merge_remaining()
     strategy.model.segment.model.save_pretrained(tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     nll, tokens = 0.0, 0
