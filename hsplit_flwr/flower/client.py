@@ -7,6 +7,7 @@ the run: the client says which version it holds, and the tail sends what is miss
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -156,7 +157,7 @@ class HSplitLoRAClient(NumPyClient):
         with self._open_tail(task, head) as tail:
             self._update_weights(task, head, tail)
             score = score_head(head, _bounded(self._client_data(task.client).evaluate, task.workload), tail)
-        return score.nll / max(1, score.tokens), score.tokens, {"client": task.client}
+        return score.nll / score.tokens if score.tokens else math.nan, score.tokens, {"client": task.client}
 
     def _task(self, config: Config, mode: Mode) -> RoundTask:
         task = RoundTask.from_json(str(config.get(TASK_KEY, "")))
