@@ -32,7 +32,7 @@ from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.loss import Batch, Score
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")

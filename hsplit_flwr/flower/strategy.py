@@ -26,7 +26,7 @@ from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.loss import Batch
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.workload import Workload
 
 FitResults = list[tuple[ClientProxy, FitRes]]

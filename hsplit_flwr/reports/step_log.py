@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from hsplit_flwr.common.progress import Progress
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 
 _log = logging.getLogger("hsplit_flwr")
 

@@ -627,8 +627,7 @@ def test_the_tail_is_opened_once_for_all_nodes(model: Path) -> None:
 def test_perplexities_equal_transformers_own_loss(model: Path, strategy: HSplitLoRAStrategy, tmp_path: Path) -> None:
     played = play_round(strategy, manager_of(*node_per_client(model)), 1)
     strategy.close()
-    strategy.rounds.tail_rounds.settle()
-    strategy.rounds.tail_rounds.tail.adapters.remove()
+    strategy.rounds.tail_rounds.merge_remaining()
     strategy.rounds.model.segment.model.save_pretrained(tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     nll, tokens = 0.0, 0

@@ -19,7 +19,7 @@ from hsplit_flwr.reports.health.steps import StepNotes
 from hsplit_flwr.reports.records import ClientRecord, RoundRecord, RunSummary
 from hsplit_flwr.reports.run_tables import health_section, run_report
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 
 CLOSE = 1e-9
 SETTINGS = RunSettings(TrainingConfig(rounds=6, local_steps=8, schedule="constant", warmup_steps=2), "noise_free", 8)
