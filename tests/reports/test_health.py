@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
-from hsplit_flwr.reports.health import diagnosis as health
+from hsplit_flwr.reports.health import aggregation as aggregation_sign
+from hsplit_flwr.reports.health import communication as communication_sign
+from hsplit_flwr.reports.health import convergence as convergence_sign
 from hsplit_flwr.reports.health.causes import early_rise
-from hsplit_flwr.reports.health.diagnosis import RunSettings, aggregation, communication, convergence, diagnose
+from hsplit_flwr.reports.health.diagnosis import RunSettings, diagnose
+from hsplit_flwr.reports.health.facts import RunFacts
 from hsplit_flwr.reports.health.links import link_use
 from hsplit_flwr.reports.health.plots import mean_spectrum, plot_spectrum, spectrum_figure
 from hsplit_flwr.reports.health.records import AdapterCoverage, AggregationHealth, Finding, MatrixSpectrum, TailSteps
@@ -40,6 +43,18 @@ def run(perplexities: Sequence[float | None], **changes: Any) -> list[RoundRecor
     values: dict[str, Any] = {"train_loss": 2.0, "steps": TailSteps(FLAT), "aggregation": HEALTHY}
     values |= {"clients": (client("0", 6.0, 3.0),), **changes}
     return [RoundRecord(i + 1, central_perplexity=value, **values) for i, value in enumerate(perplexities)]
+
+
+def convergence(history: list[RoundRecord], initial: float | None, settings: RunSettings) -> Finding:
+    return convergence_sign.find(RunFacts(history, initial, settings))
+
+
+def communication(history: list[RoundRecord], training: TrainingConfig) -> Finding:
+    return communication_sign.find(RunFacts(history, None, replace(SETTINGS, training=training)))
+
+
+def aggregation(history: list[RoundRecord], rule: str) -> Finding:
+    return aggregation_sign.find(RunFacts(history, None, replace(SETTINGS, rule=rule)))
 
 
 STALLED = (6.0, 4.0, 4.0, 3.99, 3.98)
@@ -263,7 +278,7 @@ def test_a_failure_in_the_report_is_a_finding(monkeypatch: pytest.MonkeyPatch) -
     def fails(*arguments: object) -> Finding:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(health, "link_use", fails)
+    monkeypatch.setattr(communication_sign, "link_use", fails)
     found = diagnose(run([6.0]), 10.0, SETTINGS)
     assert [f.status for f in found] == ["ok", "not measured", "ok"]
     assert found[1].measured == "not measured: ZeroDivisionError: division by zero"

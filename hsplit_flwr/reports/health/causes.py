@@ -3,8 +3,8 @@
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from hsplit_flwr.reports.health.findings import Cause
 from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.config import TrainingConfig
 
@@ -22,14 +22,6 @@ LOSS_RISE = 0.05
 """Relative rise of the train loss over a round's first step that is more than the difference between batches."""
 TRAIN_FALL = 0.02
 """Relative fall of the train loss that is more than chance."""
-
-
-@dataclass(frozen=True)
-class Cause:
-    """A measured cause and what to do about it."""
-
-    why: str
-    remedy: str
 
 
 def convergence_causes(

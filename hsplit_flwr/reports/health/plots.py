@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hsplit_flwr.common.figures import BLUE, VERMILION, new_figure, save_figure
-from hsplit_flwr.reports.health.diagnosis import COLLAPSE, unequal_matrices
+from hsplit_flwr.reports.health.aggregation import COLLAPSE, unequal_matrices
 from hsplit_flwr.reports.health.records import AggregationHealth
 from hsplit_flwr.reports.records import RoundRecord
 

@@ -1,0 +1,28 @@
+"""What a run's health is judged from: its records, its settings, its score on held-out prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hsplit_flwr.reports.records import RoundRecord
+from hsplit_flwr.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run was configured to do, as far as its health depends on it."""
+
+    training: TrainingConfig
+    rule: str
+    """of aggregation"""
+    num_blocks: int
+    """L, of the model"""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run, as far as it has come."""
+
+    history: Sequence[RoundRecord]
+    initial_perplexity: float | None
+    """before the first round, on the data of the rounds' perplexities"""
+    settings: RunSettings
