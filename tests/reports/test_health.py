@@ -107,6 +107,58 @@ def test_perplexities_that_are_no_numbers_are_not_measured(bad: float | None) ->
     assert convergence(run([6.0, bad, 4.0]), bad, SETTINGS).status == "ok"
 
 
+FAILED = RoundRecord(1, 10.0, failures=("client 0: prompt of 901 tokens", "client 1: UNAVAILABLE"), steps=TailSteps(()))
+
+
+def test_a_run_in_which_nobody_trained_is_a_warning_with_the_first_reason() -> None:
+    """Every round failed; central evaluation found the same perplexity again and again: that was reported as ok."""
+    history = [replace(FAILED, round=number) for number in (1, 2)]
+    for initial, changes in ((10.0, {}), (None, {}), (10.0, {"central_perplexity": None}), (math.nan, {})):
+        finding = convergence([replace(record, **changes) for record in history], initial, SETTINGS)
+        assert (finding.status, finding.value) == ("warning", 2)
+        assert finding.measured == "no client finished in 2 of 2 rounds"
+        assert finding.cause == "no client finished in 2 of 2 rounds, the first: client 0: prompt of 901 tokens"
+        assert "start again" in finding.remedy
+
+
+def test_a_round_in_which_nobody_trained_is_a_warning_beside_others_that_gain() -> None:
+    history = [
+        *run([6.0]),
+        replace(FAILED, round=2, central_perplexity=6.0, failures=()),
+        replace(run([4.0])[0], round=3),
+    ]
+    finding = convergence(history, 10.0, SETTINGS)
+    assert finding.status == "warning"
+    assert finding.measured.startswith("perplexity 10.000 -> 4.000, 33 % lower")
+    assert finding.cause == "no client finished in 1 of 3 rounds, the first: no client says why"
+
+
+def test_a_client_without_a_token_has_not_trained() -> None:
+    idle = replace(client("0", 1.0, 1.0), tokens=0, steps=0, loss=None)
+    assert convergence(run([10.0], clients=(idle,)), 10.0, SETTINGS).status == "warning"
+
+
+def test_a_round_under_way_is_not_one_in_which_nobody_trained() -> None:
+    finding = convergence([*run([6.0]), RoundRecord(2, drift=0.1, plan_reasons=("first plan",))], 10.0, SETTINGS)
+    assert (finding.status, finding.cause) == ("ok", "")
+    assert convergence([RoundRecord(1)], 10.0, SETTINGS).status == "not measured"
+
+
+def test_rounds_without_any_perplexity_are_not_measured() -> None:
+    finding = convergence(run([None, None, None]), None, SETTINGS)
+    assert (finding.status, finding.value) == ("not measured", None)
+    assert "held-out perplexity" in finding.measured
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_model_that_diverged_after_it_had_learnt_is_a_warning(bad: float) -> None:
+    finding = convergence(run([6.0, 4.0, bad]), 10.0, SETTINGS)
+    assert (finding.status, finding.value) == ("warning", 2)
+    assert finding.measured == "perplexity 10.000 -> 4.000, not a finite number after round 3"
+    assert finding.cause == "the model diverged: loss or perplexity is not a finite number from round 3 on"
+    assert "learning-rate" in finding.remedy
+
+
 def test_a_stall_without_measured_cause_says_so() -> None:
     assert causes(run(STALLED)).startswith("none of those measured")
     assert causes(run(STALLED, steps=None, aggregation=None, train_loss=None)).startswith("none of those measured")

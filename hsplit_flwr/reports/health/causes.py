@@ -1,4 +1,4 @@
-"""What explains poor convergence, as far as a run measured it: adapters, learning rate, warm-up, overfitting."""
+"""What explains poor convergence, as far as a run measured it: divergence, overfitting, adapters, learning rate."""
 
 import math
 import statistics
@@ -36,6 +36,7 @@ def convergence_causes(
         num_blocks: L, of the model.
     """
     checks: list[Callable[[], Cause | None]] = [
+        lambda: _diverged(history, training),
         lambda: _overfitting(history, since),
         lambda: _bare(history),
         lambda: _small_ranks(history),
@@ -44,6 +45,17 @@ def convergence_causes(
         lambda: _short_warmup(history, training),
     ]
     return [cause for check in checks if (cause := check())]
+
+
+def _diverged(history: Sequence[RoundRecord], training: TrainingConfig) -> Cause | None:
+    measured = ((record.round, value) for record in history for value in (record.train_loss, record.perplexity))
+    first = next((number for number, value in measured if value is not None and not math.isfinite(value)), None)
+    if first is None:
+        return None
+    return Cause(
+        f"the model diverged: loss or perplexity is not a finite number from round {first} on",
+        f"lower learning-rate ({training.learning_rate:g}) or raise warmup-steps ({training.warmup_steps})",
+    )
 
 
 def _overfitting(history: Sequence[RoundRecord], since: int) -> Cause | None:
