@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from hsplit_flwr.data.slots import SlotScore
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.reports.health.records import AggregationHealth, Finding, TailSteps
@@ -18,6 +19,8 @@ CLIENT_PHASES = ("load", "compute", "exchange")
 """Where a client's time goes: bringing its head up to date, its own passes, waiting for the tail's answers."""
 ROUND_PHASES = ("configure", "fit", "aggregate", "evaluate", "federated")
 """Where a round's time goes, as the strategy's hooks see it."""
+RunStatus = Literal["running", "completed", "failed"]
+"""Of a run whose summary may be written after every round; a failed one says why."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Journal:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A whole run: what it reached, what it cost and what is needed to repeat it."""
+    """A run, over or under way: what it reached, what it cost and what is needed to repeat it."""
 
     initial_perplexity: float | None
     """before the first round, on the data of `final_perplexity`"""
@@ -125,6 +128,11 @@ class RunSummary:
     """the known failure signs, see `health.diagnosis`"""
     samples: tuple[Mapping[str, str], ...] = ()
     """texts of the trained model, e.g. prompt, reference, generated"""
+    slots: Mapping[str, SlotScore] | None = None
+    """``before`` and ``after`` training -> slots that texts for held-out prompts get right; None: not measured"""
+    status: RunStatus = "completed"
+    reason: str = ""
+    """why it failed"""
 
     @property
     def final_perplexity(self) -> float | None:
@@ -143,6 +151,8 @@ class RunSummary:
             "initial_perplexity": values.pop("initial_perplexity"),
             "final_perplexity": self.final_perplexity,
             "rounds": len(self.history),
+            "status": values.pop("status"),
+            "reason": values.pop("reason"),
         }
         content: dict[str, Any] = _json_value({**head, **values})
         return content

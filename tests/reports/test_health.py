@@ -1,4 +1,4 @@
-"""The three failure signs on hand-made runs: each cause fires where it should, and nowhere else."""
+"""The signs of trouble on hand-made runs: each cause fires where it should, and nowhere else."""
 
 import json
 import math
@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from hsplit_flwr.data.slots import score_slots
 from hsplit_flwr.reports.health import aggregation as aggregation_sign
 from hsplit_flwr.reports.health import communication as communication_sign
 from hsplit_flwr.reports.health import convergence as convergence_sign
 from hsplit_flwr.reports.health.causes import early_rise
-from hsplit_flwr.reports.health.diagnosis import RunSettings, diagnose
+from hsplit_flwr.reports.health.diagnosis import SIGNS, RunSettings, diagnose
 from hsplit_flwr.reports.health.facts import RunFacts
 from hsplit_flwr.reports.health.links import link_use
 from hsplit_flwr.reports.health.plots import mean_spectrum, plot_spectrum, spectrum_figure
@@ -317,13 +318,51 @@ def test_aggregation_without_numbers_is_not_measured() -> None:
 # --- the whole report ---
 
 
-def test_a_run_without_rounds_has_three_findings() -> None:
+def test_a_run_without_rounds_has_a_finding_for_every_sign() -> None:
     found = diagnose([], None, SETTINGS)
     assert [(f.sign, f.status) for f in found] == [
         ("convergence", "not measured"),
         ("communication", "not measured"),
         ("aggregation", "not measured"),
+        ("samples", "not measured"),
     ]
+
+
+def test_of_a_run_whose_every_round_failed_nothing_is_ok() -> None:
+    found = diagnose([replace(FAILED, round=number) for number in (1, 2, 3)], 10.0, SETTINGS)
+    assert [f.status for f in found] == ["warning", "not measured", "not measured", "not measured"]
+
+
+def test_every_sign_is_a_file_of_its_name_and_a_row() -> None:
+    for sign, find in SIGNS.items():
+        assert find.__module__ == f"hsplit_flwr.reports.health.{sign}"
+
+
+# --- samples ---
+
+POOR = score_slots(
+    [("name[The Fox], food[Thai]", "The Otter serves Thai food."), ("name[The Otter], food[Thai]", "Hi")]
+)
+
+
+def test_texts_that_name_another_restaurant_are_a_warning() -> None:
+    """Perplexity fell from 2,111 to 2.8, every sign was ok, and the samples named other restaurants."""
+    assert POOR is not None
+    found = diagnose(run([6.0, 4.0]), 10.0, SETTINGS, slots={"before": replace(POOR, right=0), "after": POOR})
+    assert [f.status for f in found] == ["ok", "ok", "ok", "warning"]
+    assert found[3].value == pytest.approx(25.0, rel=CLOSE)
+    assert found[3].measured == "25 % of slots right (1 of 4, 2 held-out prompts), before training 0 %"
+    assert "most often for name (0 % right)" in found[3].cause
+    assert found[3].remedy
+
+
+def test_true_texts_are_well_and_nothing_after_training_is_not_measured() -> None:
+    true = score_slots([("name[The Fox], food[Thai] =>", "The Fox serves Thai food.")])
+    assert true is not None
+    (*_, found) = diagnose(run([6.0, 4.0]), 10.0, SETTINGS, slots={"after": true})
+    assert (found.status, found.measured) == ("ok", "100 % of slots right (2 of 2, 1 held-out prompts)")
+    (*_, found) = diagnose(run([6.0, 4.0]), 10.0, SETTINGS, slots={"before": true})
+    assert found.status == "not measured"
 
 
 def test_a_failure_in_the_report_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +371,7 @@ def test_a_failure_in_the_report_is_a_finding(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(communication_sign, "link_use", fails)
     found = diagnose(run([6.0]), 10.0, SETTINGS)
-    assert [f.status for f in found] == ["ok", "not measured", "ok"]
+    assert [f.status for f in found] == ["ok", "not measured", "ok", "not measured"]
     assert found[1].measured == "not measured: ZeroDivisionError: division by zero"
 
 
@@ -348,14 +387,14 @@ def test_the_report_has_remedies_for_warnings_only(markdown: bool) -> None:
     assert section.count("Remedy: ") == 1
     assert "- convergence: none of those measured" in section
     well = health_section(summary(run([6.0, 4.0])).health, markdown=markdown)
-    assert len(well.splitlines()) == 5
+    assert len(well.splitlines()) == 2 + len(SIGNS)
     assert "Remedy" not in well
 
 
 def test_the_summary_has_findings_and_measurements(tmp_path: Path) -> None:
     summary(run(STALLED)).save(tmp_path / "summary.json")
     found = json.loads((tmp_path / "summary.json").read_text())
-    assert [finding["status"] for finding in found["health"]] == ["warning", "ok", "ok"]
+    assert [finding["status"] for finding in found["health"]] == ["warning", "ok", "ok", "not measured"]
     assert found["history"][0]["aggregation"] == json.loads(json.dumps(asdict(HEALTHY)))
     assert found["history"][0]["steps"]["losses"] == list(FLAT)
 

@@ -14,6 +14,7 @@ import pytest
 from hsplit_flwr.common import provenance
 from hsplit_flwr.common.progress import Progress, format_duration, format_rate
 from hsplit_flwr.common.tables import describe_ranks, format_bytes, format_number, format_seconds
+from hsplit_flwr.data.slots import score_slots
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.reports.records import ClientRecord, RoundRecord, RunSummary
 from hsplit_flwr.reports.run_picture import MOST_BARS, plot_run, run_figure
@@ -218,6 +219,44 @@ def test_report_has_every_section(markdown: bool) -> None:
     assert "round 2: client 7: UNAVAILABLE" in report
     healthy = replace(run_summary(), history=(round_record(1),))
     assert "Failures" not in run_report(healthy, markdown=markdown)
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+def test_a_run_that_is_not_completed_says_so_first(markdown: bool, tmp_path: Path) -> None:
+    failed = replace(run_summary(rounds=1), status="failed", reason="no client finished in round 1")
+    report = run_report(failed, markdown=markdown)
+    assert report.splitlines()[0] == "THE RUN FAILED after 1 round: no client finished in round 1"
+    running = run_report(replace(run_summary(), status="running"), markdown=markdown)
+    assert running.splitlines()[0] == "The run is under way: these are its results after 3 rounds."
+    assert "Rounds" in run_report(run_summary(), markdown=markdown).splitlines()[0]
+    failed.save(tmp_path / "summary.json")
+    found = strictly((tmp_path / "summary.json").read_text())
+    assert (found["status"], found["reason"]) == ("failed", "no client finished in round 1")
+    assert run_summary().to_dict()["status"] == "completed"
+
+
+def test_the_summary_has_the_slots_that_samples_get_right() -> None:
+    before, after = score_slots([("name[Cotto], food[Thai]", "x")]), score_slots([("name[Cotto], food[Thai]", "Cotto")])
+    assert before is not None
+    assert after is not None
+    summary = replace(run_summary(), slots={"before": before, "after": after})
+    assert dict(cells(summary_table(summary))[1:])["slots right"] == "0 of 2 (0 %) -> 1 of 2 (50 %)"
+    assert summary.to_dict()["slots"]["after"] == {
+        "prompts": 1,
+        "right": 1,
+        "total": 2,
+        "right_by_slot": {"name": 1.0, "food": 0.0},
+    }
+    assert "slots right" not in summary_table(run_summary())
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+def test_a_round_under_way_can_be_shown_and_saved(markdown: bool, tmp_path: Path) -> None:
+    running = replace(run_summary(), status="running", history=(round_record(1), RoundRecord(2)))
+    assert "Rounds" in run_report(running, markdown=markdown)
+    running.save(tmp_path / "summary.json")
+    assert running.final_perplexity == CENTRAL[0]
+    plot_run(running, tmp_path / "run.png")
 
 
 @pytest.mark.parametrize("markdown", [False, True])

@@ -7,7 +7,8 @@ ours. A further sign is a file beside this one and a row of `SIGNS`.
 
 from collections.abc import Callable, Mapping, Sequence
 
-from hsplit_flwr.reports.health import aggregation, communication, convergence
+from hsplit_flwr.data.slots import SlotScore
+from hsplit_flwr.reports.health import aggregation, communication, convergence, samples
 from hsplit_flwr.reports.health.facts import RunFacts, RunSettings
 from hsplit_flwr.reports.health.findings import not_measured
 from hsplit_flwr.reports.health.records import Finding
@@ -19,12 +20,16 @@ SIGNS: Mapping[str, Callable[[RunFacts], Finding]] = {
     convergence.SIGN: convergence.find,
     communication.SIGN: communication.find,
     aggregation.SIGN: aggregation.find,
+    samples.SIGN: samples.find,
 }
 """sign -> what finds it in a run"""
 
 
 def diagnose(
-    history: Sequence[RoundRecord], initial_perplexity: float | None, settings: RunSettings
+    history: Sequence[RoundRecord],
+    initial_perplexity: float | None,
+    settings: RunSettings,
+    slots: Mapping[str, SlotScore] | None = None,
 ) -> tuple[Finding, ...]:
     """A finding for every sign, of a run that is over or under way.
 
@@ -34,8 +39,9 @@ def diagnose(
         history: the rounds so far.
         initial_perplexity: before the first round, on the data of the rounds' perplexities.
         settings: the run's.
+        slots: ``before`` and ``after`` training -> score of texts for held-out prompts (`data.slots.score_slots`).
     """
-    facts = RunFacts(history, initial_perplexity, settings)
+    facts = RunFacts(history, initial_perplexity, settings, slots or {})
     return tuple(_guarded(sign, find, facts) for sign, find in SIGNS.items())
 
 

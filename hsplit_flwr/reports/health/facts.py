@@ -1,8 +1,9 @@
 """What a run's health is judged from: its records, its settings, its score on held-out prompts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from hsplit_flwr.data.slots import SlotScore
 from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.config import TrainingConfig
 
@@ -26,3 +27,5 @@ class RunFacts:
     initial_perplexity: float | None
     """before the first round, on the data of the rounds' perplexities"""
     settings: RunSettings
+    slots: Mapping[str, SlotScore] = field(default_factory=dict)
+    """``before`` and ``after`` training -> score of texts for held-out prompts; what was not measured is not there"""
