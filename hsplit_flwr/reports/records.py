@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
+from hsplit_flwr.common.dataclass_state import from_state, to_state
 from hsplit_flwr.data.slots import SlotScore
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.round_plan import RoundPlan
@@ -87,6 +88,11 @@ class RoundRecord:
         return self.federated_perplexity if self.central_perplexity is None else self.central_perplexity
 
 
+@dataclass(frozen=True)
+class _JournalState:
+    rounds: tuple[RoundRecord, ...]
+
+
 class Journal:
     """The records of the rounds so far; facts about a round come in one by one."""
 
@@ -106,6 +112,23 @@ class Journal:
     def phase(self, number: int, name: str, started: float) -> None:
         """Phase `name` of round `number` began at `started` (``time.perf_counter``) and ends now."""
         self.note(number, seconds={**self.record(number).seconds, name: time.perf_counter() - started})
+
+    def state(self) -> dict[str, Any]:
+        """All records as values that JSON knows; `load_state` gives them back exactly."""
+        state: dict[str, Any] = to_state(_JournalState(tuple(self.rounds)))
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state` in place of what was recorded so far.
+
+        Raises:
+            ConfigError: not the state of a journal; nothing is changed then.
+        """
+        records = from_state(_JournalState, state).rounds
+        numbers = [record.round for record in records]
+        if numbers != sorted(set(numbers)):
+            raise ConfigError(f"Expected the rounds of a journal in their order, each once, found {numbers!r:.200}.")
+        self.rounds = list(records)
 
 
 @dataclass(frozen=True)

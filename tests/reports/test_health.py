@@ -114,8 +114,8 @@ FAILED = RoundRecord(1, 10.0, failures=("client 0: prompt of 901 tokens", "clien
 def test_a_run_in_which_nobody_trained_is_a_warning_with_the_first_reason() -> None:
     """Every round failed; central evaluation found the same perplexity again and again: that was reported as ok."""
     history = [replace(FAILED, round=number) for number in (1, 2)]
-    for initial, changes in ((10.0, {}), (None, {}), (10.0, {"central_perplexity": None}), (math.nan, {})):
-        finding = convergence([replace(record, **changes) for record in history], initial, SETTINGS)
+    for initial, after in ((10.0, 10.0), (None, 10.0), (10.0, None), (math.nan, math.nan)):
+        finding = convergence([replace(record, central_perplexity=after) for record in history], initial, SETTINGS)
         assert (finding.status, finding.value) == ("warning", 2)
         assert finding.measured == "no client finished in 2 of 2 rounds"
         assert finding.cause == "no client finished in 2 of 2 rounds, the first: client 0: prompt of 901 tokens"
