@@ -429,6 +429,13 @@ def test_the_picture_draws_what_was_measured(tmp_path: Path) -> None:
     assert [list(line.get_ydata()) for line in lines] == [pytest.approx([1.0, 0.5, 0.25])] * 3
     assert list(rank.lines[0].get_ydata()) == pytest.approx([2.4] * 3)
     assert list(energy.lines[0].get_ydata()) == pytest.approx([70.0] * 3)
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    rounds = ["round 1", "round 2", "round 3"]
+    assert labels == [*rounds, "smallest rank of a client", "rank collapse: 95 % and more"]
+    assert not any(axes.get_legend() for axes in figure.axes)
+    assert "singular value" in left.get_xlabel()
+    assert energy.get_xlabel().startswith("round; line: mean")
     equal = replace(HEALTHY, matrices=(replace(MATRIX, smallest_rank=8),))
     (note,) = spectrum_figure(run([6.0], aggregation=equal)).axes[2].texts[:1]
     assert note.get_text() == "no matrix of unequal ranks"
