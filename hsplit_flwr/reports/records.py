@@ -21,7 +21,7 @@ CLIENT_PHASES = ("load", "compute", "exchange")
 ROUND_PHASES = ("configure", "fit", "aggregate", "evaluate", "federated")
 """Where a round's time goes, as the strategy's hooks see it."""
 RunStatus = Literal["running", "completed", "failed"]
-"""Of a run whose summary may be written after every round; a failed one says why."""
+"""How far a run is: its summary may be written after every round; a failed one says why."""
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,14 @@ def test_small_cuts_count_where_the_tail_has_small_ranks() -> None:
     assert causes(run(STALLED, aggregation=weak_tail)).startswith("none")
 
 
+def test_a_round_under_way_takes_no_cause_away() -> None:
+    weak_tail = replace(HEALTHY, coverage=replace(COVERAGE, bare_share=0.6, tail_rank=4.0))
+    small = (client("0", 6.0, 3.0, cut=1), client("1", 6.0, 3.0, cut=2))
+    history = run(STALLED, clients=small, aggregation=weak_tail)
+    assert causes([*history, RoundRecord(6)]) == causes(history)
+    assert "cuts are small" in causes(history)
+
+
 def test_the_learning_rate_after_re_initialisation() -> None:
     history = run(STALLED, steps=TailSteps((2.0, 2.3, 2.3, 2.0, 1.9, 1.9, 1.9, 1.9)))
     history[0] = replace(history[0], steps=TailSteps(FLAT))

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from hsplit_flwr.reports.health.findings import Cause
+from hsplit_flwr.reports.health.records import AggregationHealth
 from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.config import TrainingConfig
 
@@ -72,7 +73,7 @@ def _overfitting(history: Sequence[RoundRecord], since: int) -> Cause | None:
 
 
 def _bare(history: Sequence[RoundRecord]) -> Cause | None:
-    health = history[-1].aggregation if history else None
+    health = _last_health(history)
     if health is None or not health.coverage.bare_share >= BARE_SHARE:
         return None
     return Cause(
@@ -82,7 +83,7 @@ def _bare(history: Sequence[RoundRecord]) -> Cause | None:
 
 
 def _small_ranks(history: Sequence[RoundRecord]) -> Cause | None:
-    health = history[-1].aggregation if history else None
+    health = _last_health(history)
     if health is None:
         return None
     coverage, small = health.coverage, []
@@ -99,8 +100,8 @@ def _small_ranks(history: Sequence[RoundRecord]) -> Cause | None:
 
 
 def _small_cut(history: Sequence[RoundRecord], num_blocks: int) -> Cause | None:
-    cuts = [client.cut for client in history[-1].clients] if history else []
-    health = history[-1].aggregation if history else None
+    cuts = next(([client.cut for client in record.clients] for record in reversed(history) if record.clients), [])
+    health = _last_health(history)
     if not cuts or health is None or health.coverage.tail_rank >= health.coverage.head_rank:
         return None
     mean = sum(cuts) / len(cuts)
@@ -146,6 +147,11 @@ def early_rise(record: RoundRecord) -> float | None:
         return None
     early = losses[1 : 1 + max(2, round(EARLY_SHARE * len(losses)))]
     return statistics.fmean(early) / losses[0] - 1
+
+
+def _last_health(history: Sequence[RoundRecord]) -> AggregationHealth | None:
+    """Health of the last aggregation that was measured: a round under way, or without a client, has none."""
+    return next((record.aggregation for record in reversed(history) if record.aggregation), None)
 
 
 def _positive(value: float) -> bool:

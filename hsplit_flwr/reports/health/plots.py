@@ -12,7 +12,7 @@ from hsplit_flwr.reports.health.records import AggregationHealth
 from hsplit_flwr.reports.records import RoundRecord
 
 FLOOR = 1e-4
-"""Of the largest singular value: below, values are float32's noise and are not drawn."""
+"""Share of the largest singular value: below, values are float32's noise and are not drawn."""
 MOST_COLUMNS = 5
 MOST_LABELS = 8
 """Above this many rounds, only so many evenly spaced ones stand in the legend."""
