@@ -44,7 +44,7 @@ def update_spectrum(name: str, terms: Sequence[Term], exact: LoraFactors) -> Mat
 
 
 def singular_values(factors: LoraFactors) -> Tensor:
-    """Singular values of ``scaling * B @ A``, descending, float64 (min(R, d_out, d_in),): QR of both, SVD of the core."""
+    """Singular values of ``scaling * B @ A``, descending, float64 (min(R, d_out, d_in),): by QR, SVD of the core."""
     if not factors.rank:
         return torch.zeros(0, dtype=torch.float64)
     core_out = torch.linalg.qr(factors.B.double(), mode="r").R
