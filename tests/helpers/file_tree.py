@@ -73,10 +73,10 @@ def write(tree: Tree, depth: int = 0) -> Iterator[str]:
 
 
 def first_sentence(path: Path) -> str:
-    """What a file says about itself: its docstring or first comment, up to the first full stop."""
+    """What a file says about itself: its docstring or first comment, up to the first full stop or colon."""
     text = path.read_text(encoding="utf-8")
     about = ast.get_docstring(ast.parse(text)) if path.suffix == ".py" else text.lstrip("# ")
-    sentence = re.split(r"\.\s|\.$|\n\n", about or "", maxsplit=1)[0]
+    sentence = re.split(r"[.:]\s|\.$|\n\n", about or "", maxsplit=1)[0]
     return " ".join(sentence.split())
 
 
