@@ -3,14 +3,19 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
+from contextlib import chdir
 from difflib import unified_diff
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
+from hsplit_flwr import cli
 from hsplit_flwr.common.toml_file import read_toml
 from hsplit_flwr.experiments.evidence.store import Store
 from hsplit_flwr.experiments.evidence.stored_runs import StoredRuns
@@ -71,8 +76,17 @@ def test_run_command_is_the_quickstart() -> None:
     assert fenced("README.md", "command: run").splitlines()[-1] == "flwr run simulations/quickstart --stream"
 
 
-def test_plan_command_plans_for_the_quickstart() -> None:
-    assert "5 of 5 clients take part" in run("bash", "-c", fenced("README.md", "command: plan")).stdout
+def planned(document: str, marker: str, *arguments: str) -> list[str]:
+    """The arguments of the ``hsplit-flwr`` command in the document, and more."""
+    command, *given = shlex.split(fenced(document, marker).replace("\\\n", " "))
+    assert command == "hsplit-flwr"
+    return [*given, *arguments]
+
+
+def test_plan_command_plans_for_the_quickstart(capsys: pytest.CaptureFixture[str]) -> None:
+    with chdir(ROOT):
+        assert cli.main(planned("README.md", "command: plan")) == 0
+    assert "5 of 5 clients take part" in capsys.readouterr().out
 
 
 # ---- what documents name is there ----
@@ -159,7 +173,8 @@ def imported(block: str) -> set[tuple[str, str]]:
 def test_every_import_works(document: str) -> None:
     for block in re.findall(r"```python\n(.*?)```", DOCUMENTS[document], re.DOTALL):
         for module, name in imported(block):
-            assert hasattr(import_module(module), name), f"from {module} import {name}"
+            there = hasattr(import_module(module), name) or find_spec(f"{module}.{name}")
+            assert there, f"{document}: from {module} import {name}"
 
 
 def test_every_refusal_is_explained() -> None:
@@ -173,14 +188,18 @@ def test_every_refusal_is_explained() -> None:
 # ---- what documents show is so ----
 
 
-@pytest.mark.parametrize("arguments", ["", " --deadline-s inf", " --tail-worth 2"], ids=["shown", "inf", "default"])
-def test_the_shown_plan_is_what_the_command_prints(arguments: str, tmp_path: Path) -> None:
-    from transformers import LlamaConfig
-
+@pytest.mark.parametrize(
+    "arguments", [(), ("--deadline-s", "inf"), ("--tail-worth", "2")], ids=["shown", "no deadline", "default"]
+)
+def test_the_shown_plan_is_what_the_command_prints(
+    arguments: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = "docs/planning.md"
     LlamaConfig().save_pretrained(tmp_path / "llama-2-7b")
     (tmp_path / "five.toml").write_text(fenced(document, "file: five.toml"), encoding="utf-8")
-    printed = run("bash", "-c", fenced(document, "command: plan").strip() + arguments, cwd=tmp_path).stdout
+    with chdir(tmp_path):
+        assert cli.main(planned(document, "command: plan", *arguments)) == 0
+    printed = capsys.readouterr().out
     if not arguments:
         assert fenced(document, "output: plan").strip() in printed
     seconds = re.search(r"a round takes ([\d.]+ s)", printed)
@@ -194,9 +213,8 @@ def code_blocks() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("document", "name"), code_blocks())
-def test_code_runs(document: str, name: str, tmp_path: Path) -> None:
-    (tmp_path / "shown.py").write_text(fenced(document, f"code: runs {name}"), encoding="utf-8")
-    run(sys.executable, "shown.py", cwd=tmp_path)
+def test_code_runs(document: str, name: str) -> None:
+    exec(compile(fenced(document, f"code: runs {name}"), f"{document}, {name}", "exec"), {})
 
 
 DATA = """
