@@ -202,8 +202,8 @@ class RoundServer:
         self._phase_started = time.perf_counter()
         return tasks
 
-    def failed(self, client: str) -> None:
-        """`client` failed before it joined the round under way: nobody waits for it at the gate."""
+    def answered(self, client: str) -> None:
+        """`client` has answered its task, well or badly: if it never joined the round, nobody waits for it any more."""
         self._tail.withdraw(client)
 
     def close_training(self, replies: Replies, failures: Sequence[str] = ()) -> RoundRecord:

@@ -105,7 +105,7 @@ class HSplitLoRAStrategy(Strategy):
         tasks = self.rounds.open_training(server_round, self.nodes.refresh(client_manager))
         return [
             (
-                TaskProxy(self.nodes.proxy(client), client, self.rounds.failed),
+                TaskProxy(self.nodes.proxy(client), client, self.rounds.answered),
                 FitIns(parameters, {TASK_KEY: task.to_json()}),
             )
             for client, task in tasks.items()
