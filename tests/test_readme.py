@@ -257,19 +257,40 @@ def test_own_app_runs_and_saves(document: str, name: str, tmp_path: Path) -> Non
     assert [name for name in SAVED if not (tmp_path / "results" / name).is_file()] == []
 
 
-EVIDENCE = ROOT / "simulations" / "evidence"
+CONTROLS, TINY = (ROOT / "simulations" / "evidence" / f"{name}.csv" for name in ("controls", "tiny"))
 SCENARIO = ("heterogeneous", "dirichlet")
-OTHERS = ("splitlora", "hetlora", "flora", "flexlora", "cenlora", "cenlora_small_batch", "ft")
-"""rows of README's table that are not in controls.csv"""
+SHOWN = (
+    "hsplitlora",
+    "hsplitlora_4_passes",
+    "splitlora",
+    "hetlora",
+    "flora",
+    "flexlora",
+    "cenlora",
+    "cenlora_small_batch",
+    "ft",
+)
+"""rows of README's table besides those of controls.csv; taken from tiny.csv where controls.csv does not have them"""
+NOT_YET = "not run yet"
 
 
-@pytest.mark.skipif(not (EVIDENCE / "controls.csv").exists(), reason="expects simulations/evidence/controls.csv")
-def test_readme_shows_the_evidence() -> None:
-    """Every method of controls.csv, and OTHERS as tiny.csv has them, in SCENARIO: final perplexity over the seeds."""
-    rows = Store(EVIDENCE / "controls.csv").rows()
-    here = {row.spec.method for row in rows}
-    rows += [row for row in Store(EVIDENCE / "tiny.csv").rows() if row.spec.method in set(OTHERS) - here]
+def evidence_table() -> str:
+    """Final perplexity over the seeds in SCENARIO: every method of controls.csv, and SHOWN."""
+    rows = Store(CONTROLS).rows() if CONTROLS.exists() else []
+    wanted = set(SHOWN) - {row.spec.method for row in rows}
+    rows += [row for row in Store(TINY).rows() if row.spec.method in wanted]
     rows = [row for row in rows if (row.spec.setting, row.spec.partition) == SCENARIO]
-    table = perplexity_table(StoredRuns.of(rows, (*METHODS, *SCENARIO)), markdown=True)
+    return perplexity_table(StoredRuns.of(rows, (*METHODS, *SCENARIO)), markdown=True)
+
+
+def cells(table: str) -> list[list[str]]:
+    """What is in a Markdown table, however wide it is set."""
+    return [[cell.strip(" -:") for cell in line.split("|")] for line in table.strip().splitlines()]
+
+
+def test_readme_shows_the_evidence() -> None:
+    """Before controls.csv is there, its rows may say NOT_YET."""
+    table = evidence_table()
     shown = README.split("<!-- evidence -->")[1].split("<!-- end evidence -->")[0]
-    assert shown.strip() == table, f"Put this between README's evidence marks:\n{table}"
+    found = [row for row in cells(shown) if CONTROLS.exists() or NOT_YET not in row]
+    assert found == cells(table), f"Put this between README's evidence marks:\n{table}"
