@@ -1,7 +1,6 @@
 """Checks of configured values: every error names the field, what was expected, what was found and the key to set."""
 
 import math
-from collections.abc import Collection, Mapping
 
 from hsplit_flwr.errors import ConfigError
 
@@ -47,16 +46,6 @@ def is_above(value: object, least: float) -> bool:
 def is_at_least(value: object, least: float) -> bool:
     """Whether `value` is a finite number >= `least`."""
     return _is_number(value) and value >= least  # type: ignore[operator]
-
-
-def require_keys(what: str, found: Mapping[str, object], expected: Collection[str]) -> None:
-    """Refuse a mapping, read back from somewhere, that has not exactly the keys `expected`.
-
-    Raises:
-        ConfigError: it names both sides.
-    """
-    if set(found) != set(expected):
-        raise ConfigError(f"Expected {what} with the keys {sorted(expected)}, found {sorted(found)}.")
 
 
 def _is_number(value: object) -> bool:

@@ -61,11 +61,10 @@ class SplitTrainer:
         self._method = method
         self._training = replace(task.training, joint_steps=method.joint_steps, tail_passes=method.tail_passes)
         self._model = GlobalModel(task.files)
-        """never has adapters: what all segments take their tensors from"""
+        """what all segments take their tensors from"""
         self._book = plans_of(task, method)
-        segment = segment_from_model(self._model.segment.model)
-        self._shapes = linear_shapes(segment)
-        self._rounds = TailRounds(self._model, segment, self._book, self._training, LIMITS)
+        self._shapes = linear_shapes(self._model.segment)
+        self._rounds = TailRounds(self._model, self._book, self._training, LIMITS)
         self._heads: dict[str, _Head] = {}
         self._average: dict[str, LoraFactors] = {}
         """of the heads' adapters, where they are carried"""
@@ -91,16 +90,18 @@ class SplitTrainer:
         )
 
     def score(self) -> Score:
-        """Of the global model."""
-        return score_segment(self._evaluated(), self._task.eval_batches)
+        """Score of the global model."""
+        if self._average:
+            return score_segment(self._carried(), self._task.eval_batches)
+        return self._rounds.score(self._task.eval_batches)
 
     def global_model(self) -> PreTrainedModel:
         """The global model, to generate with."""
-        return self._evaluated().model
+        return self._carried().model if self._average else self._rounds.evaluated_model()
 
-    def _evaluated(self) -> Segment:
-        unmerged = {**self._average, **self._rounds.unmerged()}
-        return adapted(self._model, unmerged) if unmerged else self._model.segment
+    def _carried(self) -> Segment:
+        """The global model where the heads' adapters are carried, and so never merged."""
+        return adapted(self._model, {**self._average, **self._rounds.unmerged()})
 
     def _head(self, client: str, number: int) -> _Head:
         """`client`'s head of this round: at the newest weights, its adapters afresh or carried on."""
@@ -158,7 +159,7 @@ class SplitTrainer:
         tail = self._rounds.tail
         update = self._rounds.merge(contributions, tail.adapters.factors(), self._method.rule)
         if not self._method.tail_goes_on:
-            self._rounds.settle()
+            self._rounds.merge_remaining()
         measured = {client: report.importance for client, report in reports.items()}
         self._book.observe_importance(measured, tail.importance(), shares, self._shapes)
         return update
@@ -172,7 +173,7 @@ class SplitTrainer:
             shares = token_shares({client: report.tokens for client, report in reports.items()})
             contributions = [Contribution(shares[c], h.plan.cut, h.adapters.factors()) for c, h in heads.items()]
         self._average = aggregate(contributions, {}, block_of, RULES[self._method.rule])
-        self._rounds.go_on()
+        self._rounds.keep_tail_only()
         return self._average
 
     def _work(self, client: str, head: _Head) -> ClientWork:

@@ -1,8 +1,8 @@
 """Plans that a planner makes: heads and tail follow its plan in force."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
+from hsplit_flwr.common.state import State
 from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.spec import LoraSpec
@@ -93,11 +93,11 @@ class AdaptivePlans:
         """Learn from a round's measurements of importance: for the next plan."""
         self.history.update_from_round(heads, tail, shares, modules)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """The planning's state: the plans in force follow from it."""
         return self.adaptive.state()
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         """Go on from what `state` gave, with a planner of the same model and settings.
 
         Raises:

@@ -2,9 +2,8 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
-from hsplit_flwr.common.checks import require_keys
+from hsplit_flwr.common.state import State
 from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.spec import LoraSpec
@@ -109,18 +108,17 @@ class ConfiguredPlans:
         """Learn from a round's measurements of importance: for the reports."""
         self.history.update_from_round(heads, tail, shares, modules)
 
-    def state(self) -> dict[str, Any]:
-        """The history; the plans themselves do not change."""
-        return {"history": self.history.state()}
+    def state(self) -> State:
+        """The history's state; the plans themselves do not change."""
+        return self.history.state()
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         """Go on with the history that `state` gave.
 
         Raises:
             ConfigError: not such a state.
         """
-        require_keys("the state of configured plans", state, {"history"})
-        self.history.load_state(state["history"])
+        self.history.load_state(state)
 
     def _all(self) -> Collection[ClientPlan]:
         return [self.plans] if isinstance(self.plans, ClientPlan) else self.plans.values()

@@ -7,9 +7,11 @@ fluctuates. The paper's exact expressions are not public to us; names and formul
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
 
-from hsplit_flwr.common.checks import is_at_least, require, require_keys, require_whole
+from hsplit_flwr.common.checks import is_at_least, require, require_whole
+from hsplit_flwr.common.dataclass_state import from_state, to_state
+from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError
 
 LEAST_BALANCE = 0.1
@@ -134,23 +136,41 @@ class ImportanceHistory:
         if complete:
             self.update(merge(complete, {client: shares[client] for client in complete}))
 
-    def state(self) -> dict[str, Any]:
-        """The history as JSON-able data; `load_state` takes it back."""
-        return {"profile": dict(self.profile), "updates": self.updates, "beta": self.beta}
+    def record(self) -> "HistoryRecord":
+        """The history as it is now."""
+        return HistoryRecord(dict(self.profile), self.updates, self.beta)
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def resume(self, record: "HistoryRecord") -> None:
+        """Go on from a `record`, bit by bit."""
+        self.profile, self.updates, self.beta = dict(record.profile), record.updates, record.beta
+
+    def state(self) -> State:
+        """The history as values that JSON knows; `load_state` takes it back."""
+        state: State = to_state(self.record())
+        return state
+
+    def load_state(self, state: State) -> None:
         """Go on from what `state` gave, bit by bit.
 
         Raises:
-            ConfigError: unknown or missing keys, or values out of range.
+            ConfigError: not such a state; the message names the field.
         """
-        require_keys("an importance history", state, {"profile", "updates", "beta"})
-        profile = {str(name): float(value) for name, value in state["profile"].items()}
-        if profile:
-            normalize(profile)  # refuses what is no profile; its rounding is not wanted
-        require_whole("updates", state["updates"], 0)
-        require(is_at_least(state["beta"], 0), "beta", ">= 0 and finite", state["beta"])
-        self.profile, self.updates, self.beta = profile, state["updates"], float(state["beta"])
+        self.resume(from_state(HistoryRecord, state))
+
+
+@dataclass(frozen=True)
+class HistoryRecord:
+    """What an `ImportanceHistory` knows: see its fields."""
+
+    profile: Profile
+    updates: int
+    beta: float
+
+    def __post_init__(self) -> None:
+        if self.profile:
+            normalize(self.profile)  # refuses what is no profile; its rounding is not wanted
+        require_whole("updates", self.updates, 0)
+        require(is_at_least(self.beta, 0), "beta", ">= 0 and finite", self.beta)
 
 
 def _checked(profile: Profile) -> Profile:

@@ -1,8 +1,9 @@
 """Who trains what, round by round: plans that are configured once, or planned from budgets and importance."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
+from hsplit_flwr.common.state import State
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.planning.adaptive_plans import AdaptivePlans
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -72,10 +73,10 @@ class PlansInForce(Protocol):
     ) -> None:
         """Learn from a round's measurements of importance: see `ImportanceHistory.update_from_round`."""
 
-    def state(self) -> dict[str, Any]:
-        """All that changes from round to round, JSON-able; `load_state` takes it back."""
+    def state(self) -> State:
+        """All that changes from round to round, as values that JSON knows; `load_state` takes it back."""
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         """Go on from what `state` gave, with the same plans or planner.
 
         Raises:

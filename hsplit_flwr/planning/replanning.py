@@ -9,15 +9,16 @@ Follows HSplitLoRA (arXiv:2505.02795), adaptive rank and split configuration; th
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from hsplit_flwr.common.checks import require, require_keys
+from hsplit_flwr.common.checks import require
+from hsplit_flwr.common.dataclass_state import from_state, to_state
+from hsplit_flwr.common.state import State
 from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
-from hsplit_flwr.planning.importance_history import ImportanceHistory, drift
+from hsplit_flwr.planning.importance_history import HistoryRecord, ImportanceHistory, drift
 from hsplit_flwr.planning.planner import PlannerConfig, plan
 from hsplit_flwr.planning.round_plan import RoundPlan
 
@@ -144,35 +145,34 @@ class AdaptivePlanning:
         """
         return plan(self.costs, self.profile, budgets, self._server, self._planner)
 
-    def state(self) -> dict[str, Any]:
-        """Budgets, importance and the plan in force as JSON-able data; `load_state` takes it back."""
-        return {
-            "budgets": {client: asdict(budget) for client, budget in self.budgets.items()},
-            "history": self.history.state(),
-            "in_force": asdict(self.in_force) if self.in_force else None,
-            "made_for": dict(self._made_for),
-            "made_with": {client: asdict(budget) for client, budget in self.made_with.items()},
-        }
+    def state(self) -> State:
+        """Budgets, importance and the plan in force as values that JSON knows; `load_state` takes it back."""
+        record = PlanningRecord(
+            budgets=self.budgets,
+            history=self.history.record(),
+            in_force=self.in_force,
+            made_for=self._made_for,
+            made_with=self.made_with,
+        )
+        state: State = to_state(record)
+        return state
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         """Go on from what `state` gave: the next decisions are those that would have been made.
 
         Raises:
             ConfigError: not such a state, or one of another model.
         """
-        require_keys("a state of planning", state, {"budgets", "history", "in_force", "made_for", "made_with"})
-        history = ImportanceHistory()
-        history.load_state(state["history"])
-        in_force = RoundPlan.from_dict(state["in_force"]) if state["in_force"] else None
-        ranks = in_force.tail.ranks if in_force else {}
-        if unknown := sorted({*history.profile, *state["made_for"], *ranks} - self._uniform.keys()):
+        record = from_state(PlanningRecord, state)
+        ranks = record.in_force.tail.ranks if record.in_force else {}
+        if unknown := sorted({*record.history.profile, *record.made_for, *ranks} - self._uniform.keys()):
             raise ConfigError(
                 f"Expected a state of planning for this model, found {len(unknown)} modules that it has not, such as "
                 f"{unknown[0]!r}. Resume with the model that the run began with."
             )
-        self.budgets, self.made_with = _budgets(state["budgets"]), _budgets(state["made_with"])
-        self.history.load_state(state["history"])
-        self.in_force, self._made_for = in_force, dict(state["made_for"])
+        self.budgets, self.made_with = dict(record.budgets), dict(record.made_with)
+        self.history.resume(record.history)
+        self.in_force, self._made_for = record.in_force, record.made_for
 
     def _reasons(self, budgets: Mapping[str, Budget], moved: float) -> tuple[str, ...]:
         if self.in_force is None:
@@ -208,8 +208,16 @@ class AdaptivePlanning:
         return f"client {client}: {', '.join(changed)}" if changed else None
 
 
-def _budgets(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Budget]:
-    try:
-        return {client: Budget(**budget) for client, budget in data.items()}
-    except TypeError as error:
-        raise ConfigError(f"Expected budgets as they were written, found other data: {error}.") from error
+@dataclass(frozen=True, kw_only=True)
+class PlanningRecord:
+    """What an `AdaptivePlanning` knows besides its settings."""
+
+    budgets: Mapping[str, Budget]
+    """client id -> what it said last"""
+    history: HistoryRecord
+    in_force: RoundPlan | None
+    """the plan that rounds follow"""
+    made_for: Profile
+    """importance that it was made for"""
+    made_with: Mapping[str, Budget]
+    """budgets that it was made for"""

@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
-
-from hsplit_flwr.errors import ConfigError
+from typing import Literal
 
 Limit = Literal["memory", "deadline", "server", "none"]
 """what keeps a client from more: its memory, the round's deadline, the server's budget, or nothing"""
@@ -55,16 +53,3 @@ class RoundPlan:
     """the objective: sum over the clients"""
     round_s: float
     """of the slowest client"""
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The plan that `dataclasses.asdict` made plain data of, for instance in ``plan.json``.
-
-        Raises:
-            ConfigError: not such data.
-        """
-        try:
-            clients = {client: PlannedClient(**planned) for client, planned in data["clients"].items()}
-            return cls(**{**data, "clients": clients, "tail": PlannedTail(**data["tail"])})
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ConfigError(f"Expected a plan as it was written, found other data: {error!r}.") from error

@@ -1,4 +1,4 @@
-"""What a run and a round are made of, as data: training settings, a client's plan, a client's task for one round."""
+"""What a run is made of, as data: training settings and a client's plan."""
 
 import math
 from dataclasses import dataclass
@@ -12,9 +12,9 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How heads and tail train: AdamW under one learning-rate schedule that spans the whole run.
+    """How heads and tail train: one optimizer under one learning-rate schedule that spans the whole run.
 
-    Adapters that are aggregated restart every round, and AdamW with them; the schedule does not.
+    Adapters that are aggregated restart every round, and the optimizer with them; the schedule does not.
     Head and tail clip their own gradients to `max_grad_norm` (0: no clipping).
     """
 
@@ -36,8 +36,12 @@ class TrainingConfig:
     tail_passes: int = 1
     """over the batches of a step; those after the first are the tail's alone, taken once the clients have their answers
     and compute"""
+    optimizer: str = "adamw"
+    """one of `optimizer.OPTIMIZERS`, of heads and tail alike"""
 
     def __post_init__(self) -> None:
+        from hsplit_flwr.training.optimizer import OPTIMIZERS  # torch: who only reads the defaults need not wait for it
+
         for name in ("rounds", "local_steps", "tail_passes"):
             require_whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "importance_steps", "importance_rows"):
@@ -46,6 +50,7 @@ class TrainingConfig:
         require(is_at_least(self.weight_decay, 0), "weight_decay", ">= 0", self.weight_decay)
         require(is_at_least(self.max_grad_norm, 0), "max_grad_norm", ">= 0 (0: no clipping)", self.max_grad_norm)
         require(self.schedule in SCHEDULES, "schedule", f"as one of {SCHEDULES}", self.schedule)
+        require(self.optimizer in OPTIMIZERS, "optimizer", f"as one of {tuple(OPTIMIZERS)}", self.optimizer)
         known = self.activation_dtype in ACTIVATION_DTYPES
         require(known, "activation_dtype", f"as one of {ACTIVATION_DTYPES}", self.activation_dtype)
 
@@ -53,6 +58,10 @@ class TrainingConfig:
     def total_steps(self) -> int:
         """Optimizer steps of one client over the whole run."""
         return self.rounds * self.local_steps
+
+    def first_step(self, round_number: int) -> int:
+        """The run step (0-based) at which round `round_number` (from 1) starts."""
+        return (round_number - 1) * self.local_steps
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of run step `step` (0-based): linear warm-up, then the schedule down to zero."""

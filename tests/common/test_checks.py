@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hsplit_flwr.common.checks import is_above, is_at_least, is_whole, require, require_keys, require_whole
+from hsplit_flwr.common.checks import is_above, is_at_least, is_whole, require, require_whole
 from hsplit_flwr.errors import ConfigError
 
 
@@ -43,9 +43,3 @@ def test_finite_numbers() -> None:
     for value in (math.nan, math.inf, True, "1", None):
         assert not is_above(value, 0)
         assert not is_at_least(value, 0)
-
-
-def test_keys_name_both_sides() -> None:
-    require_keys("a state", {"a": 1}, {"a"})
-    with pytest.raises(ConfigError, match=r"Expected a state with the keys \['a', 'b'\], found \['a', 'c'\]"):
-        require_keys("a state", {"a": 1, "c": 2}, {"a", "b"})

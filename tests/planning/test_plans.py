@@ -129,7 +129,7 @@ def test_configured_plans_go_on_with_the_importance_of_before(modules: list[str]
     measure(restored, modules, 5.0)
     assert restored.state() == plans.state()
     assert restored.history.profile == plans.history.profile != {}
-    with pytest.raises(ConfigError, match="Expected the state of configured plans with the keys"):
+    with pytest.raises(ConfigError, match=r"Expected HistoryRecord of a saved state to have the fields"):
         restored.load_state({"budgets": {}})
 
 
@@ -214,11 +214,11 @@ def test_a_state_of_another_model_or_kind_is_refused(costs: ModelCosts, modules:
     with pytest.raises(ConfigError, match=r"for this model, found 28 modules .*'model\.layers\.0\..*Resume with"):
         other.load_state(plans.state())
     state = plans.state()
-    with pytest.raises(ConfigError, match="Expected a state of planning with the keys"):
+    with pytest.raises(ConfigError, match="Expected PlanningRecord of a saved state to have the fields"):
         plans.load_state({"history": state["history"]})
-    with pytest.raises(ConfigError, match="Expected budgets as they were written"):
+    with pytest.raises(ConfigError, match=r"Expected PlanningRecord\.budgets\['0'\] of a saved state"):
         plans.load_state({**state, "budgets": {"0": {"memory": 5}}})
-    with pytest.raises(ConfigError, match="Expected a plan as it was written"):
+    with pytest.raises(ConfigError, match=r"Expected PlanningRecord\.in_force of a saved state"):
         plans.load_state({**state, "in_force": {"clients": {"0": 5}}})
     assert plans.state() == state
 
