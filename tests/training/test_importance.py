@@ -570,5 +570,5 @@ def test_the_history_travels_as_json() -> None:
     copy = ImportanceHistory()
     copy.load_state(json.loads(json.dumps(history.state())))
     assert copy.state() == history.state()
-    with pytest.raises(ConfigError, match=r"Expected an importance history with the keys .* found \['profile'\]"):
+    with pytest.raises(ConfigError, match=r"Expected HistoryRecord .* fields .*, found \['profile'\]"):
         ImportanceHistory().load_state({"profile": {}})
