@@ -9,18 +9,9 @@ import grpc
 from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
-from hsplit_flwr.exchange.frames import (
-    Frame,
-    Header,
-    batch_tensors,
-    check_gradient,
-    decode,
-    encode,
-    expect_header,
-    probe_filler,
-)
+from hsplit_flwr.exchange.codecs import CODECS, batch_tensors, check_gradient
+from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler
 from hsplit_flwr.exchange.task import RoundTask
-from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.training.session import ScoreReply, StepReply
 
 _METHOD = "/hsplit_flwr.Tail/Exchange"
@@ -47,7 +38,7 @@ class RemoteTail:
 
     def __init__(self, task: RoundTask, max_receive_bytes: int, root_certificates: bytes | None = None) -> None:
         self._task = task
-        self._dtype = DTYPES[task.training.activation_dtype]
+        self._codec = CODECS[task.training.activation_dtype]
         self._max_bytes = max_receive_bytes
         self.bytes_up = 0
         self.bytes_down = 0
@@ -118,15 +109,15 @@ class RemoteTail:
 
     def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
         """See `TailSession`."""
-        batch = batch_tensors(activations, attention_mask, labels, self._dtype)
+        batch = batch_tensors(activations, attention_mask, labels, self._codec)
         self._send(self._header("train", step=step), batch)
         header, tensors = self._receive("gradient", step)
-        gradient = check_gradient(tensors, like=activations, dtype=self._dtype)
+        gradient = check_gradient(tensors, like=activations, codec=self._codec)
         return StepReply(gradient, header.loss, header.tokens)
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         """See `TailSession`."""
-        batch = batch_tensors(activations, attention_mask, labels, self._dtype)
+        batch = batch_tensors(activations, attention_mask, labels, self._codec)
         self._send(self._header("evaluate", step=step), batch)
         header, _ = self._receive("score", step)
         return ScoreReply(header.nll, header.tokens)

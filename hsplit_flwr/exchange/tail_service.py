@@ -17,9 +17,9 @@ import grpc
 from torch import Tensor
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
-from hsplit_flwr.exchange.frames import Frame, Header, check_batch, decode, encode, expect_header, probe_filler
+from hsplit_flwr.exchange.codecs import CODECS, check_batch
+from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler
 from hsplit_flwr.exchange.task import Mode
-from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.training.tail import LocalSession, SharedTail
 
 SERVICE, METHOD = "hsplit_flwr.Tail", "Exchange"
@@ -257,16 +257,15 @@ class TailService:
 
     def _answer(self, session: LocalSession, frame: Frame, ticket: Ticket) -> bytes:
         header, tensors = frame
-        dtype = DTYPES[self._config.activation_dtype]
+        codec = CODECS[self._config.activation_dtype]
         segment = self._tail.segment
-        check_batch(tensors, dtype=dtype, hidden_size=segment.hidden_size, vocab_size=segment.vocab_size)
-        batch = (tensors["activations"], tensors["mask"], tensors["labels"])
+        batch = check_batch(tensors, codec=codec, hidden_size=segment.hidden_size, vocab_size=segment.vocab_size)
         common = (header.run, header.round, header.client, header.cut, header.step)
         if header.kind == "train":
             reply = session.train_step(header.step, *batch)
             _count(ticket, reply.loss * reply.tokens, reply.tokens)
             answer = Header("gradient", *common, loss=reply.loss, tokens=reply.tokens)
-            return encode(answer, {"gradient": reply.gradient.to(dtype)})
+            return encode(answer, codec.encode("gradient", reply.gradient))
         score = session.score_step(header.step, *batch)
         _count(ticket, score.nll, score.tokens)
         return encode(Header("score", *common, nll=score.nll, tokens=score.tokens))

@@ -25,7 +25,8 @@ from torch import Tensor
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.exchange import remote_tail as tail_client
 from hsplit_flwr.exchange import tail_service
-from hsplit_flwr.exchange.frames import Header, batch_tensors, encode
+from hsplit_flwr.exchange.codecs import CODECS, batch_tensors
+from hsplit_flwr.exchange.frames import Header, encode
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.tail_service import DeltaSource, ServiceConfig, TailService
 from hsplit_flwr.exchange.task import Mode, RoundTask
@@ -317,7 +318,7 @@ def header(client: str = "bad", **changes: Any) -> Header:
 
 
 def tensors(**changes: Tensor) -> dict[str, Tensor]:
-    return {**batch_tensors(*batch("bad", 0), torch.float32), **changes}
+    return {**batch_tensors(*batch("bad", 0), CODECS["fp32"]), **changes}
 
 
 def filled(name: str, value: float) -> Tensor:
@@ -384,7 +385,7 @@ def test_a_step_sent_again_is_refused(alone: State) -> None:
     with serving("good") as served:
         good = served.ready("good")
         train(good, "good", range(STEPS))
-        replayed = encode(header("good", step=1), batch_tensors(*batch("good", 1), torch.float32))
+        replayed = encode(header("good", step=1), batch_tensors(*batch("good", 1), CODECS["fp32"]))
         refused(lambda: good.send_raw(replayed), "wrong_step")
         assert_same(learned(served.tail), alone)
 
