@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hsplit_flwr.common.tables import format_bytes
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.transport import connect
 from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.flower.client_state import DeltaState, KeptBudget
 from hsplit_flwr.flower.messages import (
@@ -92,7 +93,8 @@ class HSplitLoRAClient(NumPyClient):
         self._client_ids = [default_client_id(context)] if client_ids is None else list(client_ids)
         self._dtype = DTYPES[dtype]
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self._root_certificates = Path(root_certificates).read_bytes() if root_certificates else None
+        roots = Path(root_certificates).read_bytes() if root_certificates else None
+        self._connect = partial(connect, root_certificates=roots)
         self._budgets = budgets
 
     def get_properties(self, config: Config) -> Config:
@@ -193,7 +195,7 @@ class HSplitLoRAClient(NumPyClient):
 
     def _measure_link(self, config: Config) -> Link:
         task = RoundTask.from_json(str(config[PROBE_KEY]))
-        with RemoteTail(task, task.max_frame_bytes, self._root_certificates) as tail:
+        with RemoteTail(task, task.max_frame_bytes, self._connect) as tail:
             return measure_link(tail.probe)
 
     def _load_head(self, task: RoundTask) -> Segment:
@@ -204,7 +206,7 @@ class HSplitLoRAClient(NumPyClient):
     def _open_tail(self, task: RoundTask, head: Segment) -> RemoteTail:
         largest = max(4 * rows * columns for rows, columns in linear_shapes(head).values())
         limit = max(task.max_frame_bytes, largest + _FRAME_MARGIN_BYTES)
-        return RemoteTail(task, limit, self._root_certificates)
+        return RemoteTail(task, limit, self._connect)
 
     def _client_data(self, client: str) -> ClientData:
         return self._data(client) if callable(self._data) else self._data

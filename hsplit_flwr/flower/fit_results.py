@@ -9,7 +9,7 @@ from flwr.common.typing import NDArray
 
 from hsplit_flwr.common.tables import describe_ranks
 from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.exchange.tail_service import Ticket
+from hsplit_flwr.exchange.admission import Ticket
 from hsplit_flwr.flower.messages import BUDGETS_KEY, REFUSED_KEY, budgets_from_json
 from hsplit_flwr.lora.factors import LoraFactors, check_factors
 from hsplit_flwr.planning.budgets.budget import Budget

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.exchange.tail_service import ServiceConfig
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
 from hsplit_flwr.lora.spec import LoraSpec

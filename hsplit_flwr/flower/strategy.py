@@ -29,7 +29,9 @@ from flwr.server.strategy import Strategy
 
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import AggregationError, ConfigError
-from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService, Ticket
+from hsplit_flwr.exchange.admission import Ticket
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_server import StrategyConfig
@@ -289,7 +291,10 @@ class HSplitLoRAStrategy(Strategy):
         plans = self._round_plans = {client: self._book.plan(client) for client in clients}
         cuts = {client: plan.cut for client, plan in plans.items()}
         first_step = (server_round - 1) * self.training.local_steps
-        tokens = self._open_service().open_round(server_round, mode, cuts, first_step)
+        steps = self.training.local_steps if mode == "train" else None
+        tokens = self._open_service().open_round(
+            server_round, mode, cuts, first_step, steps=steps, workload=self._book.workload
+        )
         return {client: self._task(server_round, mode, client, tokens[client], plans[client]) for client in plans}
 
     def _open_service(self) -> TailService:
