@@ -97,6 +97,11 @@ def step(number: int, kind: str = "train", codec: str = "fp32", rows: int = ROWS
     return encode(head(kind, step=number), batch_tensors(*batch(rows, width), CODECS[codec]))
 
 
+def there_and_back(values: Tensor, codec: str) -> Tensor:
+    """What arrives of `values`."""
+    return CODECS[codec].decode("x", CODECS[codec].encode("x", values))
+
+
 HELLO = encode(head("hello", have=5))
 
 
@@ -126,8 +131,9 @@ def test_a_training_round(codec: str) -> None:
     assert delta == (head("delta", version=7), {})
     for number, (frame, gradient) in enumerate(zip(sent[1:], gradients, strict=True)):
         assert gradient.header == head("gradient", step=number, loss=LOSS, tokens=ROWS * WIDTH)
-        activations = decode(frame, LIMIT).tensors["activations"]
-        assert torch.equal(check_gradient(gradient.tensors, activations, CODECS[codec]), 2 * activations)
+        activations = CODECS[codec].decode("activations", decode(frame, LIMIT).tensors)
+        found = check_gradient(gradient.tensors, activations, CODECS[codec])
+        assert torch.equal(found, there_and_back(2 * activations, codec))
     (session,) = tail.sessions
     assert session.joined == ("me", CUT, 40)
     assert session.steps == [("train", number) for number in range(3)]
@@ -350,8 +356,7 @@ def test_a_remote_tail_over_any_transport(codec: str) -> None:
         reply = remote.train_step(0, activations, mask, labels)
     assert asked == [("nowhere", "t0k3n", 60.0, LIMIT)]
     assert (version, whole, json.dumps(tensors["w"].tolist())) == (8, True, json.dumps(weights["w"].tolist()))
-    sent = CODECS[codec].encode("activations", activations)["activations"]
-    assert torch.equal(reply.gradient, 2 * sent)
+    assert torch.equal(reply.gradient, there_and_back(2 * there_and_back(activations, codec), codec))
     assert (reply.loss, reply.tokens) == (LOSS, ROWS * WIDTH)
     assert (remote.bytes_up, remote.bytes_down) == (own.bytes_up, own.bytes_down)
     assert [session.closed for session in tail.sessions] == [1]
