@@ -9,7 +9,6 @@ import math
 import queue
 import re
 import socket
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ from typing import Any
 import grpc
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
+from hsplit_flwr.exchange.tls_files import not_certificates, read_pair
 from hsplit_flwr.exchange.transport import Serve
 
 SERVICE, METHOD = "hsplit_flwr.Tail", "Exchange"
@@ -153,9 +153,13 @@ def _bind(server: Any, config: ServiceConfig) -> str:
             f"Expected an address that clients can reach, found only {config.bind}. "
             "Set advertise (run config: tail-address) to this host's name or address."
         )
-    credentials = _server_credentials(config)
+    pair = read_pair(config.certificate, config.private_key)
     try:
-        bound = server.add_secure_port(bind, credentials) if credentials else server.add_insecure_port(bind)
+        if pair is None:
+            bound = server.add_insecure_port(bind)
+        else:
+            chain, key = pair
+            bound = server.add_secure_port(bind, grpc.ssl_server_credentials([(key, chain)]))
     except RuntimeError as error:
         raise ConfigError(
             f"Expected to listen on {bind} (run config: tail-bind), found: {_why_not(host, int(port)) or error}. "
@@ -177,51 +181,6 @@ def _why_not(host: str, port: int) -> str | None:
         if error.errno == errno.EADDRINUSE:
             return "the address is in use, perhaps by another run on this machine that has not ended"
         return error.strerror or str(error)
-    return None
-
-
-def _server_credentials(config: ServiceConfig) -> grpc.ServerCredentials | None:
-    """TLS by the files of `config`; None: it names none."""
-    certificate, key = config.certificate, config.private_key
-    if certificate is None and key is None:
-        return None
-    if certificate is None or key is None:
-        raise ConfigError(
-            "Expected both a certificate and a private key for TLS (run config: tail-certificate, tail-private-key), "
-            "found one. Give both or none."
-        )
-    chain = _read(certificate, "tail-certificate")
-    secret = _read(key, "tail-private-key")
-    if problem := _not_certificates(chain):
-        raise ConfigError(
-            f"Expected a PEM certificate chain in {certificate} (run config: tail-certificate), found: {problem}."
-        )
-    try:  # an empty password, so that nobody is asked for one
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
-    except (ssl.SSLError, ValueError) as error:
-        raise ConfigError(
-            f"Expected the private key of {certificate.name}, in PEM and not encrypted, in {key} (run config: "
-            f"tail-private-key), found: {error}."
-        ) from error
-    return grpc.ssl_server_credentials([(secret, chain)])
-
-
-def _read(path: Path, key: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"Expected readable TLS files, found for {path} (run config: {key}): {error.strerror}."
-        ) from error
-
-
-def _not_certificates(pem: bytes) -> str | None:
-    """Why `pem` holds no certificates; None: it does."""
-    text = pem.decode("ascii", "ignore")  # what is not ASCII is a comment, or nothing of use
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=text)
-    except (ssl.SSLError, ValueError) as error:
-        return str(error)
     return None
 
 
@@ -248,7 +207,7 @@ def connect(
     options = [*_CLIENT_OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)]
     if root_certificates is None:
         channel = grpc.insecure_channel(target, options)
-    elif problem := _not_certificates(root_certificates):
+    elif problem := not_certificates(root_certificates):
         raise ConfigError(
             "Expected PEM certificates of the tail's authority (root_certificates; run config: "
             f"tail-root-certificates), found: {problem}."
