@@ -7,6 +7,7 @@ from hsplit_flwr.common.checks import is_above, is_at_least, is_whole, require, 
 from hsplit_flwr.lora.spec import LoraSpec
 
 ACTIVATION_DTYPES = ("fp32", "bf16", "fp16")
+"""the wire codecs: keys of `exchange.codecs.CODECS`, which lies above and is not imported here"""
 SCHEDULES = ("linear", "cosine", "constant")
 
 

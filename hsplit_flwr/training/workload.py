@@ -7,6 +7,9 @@ from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.training.config import ACTIVATION_DTYPES, TrainingConfig
 
+WEIGHT_DTYPES = ("fp32", "bf16", "fp16")
+"""keys of `models.dtypes.DTYPES`"""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -28,7 +31,9 @@ class Workload:
     gradient_checkpointing: bool = False
     """heads compute the activations of a block again in the backward pass instead of keeping them"""
     importance_steps: int = TrainingConfig.importance_steps
+    """steps of a round that also measure importance; 0: none"""
     importance_rows: int = TrainingConfig.importance_rows
+    """rows of a batch that it is measured on; 0: all"""
 
     def __post_init__(self) -> None:
         require_whole("batch_size", self.batch_size, 1)
@@ -36,9 +41,9 @@ class Workload:
         require_whole("local_steps", self.local_steps, 1)
         require_whole("importance_steps", self.importance_steps, 0)
         require_whole("importance_rows", self.importance_rows, 0)
-        for name in ("dtype", "activation_dtype"):
-            found = getattr(self, name)
-            require(found in ACTIVATION_DTYPES, name, f"as one of {ACTIVATION_DTYPES}", found)
+        require(self.dtype in WEIGHT_DTYPES, "dtype", f"as one of {WEIGHT_DTYPES}", self.dtype)
+        known = self.activation_dtype in ACTIVATION_DTYPES
+        require(known, "activation_dtype", f"as one of {ACTIVATION_DTYPES}", self.activation_dtype)
 
     @classmethod
     def of(
