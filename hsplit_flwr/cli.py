@@ -101,6 +101,7 @@ def _plan(options: argparse.Namespace) -> None:
     fleet = Fleet.from_toml(options.profiles, seed=options.seed)
     budgets = fleet.budgets(options.round)
 
+    from hsplit_flwr.models.equality import require_cuttable
     from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
     from hsplit_flwr.planning.planner import PlannerConfig, plan, plan_exact
     from hsplit_flwr.planning.report import plan_table
@@ -114,7 +115,9 @@ def _plan(options: argparse.Namespace) -> None:
         gradient_checkpointing=options.gradient_checkpointing,
     )
     config = PlannerConfig(options.ranks, options.tail_rank, options.tail_worth, options.deadline_s)
-    costs = ModelCosts(read_config(options.model), workload)
+    model_config = read_config(options.model)
+    require_cuttable(model_config)  # as a run does
+    costs = ModelCosts(model_config, workload)
     importance, source = _importance(options.importance, costs)
     made = (plan_exact if options.exact else plan)(costs, importance, budgets, fleet.server, config)
 

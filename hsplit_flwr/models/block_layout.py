@@ -87,6 +87,11 @@ def _require_causal_lm(config: PretrainedConfig) -> None:
             f"Expected a model that AutoModelForCausalLM knows, found the model type {kind!r}. "
             "Choose a decoder-only causal language model."
         )
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(
+            f"Expected a language model, found {kind!r}, which has parts for other inputs beside it. "
+            "Choose a checkpoint of its text model alone."
+        )
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise UnsupportedModelError(
             f"Expected a causal language model, found {kind!r}, whose tokens attend to later ones. "

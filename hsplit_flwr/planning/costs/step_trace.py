@@ -57,7 +57,7 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
                 # Their gradients are counted apart, for their real ranks.
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
             _run(segment, blocks, recorder, workload)
-    except RuntimeError as error:  # fake tensors' own errors are RuntimeErrors too
+    except Exception as error:  # of fake tensors, or of a model's own code that meets them
         raise UnsupportedModelError(
             f"Expected a step of {type(skeleton).__name__} to run on shapes alone, found: {str(error)[:200]} "
             "Choose a model whose step does not depend on its data, so none with a mixture of experts."
