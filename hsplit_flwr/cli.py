@@ -165,11 +165,14 @@ def read_config(name: str) -> "PretrainedConfig":
     """The config of a model of the hub, a folder, a ``.gguf`` file or a ``config.json``; no weights are read.
 
     Raises:
-        ConfigError: none is found there.
+        ConfigError: none is found there, or an adapter lies beside it.
     """
     from transformers import AutoConfig
 
+    from hsplit_flwr.models.files import refuse_adapter
+
     path = Path(name).expanduser()
+    refuse_adapter(path)
     where: dict[str, Any] = {"pretrained_model_name_or_path": path if path.exists() else name}
     if path.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}

@@ -77,6 +77,13 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 def _require_causal_lm(config: PretrainedConfig) -> None:
     kind = config.model_type
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise UnsupportedModelError(
+            f"Expected weights in fp32, bf16 or fp16, found a {kind!r} checkpoint quantised by {method} "
+            "(quantization_config in config.json). Take the checkpoint that it was made from, or dequantise it with "
+            "transformers and write it with save_pretrained."
+        )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"Expected a decoder-only causal language model, found the encoder-decoder model {kind!r}. "
