@@ -23,6 +23,7 @@ from hsplit_flwr.errors import ConfigError, HSplitError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import build_skeleton
 from hsplit_flwr.models.gguf_cache import convert_once
 from hsplit_flwr.models.tensor_files import stored_tensors
+from hsplit_flwr.models.token_limits import TokenLimits
 
 ADAPTER_CONFIG = "adapter_config.json"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -90,6 +91,11 @@ class ModelFiles:
         if "stored_names" not in self.__dict__:
             self.stored_names = self._match(skeleton)
         return skeleton
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """The longest row of tokens that the model takes; None where nothing ends (rotary embeddings, ALiBi)."""
+        return TokenLimits.of(self.skeleton()).positions
 
     @cached_property
     def stored_names(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.block_layout import BlockLayout, block_of, build_skeleton, find_layout
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.token_limits import TokenLimits
 from hsplit_flwr.models.views import (
     Absent,
     CheckpointedBlock,
@@ -51,6 +52,7 @@ class Segment(nn.Module):
         self.gradient_checkpointing = False
         """compute each block's activations again in the backward pass instead of keeping them"""
         self._layout = layout
+        self._limits = TokenLimits.of(model)
         self._linear_names = [
             self.global_name(name)
             for name, module in model.named_modules()
@@ -104,6 +106,14 @@ class Segment(nn.Module):
             return done.hidden_BTH
         logits_BTV: Tensor = outputs.logits
         return logits_BTV
+
+    def check_tokens(self, input_ids: Tensor, labels: Tensor | None = None) -> None:
+        """Looks at a batch (B, T) before the embeddings do; for segments that hold them. See `TokenLimits.check`.
+
+        Raises:
+            ConfigError: a row is longer than the model's positions, or an id or a label is none of its vocabulary.
+        """
+        self._limits.check(input_ids, labels)
 
     def _check(self, inputs: Tensor, first: int, end: int, embed: bool) -> None:
         if not self.start <= first < self.stop:

@@ -120,5 +120,6 @@ def _on_device(batch: Batch, head: Segment) -> tuple[Tensor, Tensor, Tensor]:
             "Expected input_ids, attention_mask and labels of one shape (B, T), "
             f"found {tuple(input_ids.shape)}, {tuple(mask.shape)}, {tuple(labels.shape)}."
         )
+    head.check_tokens(input_ids, labels)
     device = next(head.parameters()).device
     return input_ids.to(device), mask.to(device), labels

@@ -55,6 +55,7 @@ def score_segment(segment: Segment, batches: Iterable[Mapping[str, Tensor]]) -> 
     nll, tokens = 0.0, 0
     with torch.no_grad():
         for batch in batches:
+            segment.check_tokens(batch["input_ids"], batch["labels"])
             labels = batch["labels"].to(device)
             logits = segment(batch["input_ids"].to(device), batch["attention_mask"].to(device))
             nll += float(token_losses(logits, labels).double().sum())
