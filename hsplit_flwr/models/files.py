@@ -15,7 +15,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
@@ -26,6 +33,7 @@ from hsplit_flwr.models.tensor_files import stored_tensors
 from hsplit_flwr.models.token_limits import TokenLimits
 
 ADAPTER_CONFIG = "adapter_config.json"
+GENERATION_CONFIG = "generation_config.json"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CHUNK_ELEMENTS = 2**21
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -75,6 +83,13 @@ class ModelFiles:
         """The config of the whole model."""
         config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
         return config
+
+    def generation_config(self) -> GenerationConfig | None:
+        """How the checkpoint says that texts are written (end tokens, penalties); None if it says nothing."""
+        if not (self.folder / GENERATION_CONFIG).is_file():
+            return None
+        generation: GenerationConfig = GenerationConfig.from_pretrained(self.folder)
+        return generation
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""

@@ -206,6 +206,8 @@ def load_segment(
         UnsupportedModelError: the model cannot be cut, or a tensor is missing.
     """
     skeleton = source.skeleton(dtype)
+    if (generation := source.generation_config()) is not None:
+        skeleton.generation_config = generation  # the merged model is written with it
     names = source.stored_names
     return _cut(skeleton, start, stop, names, lambda name: source.read(name, dtype).to(device), device)
 
@@ -219,6 +221,7 @@ def segment_from_model(model: PreTrainedModel, start: int = 0, stop: int | None 
     """
     weights = model.state_dict()
     skeleton = build_skeleton(model.config, model.dtype)
+    skeleton.generation_config = model.generation_config
     return _cut(skeleton, start, stop, weights, weights.__getitem__, model.device)
 
 
