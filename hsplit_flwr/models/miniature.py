@@ -42,13 +42,13 @@ def _factor(config: PretrainedConfig) -> int:
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, int) and heads > 0:
         return heads // 2 if heads % 2 == 0 else heads
-    return max(1, config.hidden_size // WIDTH)
+    return max(1, int(config.hidden_size) // WIDTH)
 
 
 def _smaller(key: str, value: Any, factor: int) -> Any:
     if isinstance(value, list) and _FEED_FORWARD.search(key):
         return [_smaller(key, one, factor) for one in value]
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool) or "position" in key:
         return value
     if key.startswith("vocab_size"):
         return min(value, VOCABULARY)

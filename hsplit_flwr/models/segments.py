@@ -66,12 +66,12 @@ class Segment(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """H"""
+        """The hidden size H."""
         return int(self.config.get_text_config().hidden_size)
 
     @property
     def vocab_size(self) -> int:
-        """V"""
+        """The vocabulary size V."""
         return int(self.config.get_text_config().vocab_size)
 
     def forward(

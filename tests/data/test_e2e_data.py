@@ -134,7 +134,7 @@ def test_partitions_that_cannot_be_made_are_refused(folder: str, options: dict[s
 
 @pytest.mark.parametrize("options", [{"num_partitions": 150}, {"partition_by": "colour"}, {"source": "no//folder"}])
 def test_a_server_can_find_out_what_every_client_would(folder: str, options: dict[str, Any]) -> None:
-    given = {"source": folder, "num_partitions": 4} | options
+    given: dict[str, Any] = {"source": folder, "num_partitions": 4} | options
     with pytest.raises(ConfigError) as of_a_client:
         e2e_data.client_examples(**given, partition_id=0)
     with pytest.raises(ConfigError) as of_the_server:

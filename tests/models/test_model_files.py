@@ -204,7 +204,7 @@ def test_stored_shapes_are_those_of_the_config(
     if shape == (1,):
         tensors = load_file(folder / WEIGHTS)
         save_file({**tensors, name: torch.ones(1)}, folder / WEIGHTS, metadata={"format": "pt"})
-        expected = (32,)
+        expected: tuple[int, ...] = (32,)
     else:
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from hsplit_flwr.models.token_limits import TokenLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.head import train_head
 from hsplit_flwr.training.loss import score_segment
+from hsplit_flwr.training.session import TailSession
 from tests.helpers.models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 POSITIONS = 64
@@ -62,7 +64,7 @@ def test_rows_longer_than_the_positions_are_named_before_training() -> None:
     config = TrainingConfig(rounds=1, local_steps=1, learning_rate=1e-3)
     adapters = SegmentAdapters(head, LoraSpec(2, 4.0))
     with pytest.raises(ConfigError, match=r"at most 64 tokens, the positions .* gpt2 .* found rows of 100\. Lower"):
-        train_head(head, adapters, [batch], None, config)  # type: ignore[arg-type]  (no tail is asked)
+        train_head(head, adapters, [batch], cast(TailSession, None), config)  # no tail is asked
     with pytest.raises(ConfigError, match="found rows of 100"):
         score_segment(segment_from_model(tiny_model("gpt2")), [batch])
 
