@@ -5,6 +5,7 @@ hang on its widths, so a miniature can answer in milliseconds what the model its
 """
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -24,7 +25,7 @@ _SCALED = re.compile(r"hidden_size|heads$|n_head$|embd|embed|d_model|d_ssm|width
 
 
 def narrow(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of `config` with one or two attention heads, all widths divided alike, and a small vocabulary.
+    """A copy of `config` with few attention heads (mostly two), all widths divided alike, and a small vocabulary.
 
     All blocks stay. Widths that hang together in a way nobody can see from here may no longer fit: then the model
     of the copy is not built, or does not run.
@@ -41,7 +42,7 @@ def _factor(config: PretrainedConfig) -> int:
     """What the widths are divided by."""
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, int) and heads > 0:
-        return heads // 2 if heads % 2 == 0 else heads
+        return math.gcd(heads // 2 if heads % 2 == 0 else heads, config.hidden_size)
     return max(1, int(config.hidden_size) // WIDTH)
 
 
@@ -66,13 +67,10 @@ def _smaller(key: str, value: Any, factor: int) -> Any:
 def random_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model of `config` in float32 and eval mode with random weights, the same at each call.
 
-    The global random number generator stays as it was.
-
     Raises:
         UnsupportedModelError: not a decoder-only causal language model.
     """
-    with torch.random.fork_rng(devices=[]):
-        model = build_skeleton(config, torch.float32)
+    model = build_skeleton(config, torch.float32)
     fill(model)
     return model
 

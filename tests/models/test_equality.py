@@ -140,11 +140,14 @@ def test_a_config_is_tried_once_per_process(monkeypatch: pytest.MonkeyPatch) -> 
     assert tried == ["llama", "gpt2", "llama"]
 
 
-def test_the_check_leaves_the_random_numbers_alone() -> None:
+def test_the_check_changes_nothing_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's random numbers are the same with and without it; it works where gradients are off."""
+    monkeypatch.setattr(equality, "_FAULTS", {})
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    random_model(tiny_config("gpt2", tied=True))
+    with torch.no_grad():
+        require_cuttable(tiny_config("gpt2", tied=True))
     assert torch.equal(torch.rand(4), expected)
 
 
