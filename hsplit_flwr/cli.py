@@ -126,12 +126,15 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
     fleet = Fleet.from_toml(options.profiles, seed=options.seed)
     budgets = fleet.budgets(options.round)
 
+    from hsplit_flwr.models.equality import require_cuttable
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
     from hsplit_flwr.planning.planner import plan, plan_exact
     from hsplit_flwr.planning.report import plan_table
 
     workload, config = _workload(options), _planner_config(options)
-    costs = ModelCosts(read_config(options.model), workload)
+    model_config = read_config(options.model)
+    require_cuttable(model_config)  # as a run does
+    costs = ModelCosts(model_config, workload)
     importance, source = _importance(options.importance, costs)
     made = (plan_exact if options.exact else plan)(costs, importance, budgets, fleet.server, config)
 
@@ -207,11 +210,14 @@ def read_config(name: str) -> "PretrainedConfig":
     """The config of a model of the hub, a folder, a ``.gguf`` file or a ``config.json``; no weights are read.
 
     Raises:
-        ConfigError: none is found there.
+        ConfigError: none is found there, or an adapter lies beside it.
     """
     from transformers import AutoConfig
 
+    from hsplit_flwr.models.files import refuse_adapter
+
     path = Path(name).expanduser()
+    refuse_adapter(path)
     where: dict[str, Any] = {"pretrained_model_name_or_path": path if path.exists() else name}
     if path.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}

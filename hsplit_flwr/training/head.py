@@ -63,7 +63,7 @@ def train_head(
     exchange_s = 0.0
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, config.local_steps)):
-        input_ids, mask, labels = tensors_of(batch, _device(head))
+        input_ids, mask, labels = tensors_of(batch, head)
         optimizer.zero_grad()
         with _probe(head, labels, step, config) as probe:
             hidden = head(input_ids, mask)
@@ -104,12 +104,8 @@ def score_head(head: Segment, batches: Iterable[Batch], session: TailSession) ->
     nll, tokens = 0.0, 0
     with torch.no_grad():
         for step, batch in enumerate(batches):
-            input_ids, mask, labels = tensors_of(batch, _device(head))
+            input_ids, mask, labels = tensors_of(batch, head)
             reply = session.score_step(step, head(input_ids, mask), mask, labels)
             nll += reply.nll
             tokens += reply.tokens
     return ScoreReply(nll, tokens)
-
-
-def _device(head: Segment) -> torch.device:
-    return next(head.parameters()).device
