@@ -24,9 +24,10 @@ from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, block_of, linear_shapes, segment_from_model
 from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import ClientPlan
 from hsplit_flwr.training.head import TrainReport, train_head
-from hsplit_flwr.training.loss import Batch, Score, score_segment
+from hsplit_flwr.training.loss import Score, score_segment
 from hsplit_flwr.training.optimizer import Optimizer
 
 LIMITS = BarrierLimits(start_gate_s=60.0, straggler_limit_s=600.0, step_limit_s=600.0)

@@ -17,8 +17,8 @@ from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.loss import Batch
 from hsplit_flwr.training.workload import Workload
 
 Item = TypeVar("Item")

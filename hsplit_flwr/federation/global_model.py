@@ -13,7 +13,8 @@ from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.models.equality import require_cuttable
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
-from hsplit_flwr.training.loss import Batch, Score, score_segment
+from hsplit_flwr.training.batch import Batch
+from hsplit_flwr.training.loss import Score, score_segment
 
 
 class GlobalModel:

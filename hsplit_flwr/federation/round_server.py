@@ -36,8 +36,9 @@ from hsplit_flwr.reports.health.steps import StepNotes
 from hsplit_flwr.reports.records import CLIENT_PHASES, ClientRecord, Journal, RoundRecord
 from hsplit_flwr.reports.step_log import log_progress
 from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
-from hsplit_flwr.training.loss import Batch, Score
+from hsplit_flwr.training.loss import Score
 from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.workload import Workload

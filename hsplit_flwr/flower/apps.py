@@ -22,7 +22,7 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.probe import Link, own_budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.replanning import AdaptivePlanning
-from hsplit_flwr.training.loss import Batch
+from hsplit_flwr.training.batch import Batch
 
 _SERVER_LINK = {"uplink-mbps": 1000.0, "downlink-mbps": 1000.0, "latency-ms": 0.0}
 """of no consequence: plans count the clients' links"""

@@ -11,10 +11,11 @@ from torch import Tensor
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.host_memory import trim_heap
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
-from hsplit_flwr.training.loss import Batch, tensors_of
+from hsplit_flwr.training.loss import tensors_of
 from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import ScoreReply, TailSession
 

@@ -1,7 +1,7 @@
 """Next-token loss: what batches are, how they are scored."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.training.batch import Batch
 
-Batch = Mapping[str, Tensor]
-"""``input_ids``, ``attention_mask`` (1: token, 0: padding) and ``labels`` (-100: no loss), each (B, T)"""
 PARTS = ("input_ids", "attention_mask", "labels")
 NO_TARGETS = (
     "no target tokens. Labels must hold token ids, not only -100, after the first position of a row; "

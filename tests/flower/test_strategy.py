@@ -27,8 +27,8 @@ from hsplit_flwr.exchange.remote_tail import DeltaTensors, RemoteTail
 from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation import head_client as client_module
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.federation.trained_head import TrainedHead
 from hsplit_flwr.flower import task_proxy

@@ -15,8 +15,8 @@ import torch
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.flower.messages import TASK_KEY
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hsplit_flwr.data.e2e import client_examples, validation_examples
 from hsplit_flwr.data.text_batches import Example, TextBatches, spread
-from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.flower.client_settings import RunConfig, get
 from hsplit_flwr.models.assets import smollm2_checkpoint
 from hsplit_flwr.models.files import ModelFiles

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hsplit_flwr.data.restaurants import partition_by_slot, restaurant_examples
 from hsplit_flwr.data.text_batches import Example, TextBatches
-from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.flower.client_settings import RunConfig, get
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
