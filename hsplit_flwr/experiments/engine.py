@@ -1,9 +1,10 @@
 """One run of one method: rounds, evaluations, the virtual clock."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
+from typing import Protocol, cast
 
 from transformers import PreTrainedModel
 
@@ -12,10 +13,6 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.clock import RoundTimeline, play_round
 from hsplit_flwr.experiments.methods import METHODS, Method
 from hsplit_flwr.experiments.records import Evaluation, RunSpec, TextScores
-from hsplit_flwr.experiments.rivals.full_model import FullTrainer
-from hsplit_flwr.experiments.rivals.server_model import ServerTrainer
-from hsplit_flwr.experiments.rivals.whole_model import WholeTrainer
-from hsplit_flwr.experiments.split_model import SplitTrainer
 from hsplit_flwr.experiments.task import Task, spread
 from hsplit_flwr.experiments.text_metrics import score_texts
 from hsplit_flwr.experiments.work import RoundOutcome
@@ -46,12 +43,11 @@ class RunResult:
     """of every round, on the virtual clock"""
 
 
-TRAINERS: Mapping[str, Callable[[Task, Method], Trainer]] = {
-    "split": SplitTrainer,
-    "whole": WholeTrainer,
-    "full": FullTrainer,
-    "server": ServerTrainer,
-}
+def trainer_of(method: Method) -> Callable[[Task, Method], Trainer]:
+    """The class that `method` names, imported."""
+    module, _, name = method.trainer.partition(":")
+    found = getattr(import_module(f"hsplit_flwr.experiments.{module}"), name)
+    return cast(Callable[[Task, Method], Trainer], found)
 
 
 def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> RunResult:
@@ -68,7 +64,7 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
         raise ConfigError(f"Expected a method among {sorted(METHODS)}, found {spec.method!r}.")
     method = METHODS[spec.method]
     task = Task.of(spec)
-    trainer = TRAINERS[method.where](task, method)
+    trainer = trainer_of(method)(task, method)
     started = time.perf_counter()
     evaluations = [Evaluation(0, trainer.score().perplexity, None, 0, 0.0, 0.0, 0, 0, 0, 0, 0.0)]
     timelines: list[RoundTimeline] = []

@@ -29,19 +29,23 @@ How we read the rivals, where their texts leave a choice:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
-Where = Literal["split", "whole", "full", "server"]
+SPLIT = "split_model:SplitTrainer"
+"""the model is split between device and server"""
+WHOLE = "rivals.whole_model:WholeTrainer"
+"""LoRA on the whole model, on every device"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """What makes a method."""
 
     title: str
-    where: Where
-    """training: split between device and server; the whole model on every device, by LoRA or ("full") all of its
-    weights; or all of it on the server"""
+    trainer: str
+    """``module:class`` of the `engine.Trainer`, counted from this folder. A name, so that whoever only reads results
+    does not import torch."""
+    pooled_data: bool = False
+    """all data are on the server"""
     rule: str = "noise_free"
     """one of `aggregation.RULES`"""
     carried: bool = False
@@ -65,8 +69,9 @@ class Method:
     """the server takes one optimizer step on the batches of all clients together; else one on each client's batch"""
 
 
-_HSPLITLORA = Method("HSplitLoRA", "split", planned=True)
-_SPLITLORA = Method("SplitLoRA", "split", rule="fedavg", carried=True)
+_HSPLITLORA = Method(title="HSplitLoRA", trainer=SPLIT, planned=True)
+_SPLITLORA = Method(title="SplitLoRA", trainer=SPLIT, rule="fedavg", carried=True)
+_CENLORA = Method(title="CenLoRA", trainer="rivals.server_model:ServerTrainer", pooled_data=True)
 METHODS: Mapping[str, Method] = {
     "hsplitlora": _HSPLITLORA,
     "hsplitlora_4_passes": replace(_HSPLITLORA, title="HSplitLoRA, 4 tail passes", tail_passes=4),
@@ -80,12 +85,12 @@ METHODS: Mapping[str, Method] = {
     "splitlora": _SPLITLORA,
     "splitlora_joint": replace(_SPLITLORA, title="SplitLoRA, joint tail steps", joint_steps=True),
     "splitlora_as_released": replace(_SPLITLORA, title="SplitLoRA as released", stale_snapshots=True),
-    "hetlora": Method("HetLoRA", "whole", rule="zero_pad", carried=True, self_pruning=True),
-    "flora": Method("FLoRA", "whole"),
-    "flexlora": Method("FlexLoRA", "whole", rule="svd", carried=True),
-    "cenlora": Method("CenLoRA", "server", joint_steps=True),
-    "cenlora_small_batch": Method("CenLoRA, small batches", "server"),
-    "ft": Method("FT", "full"),
+    "hetlora": Method(title="HetLoRA", trainer=WHOLE, rule="zero_pad", carried=True, self_pruning=True),
+    "flora": Method(title="FLoRA", trainer=WHOLE),
+    "flexlora": Method(title="FlexLoRA", trainer=WHOLE, rule="svd", carried=True),
+    "cenlora": replace(_CENLORA, joint_steps=True),
+    "cenlora_small_batch": replace(_CENLORA, title="CenLoRA, small batches"),
+    "ft": Method(title="FT", trainer="rivals.full_model:FullTrainer"),
 }
 RIVALS = ("splitlora", "hetlora", "flora", "flexlora", "cenlora", "ft")
 """whom HSplitLoRA is compared with"""
