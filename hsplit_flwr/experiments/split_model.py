@@ -157,7 +157,7 @@ class SplitTrainer:
         contributions = [Contribution(shares[c], h.plan.cut, h.adapters.factors()) for c, h in heads.items()]
         tail = self._rounds.tail
         update = self._rounds.merge(contributions, tail.adapters.factors(), self._method.rule)
-        if not self._method.tail_goes_on:
+        if not self._method.keep_tail:
             self._rounds.settle()
         measured = {client: report.importance for client, report in reports.items()}
         self._book.observe_importance(measured, tail.importance(), shares, self._shapes)

@@ -47,20 +47,32 @@ def plans_of(task: Task, method: Method) -> PlanBook:
     Raises:
         ConfigError: a device that cannot hold any head.
     """
-    spec, training, blocks = task.spec, task.training, task.costs.num_blocks
+    spec, costs = task.spec, task.costs
     if method.planned and not (spec.cut or spec.rank):
-        planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
-        if not method.importance:
-            planning = UnweightedPlanning
-        config = PlannerConfig(RANKS, tail_rank=LARGEST_RANK)
-        if method.deep_heads:
-            config = replace(config, tail_worth=0.0, deadline_s=math.inf)
-        plans = planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
-        return PlanBook(plans, None, None, training, blocks)
-    rank = spec.rank or common_rank(task.costs, task.devices)
-    cut = spec.cut or common_cut(task.costs, task.devices, rank)
-    lora = LoraSpec(rank, LORA_ALPHA)
-    return PlanBook(ClientPlan(cut, lora), lora, task.costs.workload, training, blocks)
+        return PlanBook(_planning(task, method), None, None, task.training, costs.num_blocks)
+    plan, tail = _one_plan(task, method)
+    return PlanBook(plan, tail, costs.workload, task.training, costs.num_blocks)
+
+
+def _planning(task: Task, method: Method) -> AdaptivePlanning:
+    """The planner, but for what `method` leaves out of it."""
+    planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
+    if not method.importance:
+        planning = UnweightedPlanning
+    config = PlannerConfig(RANKS, tail_rank=LARGEST_RANK)
+    if method.deep_heads:
+        config = replace(config, tail_worth=0.0, deadline_s=math.inf)
+    return planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
+
+
+def _one_plan(task: Task, method: Method) -> tuple[ClientPlan, LoraSpec]:
+    """The plan of every client, and the tail's adapters."""
+    spec, costs, devices = task.spec, task.costs, task.devices
+    rank = spec.rank or (LARGEST_RANK if method.largest_rank else common_rank(costs, devices))
+    adapters = LoraSpec(rank, LORA_ALPHA)
+    if method.frozen_heads:
+        return ClientPlan(spec.cut or 1, LoraSpec(0)), adapters
+    return ClientPlan(spec.cut or common_cut(costs, devices, rank), adapters), adapters
 
 
 def common_rank(costs: ModelCosts, devices: Mapping[str, Budget]) -> int:
@@ -76,7 +88,7 @@ def common_rank(costs: ModelCosts, devices: Mapping[str, Budget]) -> int:
 
 
 def common_cut(costs: ModelCosts, devices: Mapping[str, Budget], rank: int) -> int:
-    """The deepest cut at which every device holds its head with `rank` everywhere."""
+    """The deepest cut at which every device holds its head with `rank` everywhere; 1 where there is none."""
     return max((cut for cut in range(1, costs.num_blocks) if _fits(costs, devices, cut, rank)), default=1)
 
 
