@@ -23,8 +23,8 @@ from hsplit_flwr.training.loss import Score
 class Trainer(Protocol):
     """A method at work on a task."""
 
-    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
-        """Round `number` (from 1) with the clients `present`, up to the new global model."""
+    def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:
+        """Round `round_number` (from 1) with the clients `present`, up to the new global model."""
 
     def score(self) -> Score:
         """The global model's loss on the server's held-out examples."""
@@ -38,9 +38,9 @@ class RunResult:
     """What a run found."""
 
     evaluations: tuple[Evaluation, ...]
-    """before training (round 0) and after every round"""
+    """state before training (round 0) and after every round"""
     timelines: tuple[RoundTimeline, ...]
-    """of every round, on the virtual clock"""
+    """every round on the virtual clock"""
 
 
 def trainer_of(method: Method) -> Callable[[Task, Method], Trainer]:
@@ -68,8 +68,8 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
     started = time.perf_counter()
     evaluations = [Evaluation(0, trainer.score().perplexity, None, 0, 0.0, 0.0, 0, 0, 0, 0, 0.0)]
     timelines: list[RoundTimeline] = []
-    for number in range(1, spec.rounds + 1):
-        outcome = trainer.round(number, task.setting.present(spec.seed, number))
+    for round_number in range(1, spec.rounds + 1):
+        outcome = trainer.round(round_number, task.setting.present(spec.seed, round_number))
         timelines.append(
             play_round(
                 outcome.work,
@@ -81,7 +81,7 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
                 tail_passes=method.tail_passes,
             )
         )
-        last = number == spec.rounds
+        last = round_number == spec.rounds
         scores = _text_scores(trainer, task) if last and spec.text_prompts else None
         perplexity = trainer.score().perplexity
         seconds = time.perf_counter() - started

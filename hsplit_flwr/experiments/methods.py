@@ -22,7 +22,7 @@ Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's
 How we read the rivals, where their texts leave a choice:
 
 * ``splitlora`` (arXiv:2407.00952): one cut and one rank for all, which the weakest device affords; heads' factors are
-  averaged and handed back, the tail's adapters and all optimizers go on over the whole run. The server takes an
+  averaged and handed back, the tail's adapters and all optimizers are kept over the whole run. The server takes an
   optimizer step on each client's batch, as the released code does; ``splitlora_joint`` takes one on all of them.
 * ``splitlora_as_released`` (https://github.com/FDU-INC/Split_LoRA, gpt2_ft_sfl.py): its aggregation averages N + 1
   snapshots of N clients without weights. Each was taken before that client's last step, and the first client has two.
@@ -57,9 +57,9 @@ class Method:
     pooled_data: bool = False
     """all data are on the server"""
     rule: str = "noise_free"
-    """one of `aggregation.RULES`"""
+    """aggregation rule, one of `aggregation.RULES`"""
     carried: bool = False
-    """the aggregated adapters go on in the next round; else they are merged, and new ones start"""
+    """the aggregated adapters are kept in the next round; else they are merged, and new ones start"""
     planned: bool = False
     """cuts and ranks by the planner; else one cut and one rank (split), or a rank by device (whole)"""
     largest_rank: bool = False
@@ -75,7 +75,7 @@ class Method:
     keep_tail: bool = True
     """adapters that the tail alone trains are kept from round to round; else all restart"""
     tail_passes: int = 1
-    """of the tail over the batches of a step"""
+    """passes of the tail over the batches of a step"""
     self_pruning: bool = False
     stale_snapshots: bool = False
     """aggregates what SplitLoRA's released code does"""

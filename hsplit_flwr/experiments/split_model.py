@@ -49,7 +49,7 @@ class _Head:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Of its matrices; 0: no adapter."""
+        """Ranks of its matrices; 0: no adapter."""
         return {name: self.plan.lora.rank(name) for name in self.segment.linear_modules()}
 
 
@@ -91,7 +91,7 @@ class SplitTrainer:
         )
 
     def score(self) -> Score:
-        """Of the global model."""
+        """Score of the global model."""
         return score_segment(self._evaluated(), self._task.eval_batches)
 
     def global_model(self) -> PreTrainedModel:

@@ -35,9 +35,9 @@ class ServerTrainer:
         )
         self._optimizer = Optimizer(self._adapters.parameters(), training)
 
-    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
+    def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:
         """As many batches of every client as in a round of the others; the server has them all, whoever is away."""
-        first = (number - 1) * self._task.training.local_steps
+        first = (round_number - 1) * self._task.training.local_steps
         shapes: list[BatchShape] = []
         streams = [client_steps(self._task, client, first, shapes) for client in self._task.devices]
         joint = ([batch for batches in together for batch in batches] for together in zip(*streams, strict=True))
@@ -50,7 +50,7 @@ class ServerTrainer:
         return RoundOutcome((), report.tokens, report.loss, 0, flops)
 
     def score(self) -> Score:
-        """Of the model with its adapters."""
+        """Score of the model with its adapters."""
         return score_segment(self._segment, self._task.eval_batches)
 
     def global_model(self) -> PreTrainedModel:
