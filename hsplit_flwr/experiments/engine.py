@@ -66,7 +66,7 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
     task = Task.of(spec)
     trainer = trainer_of(method)(task, method)
     started = time.perf_counter()
-    evaluations = [Evaluation(0, trainer.score().perplexity, None, 0, 0.0, 0.0, 0, 0, 0, 0, 0.0)]
+    evaluations = [Evaluation.untrained(trainer.score().perplexity)]
     timelines: list[RoundTimeline] = []
     for round_number in range(1, spec.rounds + 1):
         outcome = trainer.round(round_number, task.setting.present(spec.seed, round_number))

@@ -82,7 +82,7 @@ class TextScores:
     cider: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """The state of a run after a round (round 0: before training). Totals count from the start of the run."""
 
@@ -108,6 +108,23 @@ class Evaluation:
     """real time on the machine that computed it"""
     scores: TextScores | None = None
     """scores of texts, in the last round if asked for"""
+
+    @classmethod
+    def untrained(cls, perplexity: float) -> "Evaluation":
+        """Round 0: a perplexity, and nothing done yet."""
+        return cls(
+            round=0,
+            perplexity=perplexity,
+            train_loss=None,
+            tokens=0,
+            virtual_s=0.0,
+            idle_share=0.0,
+            bytes_up=0,
+            bytes_down=0,
+            clients=0,
+            too_large=0,
+            wall_s=0.0,
+        )
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:

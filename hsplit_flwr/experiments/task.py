@@ -38,7 +38,7 @@ SCALING = LORA_ALPHA / RANK
 EVAL_BATCH_SIZE = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One run's surroundings."""
 

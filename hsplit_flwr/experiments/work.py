@@ -19,7 +19,7 @@ BatchShape = tuple[int, int]
 """rows and positions"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundOutcome:
     """What a trainer did in a round."""
 

@@ -56,7 +56,7 @@ def fake_run(spec: RunSpec, on_round: OnRound) -> list[Evaluation]:
 
 
 def evaluation(number: int, tokens: int = 0) -> Evaluation:
-    return Evaluation(number, 100.0 / (number + 1), None, tokens, 0.0, 0.0, 0, 0, 0, 0, 0.0)
+    return replace(Evaluation.untrained(100.0 / (number + 1)), round=number, tokens=tokens)
 
 
 def quick_run(spec: RunSpec, on_round: OnRound) -> list[Evaluation]:

@@ -47,7 +47,7 @@ class ServerTrainer:
         ranks = {name: pair.rank for name, pair in self._adapters.factors().items()}
         costs = self._task.costs
         flops = len(shapes) * length_factor(costs, shapes) * whole_flops(costs, ranks)
-        return RoundOutcome((), report.tokens, report.loss, 0, flops)
+        return RoundOutcome(work=(), tokens=report.tokens, train_loss=report.loss, too_large=0, server_flops=flops)
 
     def score(self) -> Score:
         """Score of the model with its adapters."""
