@@ -1,6 +1,5 @@
 """A node's proxy for one client's task: what comes back belongs to that client, whatever the node says."""
 
-import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -19,13 +18,12 @@ from flwr.common import (
 )
 from flwr.server.client_proxy import ClientProxy
 
+from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.flower.messages import REFUSED_KEY
 
 LOST_ACTOR = "ray.exceptions.Actor"
 """in the reason of a message that a dead actor was given"""
 RETRY_S = 1.0
-REASON_CHARACTERS = (160, 320)
-"""kept of the start and of the end of a failure's reason: Ray sends stack traces, whose last line says what it was"""
 
 Ins = TypeVar("Ins", FitIns, EvaluateIns)
 Res = TypeVar("Res", FitRes, EvaluateRes)
@@ -104,12 +102,3 @@ class ClientFailureError(Exception):
 
     def __init__(self, client: str, reason: str) -> None:
         super().__init__(describe_failure(client, reason))
-
-
-def describe_failure(client: str, reason: str) -> str:
-    """One line for logs and summary: no line breaks, no colours, the middle of a long reason left out."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", reason).split())
-    start, end = REASON_CHARACTERS
-    if len(text) > start + end:
-        text = f"{text[:start]} ... {text[-end:]}"
-    return f"client {client}: {text}"

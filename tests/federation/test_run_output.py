@@ -51,7 +51,7 @@ def run(folder: Path, rounds: int, adapter_rank: int | None = None) -> dict[str,
         limits=BarrierLimits(start_gate_s=5.0),
         eval_batches=BATCHES,
     )
-    server = HSplitLoRAServer(strategy, max_workers=1, on_end=output)
+    server = HSplitLoRAServer(strategy, output)
     data = ClientData(train=BATCHES, evaluate=BATCHES)
     server.client_manager().register(Node("1", ["0"], tiny_checkpoint(), lambda client: data))
     server.fit(num_rounds=rounds, timeout=60.0)

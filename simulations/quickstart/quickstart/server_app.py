@@ -6,7 +6,7 @@ from flwr.server import ServerApp, ServerAppComponents
 from hsplit_flwr.data.restaurants import restaurant_examples
 from hsplit_flwr.data.text_batches import prompt_text
 from hsplit_flwr.federation.run_output import Sample
-from hsplit_flwr.flower.apps import server_app_components
+from hsplit_flwr.flower.apps import ServerSide, legacy_components
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.models.files import ModelFiles
 from quickstart.task import FOLDER, MODEL, batches
@@ -19,14 +19,16 @@ def server_fn(context: Context) -> ServerAppComponents:
     """The run that the run config describes."""
     _, held_out = restaurant_examples()
     chosen = held_out[:: max(1, len(held_out) // SAMPLES)][:SAMPLES]
-    return server_app_components(
-        "simulations/quickstart",
-        context.run_config,
-        read_settings(context.run_config, FOLDER),
-        MODEL,
-        ModelFiles.resolve(MODEL),
-        eval_batches=batches(held_out[:CENTRAL_EXAMPLES], context.run_config, shuffle=False),
-        samples=[Sample(prompt_text(e.mr), e.ref) for e in chosen],
+    return legacy_components(
+        ServerSide(
+            app="simulations/quickstart",
+            run_config=context.run_config,
+            settings=read_settings(context.run_config, FOLDER),
+            model_name=MODEL,
+            files=ModelFiles.resolve(MODEL),
+            eval_batches=batches(held_out[:CENTRAL_EXAMPLES], context.run_config, shuffle=False),
+            samples=[Sample(prompt_text(e.mr), e.ref) for e in chosen],
+        )
     )
 
 
