@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import Method
@@ -13,9 +13,9 @@ from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.importance_history import ImportanceHistory
 from hsplit_flwr.planning.planner import PlannerConfig
-from hsplit_flwr.planning.plans import PlanBook
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.config import ClientPlan
+from hsplit_flwr.training.workload import Workload
 
 
 class _NoHistory(ImportanceHistory):
@@ -41,17 +41,27 @@ class OneScalingPlanning(AdaptivePlanning):
         return LoraSpec.of_scaling(ranks, SCALING)
 
 
-def plans_of(task: Task, method: Method) -> PlanBook:
+class SplitPlans(NamedTuple):
+    """What a `RoundServer` is given to plan by."""
+
+    plans: AdaptivePlanning | ClientPlan
+    tail_lora: LoraSpec | None = None
+    """the tail's adapters where plans are configured"""
+    workload: Workload | None = None
+    """largest batches where plans are configured"""
+
+
+def plans_of(task: Task, method: Method) -> SplitPlans:
     """The plans of `method` under `task`; a cut or rank that the run's spec states goes for all clients.
 
     Raises:
         ConfigError: a device that cannot hold any head.
     """
-    spec, costs = task.spec, task.costs
+    spec = task.spec
     if method.planned and not (spec.cut or spec.rank):
-        return PlanBook(_planning(task, method), None, None, task.training, costs.num_blocks)
+        return SplitPlans(_planning(task, method))
     plan, tail = _one_plan(task, method)
-    return PlanBook(plan, tail, costs.workload, task.training, costs.num_blocks)
+    return SplitPlans(plan, tail, task.costs.workload)
 
 
 def _planning(task: Task, method: Method) -> AdaptivePlanning:

@@ -12,7 +12,7 @@ from hsplit_flwr.experiments.split_model import SplitTrainer
 from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.planning.plans import PlanBook
-from tests.helpers.references import SPEC, linear_weights
+from tests.helpers.references import SPEC, Floats, linear_weights
 
 CLIENTS = ("0", "1", "2", "3", "4")
 FOUR_PASSES = {"title", "tail_passes"}
@@ -24,7 +24,8 @@ def task_of(setting: str) -> Task:
 
 def book_of(task: Task, method: str) -> PlanBook:
     """The plans of the first round."""
-    book = plans_of(task, METHODS[method])
+    found = plans_of(task, METHODS[method])
+    book = PlanBook(found.plans, found.tail_lora, found.workload, task.training, task.costs.num_blocks)
     book.settle(CLIENTS, task.devices)
     return book
 
@@ -75,8 +76,8 @@ def test_splitlora_at_rank_16_counts_the_device_it_does_not_fit() -> None:
 
 def test_a_stated_rank_or_cut_goes_before_a_control_s_own() -> None:
     task = Task.of(replace(SPEC, rank=4, cut=2))
-    assert plans_of(task, METHODS["splitlora_16"]).plan("0").lora.rank("transformer.h.0.mlp.c_fc") == 4
-    frozen = plans_of(task, METHODS["frozen_head"])
+    assert book_of(task, "splitlora_16").plan("0").lora.rank("transformer.h.0.mlp.c_fc") == 4
+    frozen = book_of(task, "frozen_head")
     assert (frozen.plan("0").cut, frozen.tail_lora.rank("transformer.h.3.mlp.c_fc")) == (2, 4)
     assert not any(head_ranks(task, frozen, "0").values())
 
@@ -91,7 +92,7 @@ def importance_bytes(matrices: int) -> int:
 def test_a_frozen_head_trains_and_sends_nothing() -> None:
     """No adapters go up, no weights come down, nothing is computed backward; steps travel as those of HSplitLoRA."""
     frozen, ours = (SplitTrainer(Task.of(SPEC), METHODS[method]) for method in ("frozen_head", "hsplitlora"))
-    before = linear_weights(frozen.global_model())
+    before = weights_of(frozen)
     for number in (1, 2):
         outcome, other = frozen.round(number, CLIENTS), ours.round(number, CLIENTS)
         assert outcome.tokens == other.tokens
@@ -105,8 +106,13 @@ def test_a_frozen_head_trains_and_sends_nothing() -> None:
             assert work.tail_flops == trained.tail_flops
     adapted = names_of_adapters(frozen)
     assert adapted == {name for name in before if int(name.split(".")[2]) >= 1}
-    base = {name.replace(".base_layer", ""): weight for name, weight in linear_weights(frozen.global_model()).items()}
-    assert all(np.array_equal(base[name], weight) for name, weight in before.items())
+    after = weights_of(frozen)
+    assert all(np.array_equal(after[name], weight) for name, weight in before.items())
+
+
+def weights_of(trainer: SplitTrainer) -> dict[str, Floats]:
+    """Frozen weights by module, whether or not it has an adapter."""
+    return {name.replace(".base_layer", ""): w for name, w in linear_weights(trainer.global_model()).items()}
 
 
 def names_of_adapters(trainer: SplitTrainer) -> set[str]:

@@ -11,8 +11,10 @@ from torch.func import functional_call
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.split_model import SplitTrainer
+from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
+from hsplit_flwr.training.config import ClientPlan
 from tests.helpers.references import (
     ALGEBRA,
     RATES,
@@ -149,6 +151,12 @@ def block(module: str) -> int:
     return int(module.split(".")[2])
 
 
+def cut_of(task: Task, method: str) -> int:
+    plan = plans_of(task, METHODS[method]).plans
+    assert isinstance(plan, ClientPlan)
+    return plan.cut
+
+
 def require_same_adapters(found: Mapping[str, LoraFactors], expected: Mapping[str, Tensor], rank: int) -> None:
     assert found.keys() == {module_of(key) for key in expected}
     for key, value in expected.items():
@@ -173,12 +181,12 @@ def test_heads_go_on_from_their_mean(method: str, way: Way, rounds: int) -> None
     """So do the tail and all optimizers, from where they were."""
     task = Task.of(SPEC)
     trainer = SplitTrainer(task, METHODS[method])
-    reference = WithoutASplit(task, trainer._book.plan("0").cut, way)
+    reference = WithoutASplit(task, cut_of(task, method), way)
     for number in range(1, rounds + 1):
         trainer.round(number, CLIENTS)
         reference.round(number)
-        require_same_adapters(trainer._average, reference.average, way.rank)
-        require_same_adapters(trainer._rounds.unmerged(), reference.tail, way.rank)
+        require_same_adapters(trainer.server.average, reference.average, way.rank)
+        require_same_adapters(trainer.server.tail_rounds.unmerged(), reference.tail, way.rank)
         assert trainer.score().perplexity == pytest.approx(reference.perplexity(), rel=RELATIVE)
 
 
@@ -186,9 +194,9 @@ def test_as_released_loses_a_single_step() -> None:
     """What is averaged is what the heads started with, though all have moved."""
     trainer = SplitTrainer(Task.of(replace(SPEC, local_steps=1)), METHODS["splitlora_as_released"])
     trainer.round(1, CLIENTS)
-    assert trainer._average
-    for name, pair in trainer._average.items():
-        trained = [head.adapters.factors()[name].B for head in trainer._heads.values()]
+    assert trainer.server.average
+    for name, pair in trainer.server.average.items():
+        trained = [head.adapters.factors()[name].B for head in trainer.heads.values()]
         assert len(trained) == 5
         assert all(B.any() for B in trained), name
         assert not pair.B.any(), name
