@@ -71,8 +71,7 @@ class WholeTrainer:
         """Hand out, train one client after another, aggregate."""
         downloads = {client: self._download(client) for client in present}
         trained = {client: self.train(client, round_number) for client in present}
-        contributions = self.contributions(trained)
-        update = aggregate(contributions, {}, block_of, RULES[self._method.rule])
+        update = aggregate(self.contributions(trained), {}, block_of, RULES[self._method.rule])
         if self._method.carried:
             self._global = update
         else:
@@ -91,7 +90,7 @@ class WholeTrainer:
                 for client, done in trained.items()
             ),
             tokens=sum(done.report.tokens for done in trained.values()),
-            train_loss=sum(c.weight * t.report.loss for c, t in zip(contributions, trained.values(), strict=True)),
+            train_loss=sum(share * trained[client].report.loss for client, share in token_shares_of(trained).items()),
             too_large=sum(self._too_large(client, done.ranks) for client, done in trained.items()),
             server_flops=merge_flops(update),
         )
@@ -109,7 +108,7 @@ class WholeTrainer:
 
     def contributions(self, trained: Mapping[str, Trained]) -> list[Contribution]:
         """What clients trained, weighted by their tokens."""
-        shares = token_shares({client: done.report.tokens for client, done in trained.items()})
+        shares = token_shares_of(trained)
         return [Contribution(shares[client], self._model.num_blocks, done.factors) for client, done in trained.items()]
 
     def score(self) -> Score:
@@ -156,6 +155,11 @@ class WholeTrainer:
 
     def _too_large(self, client: str, ranks: Mapping[str, int]) -> bool:
         return self._task.costs.tail_memory([1], ranks).total_bytes > self._task.devices[client].memory_bytes
+
+
+def token_shares_of(trained: Mapping[str, Trained]) -> dict[str, float]:
+    """Client -> p_i, its share of the tokens."""
+    return token_shares({client: done.report.tokens for client, done in trained.items()})
 
 
 def truncated(factors: LoraFactors, rank: int) -> LoraFactors:
