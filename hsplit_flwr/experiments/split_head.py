@@ -11,8 +11,7 @@ from hsplit_flwr.experiments.work import BatchShape, recorded
 from hsplit_flwr.federation.trained_head import HeadReply, TrainedHead
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.segments import Segment, load_segment
+from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.training.config import ClientPlan
 from hsplit_flwr.training.head import train_head
 from hsplit_flwr.training.loss import Batch
@@ -36,12 +35,9 @@ class SplitHead:
     """its adapters before its last step"""
 
     @classmethod
-    def of(cls, task: RoundTask, files: ModelFiles, newest: Segment) -> Self:
-        """A head by the task's plan with fresh adapters; its weights are those of `newest`, the whole model."""
-        segment = load_segment(files, 0, task.plan.cut)
-        weights = newest.linear_modules()
-        for name, layer in segment.linear_modules().items():
-            layer.weight.data = weights[name].weight.data
+    def of(cls, task: RoundTask, whole: Segment) -> Self:
+        """A head by the task's plan with fresh adapters; it shares the tensors of `whole`, the newest weights."""
+        segment = segment_from_model(whole.model, 0, task.plan.cut)
         adapters = SegmentAdapters(segment, task.plan.lora, segment.linear_modules())
         adapters.reset(task.adapter_seed)
         optimizer = Optimizer(adapters.parameters(), task.training)

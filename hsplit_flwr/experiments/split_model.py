@@ -60,11 +60,11 @@ class MethodServer(RoundServer):
         if self._method.carried:
             kept = self._stale() if self._method.stale_snapshots else contributions
             self.average = self.update = aggregate(kept, {}, block_of, RULES[self.config.rule])
-            self.tail_rounds.go_on()
+            self.tail_rounds.keep_tail_only()
             return
         self.update = self.tail_rounds.merge(contributions, tail_factors, self.config.rule)
         if not self._method.keep_tail:
-            self.tail_rounds.settle()
+            self.tail_rounds.merge_remaining()
 
     def _stale(self) -> list[Contribution]:
         """N + 1 snapshots of N heads, each before its last step, the first one twice."""
@@ -93,8 +93,6 @@ class SplitTrainer:
             tail_lora=plans.tail_lora,
             workload=plans.workload,
         )
-        self._base = GlobalModel(task.files) if method.carried else None
-        """without adapters: what carried ones are put on"""
         self._versions: dict[str, int] = {}
         """client -> version of the weights that it has"""
 
@@ -122,23 +120,26 @@ class SplitTrainer:
 
     def score(self) -> Score:
         """Score of the global model."""
-        return score_segment(self._evaluated(), self._task.eval_batches)
+        carried = self._carried()
+        if carried is None:
+            return self.server.tail_rounds.score(self._task.eval_batches)
+        return score_segment(carried, self._task.eval_batches)
 
     def global_model(self) -> PreTrainedModel:
         """The global model, to generate with."""
-        return self._evaluated().model
+        carried = self._carried()
+        return carried.model if carried else self.server.tail_rounds.evaluated_model()
 
-    def _evaluated(self) -> Segment:
-        """The whole model with all adapters that are not merged."""
-        if self._base is None:
-            return self.server.model.segment
-        carried = {**self.server.average, **self.server.tail_rounds.unmerged()}
-        return adapted(self._base, carried) if carried else self._base.segment
+    def _carried(self) -> Segment | None:
+        """The whole model with the mean of the heads' adapters and the tail's; None where no heads' are carried."""
+        if not self.server.average:
+            return None
+        return adapted(self.server.model, {**self.server.average, **self.server.tail_rounds.unmerged()})
 
     def _head(self, task: RoundTask) -> SplitHead:
         """The client's head of this round: at the newest weights with fresh adapters, or the one it kept."""
         average = self.server.average
-        head = self._kept.get(task.client) or SplitHead.of(task, self._task.files, self.server.model.segment)
+        head = self._kept.get(task.client) or SplitHead.of(task, self.server.model.segment)
         if average:
             head.adapters.set(average)
         head.download_bytes = self._lacking_bytes(task) + factor_bytes(average)
@@ -159,13 +160,12 @@ class SplitTrainer:
             task = tasks[client]
             try:
                 session = self._door.enter(task)
-            except BaseException:
-                self.server.failed(client)
-                raise
-            try:
-                return self.heads[client].train(task, self._task.streams[client](task.first_step), session)
+                try:
+                    return self.heads[client].train(task, self._task.streams[client](task.first_step), session)
+                finally:
+                    session.close()
             finally:
-                session.close()
+                self.server.answered(client)
 
         try:
             with ThreadPoolExecutor(len(tasks)) as pool:

@@ -1,20 +1,24 @@
 """The weights everyone agrees on: the base W_0 on disk plus the cumulative delta, in any segment of the model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.state import State
+from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.delta_log import DeltaLog
 from hsplit_flwr.lora.factors import Increment
 from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.segments import block_of, load_segment
-from hsplit_flwr.training.loss import Score, score_segment
+from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
+from hsplit_flwr.training.loss import Batch, Score, score_segment
 
 
 class GlobalModel:
-    """The server's whole model, always at the newest version of the weights.
+    """The server's whole model, always at the newest version of the weights. It never has adapters.
+
+    What a tail has learnt and not merged yet is not in it: `TailRounds` has a view that counts it.
 
     Args:
         files: the base model.
@@ -47,6 +51,25 @@ class GlobalModel:
         update = self.log.since(have, self.head_names(cut))
         return update.version, update.base is None, update.to_tensors()
 
-    def score(self, batches: Iterable[Mapping[str, Tensor]]) -> Score:
-        """Loss of the whole model on `batches` (adapters that are not merged yet count too)."""
+    def score(self, batches: Iterable[Batch]) -> Score:
+        """Score of the merged weights on `batches`. Raises `ConfigError`, see `score_segment`."""
         return score_segment(self.segment, batches)
+
+    def state(self) -> State:
+        """The cumulative delta, its version and its recent increments; the base W_0 stays in its files."""
+        return {"log": self.log.state()}
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave. The weights are formed anew from W_0.
+
+        Raises:
+            ConfigError: this model has changed already.
+            AggregationError: the delta is malformed, or of another model.
+        """
+        if self.log.version:
+            raise ConfigError(
+                f"Expected a model at version 0 to load a state into, found version {self.log.version}. "
+                "Load it before the first round."
+            )
+        self.log.load_state(state["log"], linear_shapes(self.segment))
+        merge_delta(self.segment, self.files, self.log.total, self.log.total.names())

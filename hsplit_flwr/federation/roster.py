@@ -74,10 +74,9 @@ class Roster:
         for node, answer in answers.items():
             claimed = [client for client in answer.clients if self._hosts.get(client) in self._new]
             if claimed:
-                _log.warning(
-                    "left out node %s: expected clients of its own, found %s on node %s too. Give each an id of its own.",
-                    node, claimed, self._hosts[claimed[0]],
-                )  # fmt: skip
+                host = self._hosts[claimed[0]]
+                reason = "expected clients of its own, found %s on node %s too. Give each an id of its own."
+                _log.warning("left out node %s: " + reason, node, claimed, host)
                 continue
             self._nodes[node] = answer
             self._new.add(node)

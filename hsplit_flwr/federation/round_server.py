@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.tables import describe_ranks
-from hsplit_flwr.errors import AggregationError, ConfigError, RunFailedError
+from hsplit_flwr.errors import AggregationError, ConfigError, ExchangeError, RunFailedError
 from hsplit_flwr.exchange.admission import Ticket
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.federation.global_model import GlobalModel
@@ -37,7 +37,8 @@ from hsplit_flwr.reports.step_log import log_progress
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.loss import Batch, Score
-from hsplit_flwr.training.tail import SharedTail, StepReport
+from hsplit_flwr.training.step import StepReport
+from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
@@ -161,7 +162,7 @@ class RoundServer:
         self._plans = PlanBook(plans, tail_lora, workload, training, model.num_blocks)
         self._shapes = linear_shapes(model.segment)
         self._steps = StepNotes(on_step or log_progress(training))
-        self.tail_rounds = TailRounds(model, model.segment, self._plans, training, limits, self._steps)
+        self.tail_rounds = TailRounds(model, self._plans, training, limits, self._steps)
         self._tail = self.tail_rounds.tail
         self._open_door = open_door
         self._door: Door | None = None
@@ -202,8 +203,8 @@ class RoundServer:
         self._phase_started = time.perf_counter()
         return tasks
 
-    def failed(self, client: str) -> None:
-        """`client` failed before it joined the round under way: nobody waits for it at the gate."""
+    def answered(self, client: str) -> None:
+        """`client` has answered its task, well or badly: if it never joined the round, nobody waits for it any more."""
         self._tail.withdraw(client)
 
     def close_training(self, replies: Replies, failures: Sequence[str] = ()) -> RoundRecord:
@@ -236,7 +237,7 @@ class RoundServer:
         if self._eval_batches is None:
             return None
         started = time.perf_counter()
-        score = self.model.score(self._eval_batches)
+        score = self.tail_rounds.score(self._eval_batches)
         if round_number == 0:
             self.initial_score = score
         else:
@@ -285,7 +286,10 @@ class RoundServer:
         """Stop the tail and close the door. No round can be opened afterwards."""
         if self._door:
             self._door.stop()
-        self._tail.close_training()
+        try:
+            self._tail.close_training()
+        except ExchangeError as error:  # a step that does not end must not keep the results from being written
+            _log.error("the tail's last step is still under way: %s", error)
 
     def _settle_plans(self, round_number: int, present: Present) -> None:
         """The plan in force, or a new one for heads and tail."""

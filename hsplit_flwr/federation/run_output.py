@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 from hsplit_flwr.common.provenance import command as this_command
 from hsplit_flwr.common.provenance import commit, versions
@@ -77,7 +78,7 @@ class RunOutput:
         self._adapter_rank = adapter_rank
         self._adapter: AdapterExport | None = None
         self._tokenizer = model.files.tokenizer() if samples else None
-        self._before = self._generate(model)
+        self._before = self._generate(model.segment.model)
         self._commit = commit()  # that of the code which runs, not of what is checked out when it ends
         self._started = time.perf_counter()
 
@@ -95,12 +96,12 @@ class RunOutput:
         trained = any(record.clients for record in server.history)
         after = self._before
         if trained:
-            after = self._attempt("the samples", lambda: self._generate(self._model)) or self._before
+            generated = self._attempt("the samples", lambda: self._generate(server.tail_rounds.evaluated_model()))
+            after = generated or self._before
         self._attempt("the summary", lambda: self._write_summary(server, status, reason, after))
         self._attempt("the pictures", lambda: self._draw(server))
         if trained or error is None:
-            server.tail_rounds.settle()
-            server.tail_rounds.tail.adapters.remove()
+            server.tail_rounds.merge_remaining()
             self._adapter = self._attempt("the adapter", self._export_adapter)
             self._attempt("the merged model", self._save_merged)
         report = self._attempt("the summary", lambda: self._write_summary(server, status, reason, after))
@@ -179,11 +180,11 @@ class RunOutput:
     def _save_merged(self) -> None:
         save_merged(self._model.segment.model, self._model.files.tokenizer(), self.folder / "merged_model")
 
-    def _generate(self, model: GlobalModel) -> list[str]:
+    def _generate(self, model: PreTrainedModel) -> list[str]:
         prompts = [sample.prompt for sample in self._samples]
         if not prompts:
             return []
-        return generate_texts(model.segment.model, self._tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
+        return generate_texts(model, self._tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def run_rounds(server: RoundServer, output: RunOutput | None, play: Callable[[], Result]) -> Result:

@@ -1,66 +1,66 @@
-"""The tail from round to round: which of its adapters are merged and start afresh, and which go on.
+"""The tail from round to round: which of its adapters are merged and restart, and which are kept.
 
-A matrix that a head may hold, too, is aggregated: the sum goes into the weights, and its adapter starts afresh. One
-that no plan in force gives to a head is trained by the tail alone. Its adapter is the whole update, so it goes on, and
-AdamW with it, until a new plan gives the matrix to a head or changes the rank, or to the end. Then it is merged.
+A matrix that a head may hold, too, is aggregated: the sum goes into the weights, and its adapter restarts. One that no
+plan in force gives to a head is trained by the tail alone. Its adapter is the whole update, so it is kept, and the
+optimizer's state with it, until a new plan gives the matrix to a head or changes the rank, or to the end. Then it is
+merged.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from torch import nn
+from transformers import PreTrainedModel
+
 from hsplit_flwr.common.seeds import tail_seed
+from hsplit_flwr.common.state import State
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.models.segments import Segment, block_of
+from hsplit_flwr.models.segments import Segment, block_of, segment_from_model
 from hsplit_flwr.planning.plans import PlanBook
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.tail import SharedTail, StepReport
+from hsplit_flwr.training.loss import Batch, Score, score_segment
+from hsplit_flwr.training.step import StepReport
+from hsplit_flwr.training.tail import SharedTail
 
 Factors = Mapping[str, LoraFactors]
 
 
 class TailRounds:
-    """A tail on `segment` and what becomes of its adapters between rounds.
+    """A tail, what becomes of its adapters between rounds, and the model as it is with those that are not merged yet.
 
     Args:
-        model: what rounds are merged into.
-        segment: of the tail; all blocks. It may be that of `model`, or share its tensors.
-        book: the plans in force.
+        model: what rounds are merged into. It stays plain: the tail has a segment of its own, on the same weights.
+        plans: those in force.
         training: see `SharedTail`, as are `limits` and `on_step`.
     """
 
     def __init__(
         self,
         model: GlobalModel,
-        segment: Segment,
-        book: PlanBook,
+        plans: PlanBook,
         training: TrainingConfig,
         limits: BarrierLimits | None = None,
         on_step: Callable[[StepReport], None] | None = None,
     ) -> None:
         self._model = model
-        self._segment = segment
-        self._book = book
+        self._segment = _on_the_same_weights(model.segment)
+        self._plans = plans
         self._seed = training.seed
-        self.tail = SharedTail(segment, self._adapters(), training, limits, on_step)
-        self._going_on: frozenset[str] = frozenset()
+        self.tail = SharedTail(self._segment, self._adapters(), training, limits, on_step)
+        self._kept: frozenset[str] = frozenset()
 
     def open(self, round_number: int, clients: Iterable[str], concurrency: int) -> None:
         """Open a training round; see `SharedTail.open_training`."""
-        self.tail.open_training(clients, concurrency, tail_seed(self._seed, round_number), self._going_on)
+        self.tail.open_training(clients, concurrency, tail_seed(self._seed, round_number), self._kept)
 
     def replan(self) -> None:
-        """Adapters by the book's new plan. Nothing learnt is lost: what cannot go on is merged."""
-        former = self.tail.adapters
+        """Adapters by the new plans in force. Nothing learnt is lost: what cannot be kept is merged."""
         stays = [name for name, pair in self.unmerged().items() if self._stays(name, pair)]
         self._merge_all_but(stays)
-        tensors = {name: former.parameters([name]) for name in stays}
-        former.remove()
-        adapters = self._adapters()
-        adapters.adopt(tensors)
-        self.tail.replace_adapters(adapters, stays)
+        self._replace_adapters({name: self.tail.adapters.parameters([name]) for name in stays})
 
     def merge(self, contributions: Sequence[Contribution], trained: Factors, rule: str) -> dict[str, LoraFactors]:
         """End a round: aggregate what heads may hold by `rule` of `RULES`; returns the update of the weights.
@@ -70,44 +70,81 @@ class TailRounds:
             trained: the tail's adapters at the end of the round.
             rule: see `aggregation`.
         """
-        self.go_on()
-        shared = {name: factors for name, factors in trained.items() if name not in self._going_on}
+        self.keep_tail_only()
+        shared = {name: factors for name, factors in trained.items() if name not in self._kept}
         update = aggregate(contributions, shared, block_of, RULES[rule])
-        self._apply(update)
+        self._model.apply(update)
         self.tail.adapters.reset(self._seed, shared)
         return update
 
-    def go_on(self) -> None:
+    def keep_tail_only(self) -> None:
         """The adapters of what no plan in force gives to a head are kept from now on."""
         names = self.tail.adapters.module_names
-        self._going_on = frozenset(name for name in names if block_of(name) >= self._book.deepest_cut)
+        self._kept = frozenset(name for name in names if block_of(name) >= self._plans.deepest_cut)
 
-    def settle(self) -> None:
-        """Merge the adapters that go on; all are empty afterwards."""
+    def merge_remaining(self) -> None:
+        """Merge the adapters that were kept; all are empty afterwards."""
         self._merge_all_but([])
         self.tail.adapters.reset(self._seed)
 
     def unmerged(self) -> dict[str, LoraFactors]:
-        """The adapters that go on: what the weights lack."""
-        return {name: pair for name, pair in self.tail.adapters.factors().items() if name in self._going_on}
+        """The adapters that are kept: what the weights lack."""
+        return {name: pair for name, pair in self.tail.adapters.factors().items() if name in self._kept}
+
+    def score(self, batches: Iterable[Batch]) -> Score:
+        """Score of the global model on `batches`, with what is not merged yet. Between rounds.
+
+        Raises:
+            ConfigError: see `score_segment`.
+        """
+        return score_segment(self._segment, batches)
+
+    def evaluated_model(self) -> PreTrainedModel:
+        """The model that `score` scores, to generate with. The next round changes it."""
+        return self._segment.model
+
+    def state(self) -> State:
+        """Which adapters are kept, and the tail."""
+        return {"kept": sorted(self._kept), "tail": self.tail.state()}
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave, under the plans and at the version of the weights of that time.
+
+        Raises:
+            ConfigError: other plans are in force, or a round is open.
+        """
+        self._replace_adapters({})
+        self.tail.load_state(state["tail"])
+        self._kept = frozenset(state["kept"])
 
     def _stays(self, name: str, pair: LoraFactors) -> bool:
-        spec = self._book.tail_lora
+        spec = self._plans.tail_lora
         alike = spec.rank(name) == pair.rank and spec.scaling(name) == pair.scaling
-        return alike and block_of(name) >= self._book.deepest_cut
+        return alike and block_of(name) >= self._plans.deepest_cut
 
     def _merge_all_but(self, stays: Iterable[str]) -> None:
-        goes_on = frozenset(stays)
-        if ended := {name: pair for name, pair in self.unmerged().items() if name not in goes_on}:
-            self._apply(ended)
-        self._going_on = goes_on
+        kept = frozenset(stays)
+        if ended := {name: pair for name, pair in self.unmerged().items() if name not in kept}:
+            self._model.apply(ended)
+        self._kept = kept
+
+    def _replace_adapters(self, kept: Mapping[str, Sequence[nn.Parameter]]) -> None:
+        """Adapters by the plans in force, new but for the tensors `kept` (A and B by module)."""
+        self.tail.adapters.remove()
+        adapters = self._adapters()
+        adapters.adopt(kept)
+        self.tail.replace_adapters(adapters, kept)
 
     def _adapters(self) -> SegmentAdapters:
         names = [name for name in self._segment.linear_modules() if block_of(name) >= 1]  # block 0 is always a head's
-        return SegmentAdapters(self._segment, self._book.tail_lora, names)
+        return SegmentAdapters(self._segment, self._plans.tail_lora, names)
 
-    def _apply(self, update: Factors) -> None:
-        self._model.apply(update)
-        merged = self._model.segment.linear_modules()
-        for name, layer in self._segment.linear_modules().items():
-            layer.weight.data = merged[name].weight.data
+
+def _on_the_same_weights(whole: Segment) -> Segment:
+    """All blocks once more, without memory of their own; what is merged into `whole` is merged into both."""
+    segment = segment_from_model(whole.model)
+    segment.model.generation_config = whole.model.generation_config
+    weights = whole.linear_modules()
+    for name, layer in segment.linear_modules().items():
+        layer.weight = weights[name].weight  # the parameter itself: merging gives it new data
+    return segment

@@ -64,5 +64,5 @@ class HSplitLoRAClient(NumPyClient):
 
     def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Config]:
         """Loss of the held-out batches, their target tokens, and who was scored (raises as `ClientNode.score`)."""
-        client, score = self._node.score(config)
-        return score.loss, score.tokens, {CLIENT_KEY: client}
+        scored = self._node.score(config)
+        return scored.loss, scored.tokens, {CLIENT_KEY: scored.client}

@@ -1,11 +1,12 @@
 """The clients that one Flower node hosts: what both faces of a client do with a message."""
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from flwr.app import Context
@@ -24,10 +25,19 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import Link, measure_link
 from hsplit_flwr.training.host_memory import return_freed_tensors
-from hsplit_flwr.training.loss import Score
 
 Config = Mapping[str, Any]
 """of a message: scalars and texts by key"""
+
+
+class Scored(NamedTuple):
+    """A client's held-out loss."""
+
+    client: str
+    loss: float
+    """mean per target token, nats; NaN where there was no token"""
+    tokens: int
+    """target tokens"""
 
 
 class ClientNode:
@@ -103,10 +113,11 @@ class ClientNode:
         trained = self._heads.train(task, now)
         return replace(trained, budget=self._budgets(task.client, task.round + 1) if self._budgets else now)
 
-    def score(self, config: Config) -> tuple[str, Score]:
-        """The client that the task names, and the loss of its held-out batches (raises as `train`)."""
+    def score(self, config: Config) -> Scored:
+        """Loss of the held-out batches of the client that the task names (raises as `train`)."""
         task = self._task(config, "evaluate")
-        return task.client, self._heads.score(task, self._budget(task))
+        score = self._heads.score(task, self._budget(task))
+        return Scored(task.client, score.loss if score.tokens else math.nan, score.tokens)
 
     def _task(self, config: Config, mode: Mode) -> RoundTask:
         task = RoundTask.from_json(str(config.get(TASK_KEY, "")))

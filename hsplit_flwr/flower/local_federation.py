@@ -95,7 +95,7 @@ class LocalNode(ClientProxy):
 
 
 def run_federation(strategy: HSplitLoRAStrategy, nodes: Iterable[ClientProxy]) -> None:
-    """All rounds of `strategy` with `nodes`, through Flower's own server loop; results are in `strategy.rounds.history`."""
+    """All rounds of `strategy` with `nodes`, through Flower's own server loop; results are in ``strategy.history``."""
     server = HSplitLoRAServer(strategy)
     for node in nodes:
         server.client_manager().register(node)

@@ -38,9 +38,9 @@ def client_app(node: Callable[[Context], ClientNode]) -> ClientApp:
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        client, score = node(context).score(config_of(message))
-        metrics = MetricRecord({"loss": score.loss, "num-examples": score.tokens})
-        return _reply(message, {CLIENT_KEY: client}, {METRICS: metrics})
+        scored = node(context).score(config_of(message))
+        metrics = MetricRecord({"loss": scored.loss, "num-examples": scored.tokens})
+        return _reply(message, {CLIENT_KEY: scored.client}, {METRICS: metrics})
 
     return app
 

@@ -23,7 +23,7 @@ from hsplit_flwr.federation.trained_head import HeadReply, Refusal
 from hsplit_flwr.flower.doors import grpc_door
 from hsplit_flwr.flower.flower_log import log_through_flower
 from hsplit_flwr.flower.message_client import ARRAYS, CONFIG, config_of
-from hsplit_flwr.flower.messages import PROBE_KEY, REFUSED_KEY, TASK_KEY, unpack_answer, unpack_each, unpack_trained
+from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY, unpack_answer, unpack_each, unpack_trained
 from hsplit_flwr.flower.nodes import too_few_nodes
 from hsplit_flwr.flower.watched_grid import WatchedGrid
 from hsplit_flwr.lora.spec import LoraSpec
@@ -32,7 +32,7 @@ from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.loss import Batch, Score
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
@@ -213,14 +213,13 @@ class HSplitLoRAMessageStrategy(Strategy):
         return Message(content, int(node), message_type, ttl=limit_s, group_id=str(server_round))
 
     def _on_reply(self, message: Message, reply: Message | None) -> None:
-        """A client's failure or refusal reaches the tail's gate at once."""
+        """What became of a client reaches the tail's gate at once."""
         client = next((client for told, client in self._told if told is message), None)
         if client is None:
             return  # an answer to a question
         if reply is not None:
             self._resent[reply.metadata.reply_to_message_id] = client
-        if reply is None or reply.has_error() or REFUSED_KEY in config_of(reply):
-            self.rounds.failed(client)
+        self.rounds.answered(client)
 
     def _sorted_out(self, replies: Iterable[Message]) -> tuple[dict[str, Message], list[str]]:
         """Good replies by the client that was asked, whatever they say, and a line for every other client."""

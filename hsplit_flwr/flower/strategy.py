@@ -26,7 +26,7 @@ from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.loss import Batch
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.workload import Workload
 
 FitResults = list[tuple[ClientProxy, FitRes]]
@@ -105,7 +105,7 @@ class HSplitLoRAStrategy(Strategy):
         tasks = self.rounds.open_training(server_round, self.nodes.refresh(client_manager))
         return [
             (
-                TaskProxy(self.nodes.proxy(client), client, self.rounds.failed),
+                TaskProxy(self.nodes.proxy(client), client, self.rounds.answered),
                 FitIns(parameters, {TASK_KEY: task.to_json()}),
             )
             for client, task in tasks.items()

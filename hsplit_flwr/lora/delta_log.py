@@ -2,8 +2,8 @@
 
 A round that changes the weights makes a new version. A client at version v is sent, per module, the smaller
 of the increments it lacks (v+1..now, stacked) and the whole delta, so that a lagging client costs no more
-than a new one. Versions count one server's rounds: after restoring a log from a checkpoint, treat every
-client as unknown (``None``).
+than a new one. Versions count one server's rounds: a client may be at a version that a restored log makes
+anew, with other increments, so ask it which run it was in, and treat those of another one as unknown (``None``).
 """
 
 from collections import deque
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.deltas import WeightDelta, factors_from_tensors, factors_to_tensors
 from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, factor_bytes, stack
@@ -123,6 +124,18 @@ class _ModuleLog:
             return None
         return [factors for at, factors in self.entries if at > version]
 
+    def state(self) -> State:
+        entries = {str(at): {"A": f.A, "B": f.B, "scaling": f.scaling} for at, f in self.entries}
+        return {"complete_since": self.complete_since, "entries": entries}
+
+    @classmethod
+    def of_state(cls, state: State) -> "_ModuleLog":
+        log = cls(state["complete_since"])
+        for at, saved in state["entries"].items():
+            log.entries.append((int(at), LoraFactors(saved["A"], saved["B"], saved["scaling"])))
+        log.nbytes = sum(factor_bytes(factors) for _, factors in log.entries)
+        return log
+
 
 class DeltaLog:
     """The server's cumulative delta and the recent increments that led to it; at most twice the dense bytes.
@@ -174,6 +187,25 @@ class DeltaLog:
             elif missing:
                 added[name] = stack(missing)
         return DeltaUpdate(version, self.version, added, current.restricted(whole))
+
+    def state(self) -> State:
+        """The version, the whole delta and the increments that are kept."""
+        return {
+            "version": self.version,
+            "first_version": self._first_version,
+            "total": self.total.to_tensors(),
+            "increments": {name: log.state() for name, log in self._logs.items()},
+        }
+
+    def load_state(self, state: State, shapes: Mapping[str, Shape]) -> None:
+        """Go on from what `state` gave; `shapes` gives (d_out, d_in) of every module of the model.
+
+        Raises:
+            AggregationError: as `WeightDelta.from_tensors`; the log stays as it is.
+        """
+        self.total = WeightDelta.from_tensors(state["total"], shapes)
+        self.version, self._first_version = state["version"], state["first_version"]
+        self._logs = {name: _ModuleLog.of_state(saved) for name, saved in state["increments"].items()}
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""LoRA adapters on a segment, through PEFT: put in, start afresh, read out."""
+"""LoRA adapters on a segment, through PEFT: put in, restart, read out."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hsplit_flwr.common.seeds import derive_seed
+from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.spec import LoraSpec
@@ -49,7 +50,7 @@ class SegmentAdapters:
         return [p for name in (self._layers if names is None else names) for p in _pair(self._layers[name])]
 
     def reset(self, seed: int, names: Iterable[str] | None = None) -> None:
-        """Start afresh: B = 0, A by `seed` and the module's name (so that it does not depend on who holds what).
+        """Restart: B = 0, A by `seed` and the module's name (so that it does not depend on who holds what).
 
         Args:
             seed: of A.
@@ -91,6 +92,27 @@ class SegmentAdapters:
             for A, B in [_pair(layer)]
         }
 
+    def state(self) -> State:
+        """Module name -> copies of ``A`` (r, d_in) and ``B`` (d_out, r), float32, and their ``scaling``."""
+        return {name: {"A": f.A, "B": f.B, "scaling": f.scaling} for name, f in self.factors().items()}
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave, bit for bit.
+
+        Raises:
+            ConfigError: it is of other modules, ranks or scalings.
+        """
+        saved = {name: LoraFactors(pair["A"], pair["B"], pair["scaling"]) for name, pair in state.items()}
+        expected, found = _forms(self.factors()), _forms(saved)
+        if differing := sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n)):
+            name = differing[0]
+            raise ConfigError(
+                f"Expected the state of adapters as they are here, found {len(differing)} others: "
+                f"{name} has {expected.get(name, 'no adapter')} here and {found.get(name, 'none')} there. "
+                "Resume with the plans that it was saved with."
+            )
+        self.set(saved)
+
 
 def _inject(segment: Segment, spec: LoraSpec, names: list[str]) -> dict[str, nn.Module]:
     import peft  # 2.4 s to import: only processes that train pay for it
@@ -111,6 +133,10 @@ def _inject(segment: Segment, spec: LoraSpec, names: list[str]) -> dict[str, nn.
         for parameter in _pair(layer):
             parameter.data = parameter.data.float()
     return layers
+
+
+def _forms(factors: Mapping[str, LoraFactors]) -> dict[str, str]:
+    return {n: f"A {tuple(f.A.shape)}, B {tuple(f.B.shape)}, scaling {f.scaling}" for n, f in factors.items()}
 
 
 def _literal(name: str) -> str:

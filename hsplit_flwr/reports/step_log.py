@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from hsplit_flwr.common.progress import Progress
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 
 _log = logging.getLogger("hsplit_flwr")
 
@@ -20,8 +20,9 @@ def log_progress(training: TrainingConfig, interval_s: float = 5.0) -> Callable[
         number = 1 + report.step // training.local_steps
         if number != current:
             current = number
-            progress.start_round(number, report.round_clients * training.local_steps, report.compute_s)
-        line = progress.step(len(report.clients), report.loss, report.tokens)
+            progress.start_round(number, report.round_clients, training.local_steps, report.compute_s)
+        step = 1 + report.step % training.local_steps
+        line = progress.step(step, len(report.clients), report.loss, report.tokens)
         if line:
             _log.info("%s", line)
 

@@ -1,10 +1,11 @@
-"""What a run and a round are made of, as data: training settings, a client's plan, a client's task for one round."""
+"""What a run is made of, as data: training settings and a client's plan."""
 
 import math
 from dataclasses import dataclass
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.training.optimizer import OPTIMIZERS
 from hsplit_flwr.training.workload import ACTIVATION_DTYPES
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -12,9 +13,9 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How heads and tail train: AdamW under one learning-rate schedule that spans the whole run.
+    """How heads and tail train: one optimizer under one learning-rate schedule that spans the whole run.
 
-    Adapters that are aggregated start afresh every round, and AdamW with them; the schedule does not.
+    Adapters that are aggregated restart every round, and the optimizer with them; the schedule does not.
     Head and tail clip their own gradients to `max_grad_norm` (0: no clipping).
     """
 
@@ -36,6 +37,8 @@ class TrainingConfig:
     tail_passes: int = 1
     """over the batches of a step; those after the first are the tail's alone, taken once the clients have their answers
     and compute"""
+    optimizer: str = "adamw"
+    """one of `optimizer.OPTIMIZERS`, of heads and tail alike"""
 
     def __post_init__(self) -> None:
         _require(_whole(self.rounds, 1) and _whole(self.local_steps, 1), "rounds and local_steps >= 1", self)
@@ -47,6 +50,7 @@ class TrainingConfig:
         _require(0 <= self.weight_decay < math.inf, "weight_decay >= 0", self)
         _require(0 <= self.max_grad_norm < math.inf, "max_grad_norm >= 0 (0: no clipping)", self)
         _require(self.schedule in SCHEDULES, f"schedule in {SCHEDULES}", self)
+        _require(self.optimizer in OPTIMIZERS, f"optimizer in {tuple(OPTIMIZERS)}", self)
         _require(self.activation_dtype in ACTIVATION_DTYPES, f"activation_dtype in {ACTIVATION_DTYPES}", self)
 
     @property

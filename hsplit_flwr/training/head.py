@@ -14,7 +14,7 @@ from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.host_memory import trim_heap
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
-from hsplit_flwr.training.loss import Batch
+from hsplit_flwr.training.loss import Batch, tensors_of
 from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import ScoreReply, TailSession
 
@@ -50,10 +50,10 @@ def train_head(
     The autograd graph of each step and the optimizer stay alive on the client; only activations, mask and labels go
     out and only the activation gradient comes in. `first_step` is the run step of the round's first step. The first
     ``config.importance_steps`` steps also measure the head's importance, which changes nothing in what is trained.
-    `optimizer` goes on from an earlier round; by default it starts afresh.
+    `optimizer` goes on from an earlier round; by default it is a new one.
 
     Raises:
-        ConfigError: the batches run out, or lack a tensor.
+        ConfigError: the batches run out, or see `tensors_of`.
         ExchangeError: the tail refused a step or could not be reached.
     """
     optimizer = optimizer or Optimizer(adapters.parameters(), config)
@@ -63,7 +63,7 @@ def train_head(
     exchange_s = 0.0
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, config.local_steps)):
-        input_ids, mask, labels = _on_device(batch, head)
+        input_ids, mask, labels = tensors_of(batch, _device(head))
         optimizer.zero_grad()
         with _probe(head, labels, step, config) as probe:
             hidden = head(input_ids, mask)
@@ -97,28 +97,19 @@ def _probe(head: Segment, labels: Tensor, step: int, config: TrainingConfig) -> 
 
 
 def score_head(head: Segment, batches: Iterable[Batch], session: TailSession) -> ScoreReply:
-    """Total negative log-likelihood and target tokens of `batches`; perplexity is exp(nll / tokens)."""
+    """Total negative log-likelihood and target tokens of `batches`; perplexity is exp(nll / tokens).
+
+    No target tokens: nothing was measured.
+    """
     nll, tokens = 0.0, 0
     with torch.no_grad():
         for step, batch in enumerate(batches):
-            input_ids, mask, labels = _on_device(batch, head)
+            input_ids, mask, labels = tensors_of(batch, _device(head))
             reply = session.score_step(step, head(input_ids, mask), mask, labels)
             nll += reply.nll
             tokens += reply.tokens
     return ScoreReply(nll, tokens)
 
 
-def _on_device(batch: Batch, head: Segment) -> tuple[Tensor, Tensor, Tensor]:
-    missing = {"input_ids", "attention_mask", "labels"} - batch.keys()
-    if missing:
-        raise ConfigError(
-            f"Expected batches with input_ids, attention_mask and labels, found none for {sorted(missing)}."
-        )
-    input_ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
-    if not (input_ids.shape == mask.shape == labels.shape and input_ids.dim() == 2):
-        raise ConfigError(
-            "Expected input_ids, attention_mask and labels of one shape (B, T), "
-            f"found {tuple(input_ids.shape)}, {tuple(mask.shape)}, {tuple(labels.shape)}."
-        )
-    device = next(head.parameters()).device
-    return input_ids.to(device), mask.to(device), labels
+def _device(head: Segment) -> torch.device:
+    return next(head.parameters()).device

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.segments import Segment
+
+Batch = Mapping[str, Tensor]
+"""``input_ids``, ``attention_mask`` (1: token, 0: padding) and ``labels`` (-100: no loss), each (B, T)"""
+PARTS = ("input_ids", "attention_mask", "labels")
+NO_TARGETS = (
+    "no target tokens. Labels must hold token ids, not only -100, after the first position of a row; "
+    "give a list of batches, as an iterator is empty after its first use."
+)
 
 
 def target_tokens(labels: Tensor) -> int:
@@ -16,7 +25,32 @@ def target_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != -100).sum())
 
 
-Batch = Mapping[str, Tensor]
+def tensors_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """``input_ids`` and ``attention_mask`` on `device`, and ``labels`` where they are.
+
+    Raises:
+        ConfigError: one is missing, they are not of one shape (B, T), the mask has other values than 0 and 1, or the
+            batch holds another tensor, which a model might use and nothing here does. Other things in it may stay.
+    """
+    if missing := [name for name in PARTS if name not in batch]:
+        raise ConfigError(f"Expected batches with {', '.join(PARTS)}, found none for {missing}.")
+    if ignored := sorted(name for name, value in batch.items() if isinstance(value, Tensor) and name not in PARTS):
+        raise ConfigError(
+            f"Expected no tensors in a batch but {', '.join(PARTS)}, found {', '.join(ignored)}: neither head nor tail "
+            "would use it. Put one document in a row, padded, and take it out of the batch."
+        )
+    input_ids, mask, labels = (batch[name] for name in PARTS)
+    if not (input_ids.shape == mask.shape == labels.shape and input_ids.dim() == 2):
+        raise ConfigError(
+            f"Expected {', '.join(PARTS)} of one shape (B, T), "
+            f"found {tuple(input_ids.shape)}, {tuple(mask.shape)}, {tuple(labels.shape)}."
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise ConfigError(
+            f"Expected an attention_mask of 1 (token) and 0 (padding), found values {torch.unique(mask).tolist()[:5]}. "
+            "Put one document in a row, padded."
+        )
+    return input_ids.to(device), mask.to(device), labels
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -40,23 +74,35 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood per target token, nats."""
-        return self.nll / max(1, self.tokens)
+        """Mean negative log-likelihood per target token, nats.
+
+        Raises:
+            ConfigError: no target tokens: nothing was measured.
+        """
+        if not self.tokens:
+            raise ConfigError(f"Expected labels to score, found {NO_TARGETS}")
+        return self.nll / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(total NLL / total tokens)."""
+        """exp(total NLL / total tokens). Raises `ConfigError` as `loss` does."""
         return math.exp(min(self.loss, 700.0))
 
 
-def score_segment(segment: Segment, batches: Iterable[Mapping[str, Tensor]]) -> Score:
-    """Loss of a segment that holds the whole model on `batches`; its adapters count."""
+def score_segment(segment: Segment, batches: Iterable[Batch]) -> Score:
+    """Loss of a segment that holds the whole model on `batches`; its adapters count.
+
+    Raises:
+        ConfigError: no target tokens in all of `batches`, or see `tensors_of`.
+    """
     device = next(segment.parameters()).device
-    nll, tokens = 0.0, 0
+    nll, tokens, count = 0.0, 0, 0
     with torch.no_grad():
         for batch in batches:
-            labels = batch["labels"].to(device)
-            logits = segment(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-            nll += float(token_losses(logits, labels).double().sum())
+            input_ids, mask, labels = tensors_of(batch, device)
+            nll += float(token_losses(segment(input_ids, mask), labels.to(device)).double().sum())
             tokens += target_tokens(labels)
+            count += 1
+    if not tokens:
+        raise ConfigError(f"Expected batches to score, found {count} with {NO_TARGETS}")
     return Score(nll, tokens)

@@ -1,44 +1,57 @@
-"""One optimizer step as heads, tail and the monolithic reference all take it."""
+"""One optimizer step as heads, tail and the monolithic reference all take it.
+
+A new optimizer is a row of `OPTIMIZERS`, for instance::
+
+    "adafactor": lambda parameters, config: torch.optim.Adafactor(parameters, weight_decay=config.weight_decay)
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hsplit_flwr.errors import ExchangeError
-from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.common.state import State
+from hsplit_flwr.errors import ConfigError, ExchangeError
+
+if TYPE_CHECKING:
+    from hsplit_flwr.training.config import TrainingConfig
+
+Factory = Callable[[list[nn.Parameter], "TrainingConfig"], torch.optim.Optimizer]
+"""(parameters, settings) -> what steps them; its learning rate is set anew before every step, and all it remembers it
+remembers parameter by parameter"""
+OPTIMIZERS: dict[str, Factory] = {
+    "adamw": lambda parameters, config: torch.optim.AdamW(parameters, weight_decay=config.weight_decay),
+}
+"""`TrainingConfig.optimizer` -> how it is made"""
 
 
 class Optimizer:
-    """AdamW over `parameters` with the run's learning-rate schedule and gradient clipping."""
+    """An optimizer of `OPTIMIZERS` over `parameters`, with the run's learning-rate schedule and gradient clipping."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: TrainingConfig) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], config: "TrainingConfig") -> None:
         self._parameters = list(parameters)
         self._config = config
         # An optimizer of nothing is legal: every rank of a client may be 0.
-        self._adamw = (
-            torch.optim.AdamW(self._parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-            if self._parameters
-            else None
-        )
+        self._inner = OPTIMIZERS[config.optimizer](self._parameters, config) if self._parameters else None
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        if self._adamw:
-            self._adamw.zero_grad(set_to_none=True)
+        if self._inner:
+            self._inner.zero_grad(set_to_none=True)
 
     def adopt(self, former: "Optimizer", parameters: Iterable[nn.Parameter]) -> None:
-        """Go on with these where `former` was: AdamW takes over its moments of them."""
-        if self._adamw and former._adamw:
-            states = former._adamw.state
-            self._adamw.state.update({parameter: states[parameter] for parameter in parameters if parameter in states})
+        """Take over what `former` remembers of `parameters` (AdamW: its moments)."""
+        if self._inner and former._inner:
+            states = former._inner.state
+            self._inner.state.update({parameter: states[parameter] for parameter in parameters if parameter in states})
 
-    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Start afresh with these: AdamW forgets its moments of them."""
-        if self._adamw:
+    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Forget all that is remembered of `parameters` (AdamW: its moments)."""
+        if self._inner:
             for parameter in parameters:
-                self._adamw.state.pop(parameter, None)
+                self._inner.state.pop(parameter, None)
 
     def step(self, run_step: int) -> None:
         """Clip and apply the gradients with the learning rate of run step `run_step` (0-based).
@@ -46,7 +59,7 @@ class Optimizer:
         Raises:
             ExchangeError: ``non_finite`` gradients; nothing is changed.
         """
-        if not self._adamw:
+        if not self._inner:
             return
         limit = self._config.max_grad_norm or math.inf
         try:
@@ -55,6 +68,44 @@ class Optimizer:
             raise ExchangeError(
                 "non_finite", "Expected finite adapter gradients, found NaN or Inf. Lower the learning rate."
             ) from error
-        for group in self._adamw.param_groups:
+        for group in self._inner.param_groups:
             group["lr"] = self._config.learning_rate_at(run_step)
-        self._adamw.step()
+        self._inner.step()
+
+    def state(self) -> State:
+        """Copies of what is remembered, by the index of the parameter; one that was not stepped yet is absent."""
+        remembered = self._inner.state_dict()["state"] if self._inner else {}
+        return {
+            "optimizer": self._config.optimizer,
+            "parameters": {
+                str(index): {"shape": list(self._parameters[index].shape), "values": _copies(values)}
+                for index, values in remembered.items()
+            },
+        }
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            ConfigError: it is of another optimizer, or of parameters of other shapes.
+        """
+        if state["optimizer"] != self._config.optimizer:
+            raise ConfigError(
+                f"Expected the state of optimizer {self._config.optimizer!r}, found that of {state['optimizer']!r}. "
+                "Resume with the settings of the run that saved it."
+            )
+        for index, saved in state["parameters"].items():
+            shape = list(self._parameters[int(index)].shape) if int(index) < len(self._parameters) else None
+            if shape != saved["shape"]:
+                raise ConfigError(
+                    f"Expected the optimizer's state of a parameter {shape} at {index}, found {saved['shape']}. "
+                    "Resume with the plans of the run that saved it."
+                )
+        if self._inner:
+            remembered = {int(index): _copies(saved["values"]) for index, saved in state["parameters"].items()}
+            # torch's own: it knows which values belong on the parameter's device, and which do not.
+            self._inner.load_state_dict({**self._inner.state_dict(), "state": remembered})
+
+
+def _copies(values: State) -> State:
+    return {key: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for key, v in values.items()}

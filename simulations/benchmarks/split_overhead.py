@@ -44,7 +44,8 @@ from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.host_memory import CLIENT_TUNABLES
-from hsplit_flwr.training.tail import SharedTail, StepReport
+from hsplit_flwr.training.step import StepReport
+from hsplit_flwr.training.tail import SharedTail
 
 SEED = 0
 BLOCKS, WARM_UP = 5, 1

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +35,9 @@ from hsplit_flwr.models.segments import segment_from_model
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.session import StepReply, TailSession
-from hsplit_flwr.training.tail import SharedTail, StepReport
+from hsplit_flwr.training.step import StepReport, StepRequest
+from hsplit_flwr.training.tail import SharedTail
+from hsplit_flwr.training.tail_step import TailTrainer
 from tests.helpers.models import HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.timeout(60)
@@ -75,13 +76,11 @@ def make_tail(
     return SharedTail(segment, SegmentAdapters(segment, lora), CONFIG, limits, on_step)
 
 
-def learned(tail: SharedTail) -> State:
+def learned(tail: SharedTail | TailTrainer) -> State:
     """Everything a step of the tail changes."""
-    assert tail._optimizer is not None
-    assert tail._optimizer._adamw is not None
     state = {f"adapter.{i}": p.detach().clone() for i, p in enumerate(tail.adapters.parameters())}
-    for i, values in tail._optimizer._adamw.state_dict()["state"].items():
-        state |= {f"adamw.{i}.{name}": torch.as_tensor(value).clone() for name, value in values.items()}
+    for i, saved in tail.state()["optimizer"]["parameters"].items():
+        state |= {f"adamw.{i}.{name}": torch.as_tensor(value) for name, value in saved["values"].items()}
     return state
 
 
@@ -167,23 +166,21 @@ def serving(
 
 def reference(*steps: Mapping[str, int], architecture: str = "llama") -> tuple[State, dict[str, StepReply]]:
     """What a tail learns from exactly these steps (client -> its own step number), and its replies, in this process."""
-    clients = sorted({client for step in steps for client in step})
-    tail = make_tail(architecture)
-    tail.open_training(clients, 1, adapter_seed=7)
+    segment = segment_from_model(tiny_model(architecture), CUT)
+    trainer = TailTrainer(segment, SegmentAdapters(segment, LORA), CONFIG)
+    trainer.open_round(7)
     replies: dict[str, StepReply] = {}
     for step in steps:
         for client, number in sorted(step.items()):
-            found, _ = tail._train([tail_request(client, number)])
-            replies[f"{client}{number}"] = found[client]
-    state = learned(tail)
-    tail.close_training()
-    return state, replies
+            replies[f"{client}{number}"] = trainer.train([tail_request(client, number)]).replies[client]
+    return learned(trainer), replies
 
 
-def tail_request(client: str, number: int) -> Any:
-    from hsplit_flwr.training.tail import _Request
-
-    return _Request(client, CUT, number, *batch(client, number))
+def tail_request(client: str, number: int) -> StepRequest:
+    activations, mask, labels = batch(client, number)
+    return StepRequest(
+        client=client, cut=CUT, run_step=number, activations=activations, attention_mask=mask, labels=labels
+    )
 
 
 @pytest.fixture(scope="module")
@@ -525,14 +522,14 @@ def test_poison_is_refused_by_a_tail_that_trains_nothing_itself() -> None:
 def test_a_batch_that_breaks_the_tail_harms_its_sender_alone(alone: State, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as one that does not fit into the tail's memory."""
     with serving("bad", "good", concurrency=2) as served:
-        accumulate = served.tail._accumulate
+        accumulate = TailTrainer._accumulate
 
-        def out_of_memory(group: Any, total: int) -> Any:
+        def out_of_memory(trainer: TailTrainer, group: Any, total: int) -> Any:
             if any(request.client == "bad" for request in group):
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return accumulate(group, total)
+            return accumulate(trainer, group, total)
 
-        monkeypatch.setattr(served.tail, "_accumulate", out_of_memory)
+        monkeypatch.setattr(TailTrainer, "_accumulate", out_of_memory)
         good, bad = served.ready("good"), served.ready("bad")
 
         def breaking() -> list[StepReply]:
@@ -606,16 +603,30 @@ def test_the_time_limit_of_the_task_ends_the_wait() -> None:
         wait_until(lambda: not asked(served, "good"), "the tail to let go")
 
 
-def test_a_progress_callback_that_fails_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-
+def test_a_progress_callback_that_fails_ends_nothing(alone: State, caplog: pytest.LogCaptureFixture) -> None:
     def full_disk(report: StepReport) -> None:
         raise OSError("No space left on device")
 
     with serving("good", on_step=full_disk) as served:
+        train(served.ready("good"), "good", range(STEPS))
+        assert_same(learned(served.tail), alone)
+        assert served.tail.close_training() == {}
+    failed = "the progress callback (on_step) failed, training goes on: "
+    assert caplog.text.count(f"{failed}OSError: No space left on device") == 1
+    assert f"{failed}{STEPS} times in all (OSError)" in caplog.text
+
+
+def test_a_worker_that_ends_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
+    def stop(report: StepReport) -> None:
+        raise SystemExit("stopped")
+
+    with serving("good", on_step=stop) as served:
         session = served.ready("good")
         train(session, "good", range(1))
-        refused(lambda: session.train_step(1, *batch("good", 1)), "round_closed")
+        with pytest.raises(ExchangeError) as refusal:
+            session.train_step(1, *batch("good", 1))
+        assert refusal.value.code in {"tail_failed", "round_closed"}
+    assert "the tail's worker ended, the round cannot go on: SystemExit('stopped')" in caplog.text
 
 
 def test_deltas_that_fail_are_an_error_at_the_client() -> None:

@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> GlobalModel:
 
 def rounds_of(model: GlobalModel, plans: ClientPlan | Mapping[str, ClientPlan]) -> TailRounds:
     book = PlanBook(plans, LORA, None, TRAINING, model.num_blocks)
-    return TailRounds(model, segment_from_model(model.segment.model), book, TRAINING)
+    return TailRounds(model, book, TRAINING)
 
 
 def play_round(rounds: TailRounds, model: GlobalModel, number: int, cut: int) -> None:
@@ -158,7 +158,7 @@ def other_scaling(book: PlanBook) -> None:
 def test_a_new_plan_merges_what_cannot_go_on(model: GlobalModel, change: Callable[[PlanBook], None]) -> None:
     """Block 2 goes to a head, or gets another rank or scaling; block 3 goes on."""
     book = PlanBook(ClientPlan(2, LORA), LORA, None, TRAINING, model.num_blocks)
-    rounds = TailRounds(model, segment_from_model(model.segment.model), book, TRAINING)
+    rounds = TailRounds(model, book, TRAINING)
     play_round(rounds, model, 1, 2)
     before, kept = whole_weights(model, rounds), rounds.unmerged()
     assert {block_of(name) for name in kept} == {2, 3}
@@ -177,12 +177,12 @@ def test_a_new_plan_merges_what_cannot_go_on(model: GlobalModel, change: Callabl
     assert {block_of(name) for name in rounds.unmerged()} == ({3} if change is deeper_head else {2, 3})
 
 
-def test_settling_changes_the_form_alone(model: GlobalModel) -> None:
+def test_merging_what_remains_changes_the_form_alone(model: GlobalModel) -> None:
     rounds = rounds_of(model, ClientPlan(2, LORA))
     play_round(rounds, model, 1, 2)
     before = whole_weights(model, rounds)
     assert all(pair.B.any() for pair in rounds.unmerged().values())
-    rounds.settle()
+    rounds.merge_remaining()
     assert not rounds.unmerged()
     assert not any(pair.B.any() for pair in rounds.tail.adapters.factors().values())
     tail_layers = rounds.tail.segment.linear_modules()

@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.errors import ConfigError, RunFailedError
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.remote_tail import DeltaTensors, RemoteTail
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation import head_client as client_module
@@ -35,9 +38,13 @@ from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.planning.budgets.probe import stated_budget
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import train_head
+from hsplit_flwr.training.workload import Workload
 from tests.helpers.federation import (
     Batch,
     Fault,
@@ -49,6 +56,7 @@ from tests.helpers.federation import (
     random_batches,
     weights_of,
 )
+from tests.helpers.flower import free_port
 from tests.helpers.models import NUM_BLOCKS, tiny_model
 
 pytestmark = pytest.mark.timeout(120)
@@ -561,14 +569,65 @@ def test_the_seed_decides_the_weights_bit_for_bit(model: Path) -> None:
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+class MeetingNode(Node):
+    """A node whose fit ends once all others are inside theirs."""
+
+    meeting: threading.Barrier
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        self.meeting.wait(30.0)
+        raise RuntimeError("met everybody")
+
+    def get_properties(self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None) -> GetPropertiesRes:
+        return GetPropertiesRes(Status(Code.OK, ""), hosts(self.cid))
+
+
+def test_a_hundred_clients_are_under_way_at_a_time(model: Path) -> None:
+    """With 64 workers, 100 clients lost the start gate in every round."""
+    plan = ClientPlan(1, LoraSpec(1))
+    strategy = HSplitLoRAStrategy(GlobalModel(ModelFiles.resolve(str(model))), plan, TRAINING)
+    server = HSplitLoRAServer(strategy)
+    MeetingNode.meeting = threading.Barrier(100)
+    for number in range(100):
+        server.client_manager().register(MeetingNode(str(number), [], model, data))
+    server.fit_round(server_round=1, timeout=60.0)
+    strategy.close()
+    assert sum("met everybody" in failure for failure in strategy.history[0].failures) == 100
+
+
+def test_the_tail_is_opened_once_for_all_nodes(model: Path) -> None:
+    """Each node was asked in a thread that opened a tail: three of four found the port in use and were left out."""
+    port = free_port()
+    costs = ModelCosts(ModelFiles.resolve(str(model)).config, Workload(4, 10, STEPS))
+    server = stated_budget({"memory-gb": 8, "gflops": 100, "uplink-mbps": 1000, "downlink-mbps": 1000, "latency-ms": 0})
+    assert server is not None
+    strategy = HSplitLoRAStrategy(
+        GlobalModel(ModelFiles.resolve(str(model))),
+        AdaptivePlanning(costs, server),
+        TRAINING,
+        service=ServiceConfig(bind=f"127.0.0.1:{port}"),
+        limits=BarrierLimits(start_gate_s=LONG_S),
+    )
+    device = {"memory-gb": 1, "gflops": 10, "uplink-mbps": 100, "downlink-mbps": 100, "latency-ms": 1}
+    nodes = [
+        Node(str(n), [str(n)], model, lambda c: ClientData(random_batches(STEPS, int(c))), node_config=device)
+        for n in range(4)
+    ]
+    played = play_round(strategy, manager_of(*nodes), 1)
+    strategy.close()
+    assert played.metrics["clients"] == 4
+    with socket.socket() as probe:  # nothing listens on
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+
+
 # --- perplexities ---
 
 
 def test_perplexities_equal_transformers_own_loss(model: Path, strategy: HSplitLoRAStrategy, tmp_path: Path) -> None:
     played = play_round(strategy, manager_of(*node_per_client(model)), 1)
     strategy.close()
-    strategy.rounds.tail_rounds.settle()
-    strategy.rounds.tail_rounds.tail.adapters.remove()
+    strategy.rounds.tail_rounds.merge_remaining()
     strategy.rounds.model.segment.model.save_pretrained(tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     nll, tokens = 0.0, 0

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hsplit_flwr.federation import head_client as client_module
 from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.flower.local_federation import LocalNode
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.factors import LoraFactors
@@ -109,11 +110,12 @@ def play_round(strategy: HSplitLoRAStrategy, manager: SimpleClientManager, numbe
     return played
 
 
-def weights_of(strategy: HSplitLoRAStrategy) -> dict[str, Tensor]:
+def weights_of(server: RoundServer | HSplitLoRAStrategy) -> dict[str, Tensor]:
     """The global model's weight of every linear layer, as the layer stores it, with what is not merged yet."""
-    layers = strategy.rounds.model.segment.linear_modules()
+    rounds = server.rounds if isinstance(server, HSplitLoRAStrategy) else server
+    layers = rounds.model.segment.linear_modules()
     weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
-    for name, factors in strategy.rounds.tail_rounds.unmerged().items():
+    for name, factors in rounds.tail_rounds.unmerged().items():
         update = factors.delta()
         weights[name] += update if isinstance(layers[name], torch.nn.Linear) else update.T
     return weights

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from hsplit_flwr.reports.health.records import TailSteps
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 
 
 class StepNotes:

@@ -15,21 +15,24 @@ CENTRAL_EXAMPLES = 200
 SAMPLES = 2
 
 
-def server_fn(context: Context) -> ServerAppComponents:
-    """The run that the run config describes."""
+def server_side(context: Context) -> ServerSide:
+    """What the run config describes, whichever face of Flower it is for."""
     _, held_out = restaurant_examples()
     chosen = held_out[:: max(1, len(held_out) // SAMPLES)][:SAMPLES]
-    return legacy_components(
-        ServerSide(
-            app="simulations/quickstart",
-            run_config=context.run_config,
-            settings=read_settings(context.run_config, FOLDER),
-            model_name=MODEL,
-            files=ModelFiles.resolve(MODEL),
-            eval_batches=batches(held_out[:CENTRAL_EXAMPLES], context.run_config, shuffle=False),
-            samples=[Sample(prompt_text(e.mr), e.ref) for e in chosen],
-        )
+    return ServerSide(
+        app="simulations/quickstart",
+        run_config=context.run_config,
+        settings=read_settings(context.run_config, FOLDER),
+        model_name=MODEL,
+        files=ModelFiles.resolve(MODEL),
+        eval_batches=batches(held_out[:CENTRAL_EXAMPLES], context.run_config, shuffle=False),
+        samples=[Sample(prompt_text(e.mr), e.ref) for e in chosen],
     )
+
+
+def server_fn(context: Context) -> ServerAppComponents:
+    """The run that the run config describes."""
+    return legacy_components(server_side(context))
 
 
 app = ServerApp(server_fn=server_fn)

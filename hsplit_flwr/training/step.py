@@ -1,0 +1,85 @@
+"""What a step of the tail is asked for and what comes of it, as data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from torch import Tensor
+
+from hsplit_flwr.training.session import StepReply
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one tail step was: for progress and for the results."""
+
+    step: int
+    """run step (0-based) of the furthest client in it"""
+    clients: tuple[str, ...]
+    loss: float
+    """token-weighted mean over the clients, nats per token"""
+    tokens: int
+    answered_s: tuple[float, ...]
+    """client by client: the tail's own forward, backward and optimizer steps until the client had its answer"""
+    round_clients: int
+    """clients that were given this round's task"""
+
+    @property
+    def compute_s(self) -> float:
+        """Until the last client had its answer; further passes are not in it."""
+        return max(self.answered_s)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepRequest:
+    """One client's batch of a step."""
+
+    client: str
+    cut: int
+    """the block before which the activations enter"""
+    run_step: int
+    activations: Tensor
+    """(B, T, H)"""
+    attention_mask: Tensor
+    """(B, T)"""
+    labels: Tensor
+    """(B, T)"""
+    measured: bool = False
+    """the tail's importance is measured on it"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedBatch:
+    """What one optimizer step made of the requests that it was taken on."""
+
+    requests: list[StepRequest] = field(default_factory=list)
+    """those that were trained on"""
+    replies: dict[str, StepReply] = field(default_factory=dict)
+    """by client"""
+    refused: dict[str, Exception] = field(default_factory=dict)
+    """by client, why it was not trained on"""
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens of all clients."""
+        return sum(reply.tokens for reply in self.replies.values())
+
+    @property
+    def loss(self) -> float:
+        """Token-weighted mean over the clients, nats per token."""
+        return sum(reply.loss * reply.tokens for reply in self.replies.values()) / max(1, self.tokens)
+
+
+def step_report(batches: Sequence[TrainedBatch], round_clients: int) -> StepReport:
+    """One report of a step, whose `batches` (at least one) were trained on one after another."""
+    tokens = sum(batch.tokens for batch in batches)
+    ends = accumulate(batch.seconds for batch in batches)
+    return StepReport(
+        step=max(request.run_step for batch in batches for request in batch.requests),
+        clients=tuple(client for batch in batches for client in batch.replies),
+        loss=sum(batch.loss * batch.tokens for batch in batches) / max(1, tokens),
+        tokens=tokens,
+        answered_s=tuple(end for end, batch in zip(ends, batches, strict=True) for _ in batch.replies),
+        round_clients=round_clients,
+    )
