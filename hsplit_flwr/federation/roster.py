@@ -25,6 +25,9 @@ class Present(Protocol):
     def concurrency(self, clients: Iterable[str]) -> int:
         """How many of `clients` can be under way at a time."""
 
+    def count_nodes(self, clients: Iterable[str]) -> int:
+        """How many nodes host `clients`."""
+
 
 @dataclass(frozen=True)
 class NodeAnswer:
@@ -105,6 +108,13 @@ class Roster:
     def concurrency(self, clients: Iterable[str]) -> int:
         """How many of `clients` can be under way at a time."""
         chosen = list(clients)
-        nodes = {self._hosts[client] for client in chosen}
+        nodes = self._nodes_of(chosen)
         simulated = max((self._nodes[node].concurrency for node in nodes), default=0)
         return min(len(chosen), simulated or len(nodes))
+
+    def count_nodes(self, clients: Iterable[str]) -> int:
+        """How many nodes host `clients`."""
+        return len(self._nodes_of(clients))
+
+    def _nodes_of(self, clients: Iterable[str]) -> set[str]:
+        return {self._hosts[client] for client in clients}

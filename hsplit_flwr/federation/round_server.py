@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from hsplit_flwr.common.progress import describe_participants
 from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.tables import describe_ranks
@@ -198,6 +199,8 @@ class RoundServer:
         started = time.perf_counter()
         self._settle_plans(round_number, present)
         tasks = self._open_round(round_number, "train", present)
+        if round_number == 1:
+            _log.info("%s take part", describe_participants(len(tasks), present.count_nodes(tasks)))
         self.tail_rounds.open(round_number, tasks, present.concurrency(tasks))
         self._journal.phase(round_number, "configure", started)
         self._phase_started = time.perf_counter()

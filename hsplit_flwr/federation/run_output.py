@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hsplit_flwr.common.provenance import command as this_command
 from hsplit_flwr.common.provenance import commit, versions
+from hsplit_flwr.data.slots import SlotScore, score_slots
 from hsplit_flwr.errors import ConfigError, HSplitError
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_server import RoundServer
@@ -21,7 +22,7 @@ from hsplit_flwr.planning.plots import plot_budgets, plot_importance
 from hsplit_flwr.planning.report import plan_table
 from hsplit_flwr.reports.health.diagnosis import RunSettings, diagnose
 from hsplit_flwr.reports.health.plots import plot_spectrum
-from hsplit_flwr.reports.records import RunSummary
+from hsplit_flwr.reports.records import RunStatus, RunSummary
 from hsplit_flwr.reports.run_picture import plot_run
 from hsplit_flwr.reports.run_tables import plan_history, run_report
 
@@ -49,7 +50,8 @@ class RunOutput:
             Created at once, so that a bad path fails before training.
         command: the command that repeats the run; default: that of this process.
         config: the run config, for the summary.
-        samples: prompts to generate from, greedily.
+        samples: prompts to show with what the model makes of them, before and after; greedily.
+        prompts: further held-out prompts, to count what the model gets right of them (`data.slots`).
         adapter_rank: largest rank of the exported PEFT adapter; None: as much as exactness takes.
 
     Raises:
@@ -65,6 +67,7 @@ class RunOutput:
         command: str = "",
         config: Mapping[str, Any] | None = None,
         samples: Sequence[Sample] = (),
+        prompts: Sequence[str] = (),
         adapter_rank: int | None = None,
     ) -> None:
         if adapter_rank is not None and adapter_rank < 1:
@@ -77,35 +80,33 @@ class RunOutput:
         self._samples = samples
         self._adapter_rank = adapter_rank
         self._adapter: AdapterExport | None = None
-        self._tokenizer = model.files.tokenizer() if samples else None
-        self._before = self._generate(model.segment.model)
+        self._prompts = [*(sample.prompt for sample in samples), *prompts]
+        self._texts = {"before": self._generate(model.segment.model)}
+        """before and after training: a text for each of the prompts"""
         self._commit = commit()  # that of the code which runs, not of what is checked out when it ends
         self._started = time.perf_counter()
 
     def after_round(self, server: RoundServer) -> None:
         """Write summary and report as they are so far."""
-        self._attempt("the summary", lambda: self._write_summary(server, "running"))
+        self._attempt("the summary", lambda: self._write(self._summary(server, "running"), server))
 
     def finish(self, server: RoundServer, error: BaseException | None = None) -> None:
         """Write all results of a run that ended, `error` being what ended it early; log its tables.
 
         What cannot be written is said, and costs nothing of the rest.
         """
-        status = "failed" if error else "completed"
+        status: RunStatus = "failed" if error else "completed"
         reason = f"{type(error).__name__}: {error}" if error else ""
-        trained = any(record.clients for record in server.history)
-        after = self._before
-        if trained:
-            generated = self._attempt("the samples", lambda: self._generate(server.tail_rounds.evaluated_model()))
-            after = generated or self._before
-        self._attempt("the summary", lambda: self._write_summary(server, status, reason, after))
-        self._attempt("the pictures", lambda: self._draw(server))
-        if trained or error is None:
+        self._attempt("the summary", lambda: self._write(self._summary(server, status, reason), server))
+        if error is None or any(record.clients for record in server.history):
+            self._attempt("the texts", lambda: self._generate_after(server))
             server.tail_rounds.merge_remaining()
             self._adapter = self._attempt("the adapter", self._export_adapter)
             self._attempt("the merged model", self._save_merged)
-        report = self._attempt("the summary", lambda: self._write_summary(server, status, reason, after))
-        _log.info("%s", "\n".join(["", report or "", "", *self._sample_lines(after)]))
+        summary = self._summary(server, status, reason)
+        report = self._attempt("the summary", lambda: self._write(summary, server))
+        self._attempt("the pictures", lambda: self._draw(summary, server))
+        _log.info("%s", "\n".join(["", report or "", "", *self._sample_lines()]))
         _log.info("Results: %s", self.folder)
 
     def _attempt(self, what: str, write: Callable[[], Result]) -> Result | None:
@@ -115,13 +116,13 @@ class RunOutput:
             _log.error("%s of this run could not be written to %s: %r", what, self.folder, error)
             return None
 
-    def _write_summary(
-        self, server: RoundServer, status: str, reason: str = "", after: Sequence[str] | None = None
-    ) -> str:
-        """Write summary.json and report.txt; returns the report."""
+    def _summary(self, server: RoundServer, status: RunStatus, reason: str = "") -> RunSummary:
+        """What is known of the run so far."""
         initial = server.initial_score.perplexity if server.initial_score else None
         settings = RunSettings(server.training, server.config.rule, self._model.num_blocks)
-        summary = RunSummary(
+        slots = {when: score for when, texts in self._texts.items() if (score := self._slots(texts))}
+        before, after = (self._texts.get(when, self._texts["before"]) for when in ("before", "after"))
+        return RunSummary(
             initial_perplexity=initial,
             history=tuple(server.history),
             seed=server.training.seed,
@@ -131,24 +132,25 @@ class RunOutput:
             wall_seconds=time.perf_counter() - self._started,
             config=self._config,
             adapter=self._adapter.to_dict() if self._adapter else None,
-            health=diagnose(server.history, initial, settings),
+            health=diagnose(server.history, initial, settings, slots=slots),
             samples=tuple(
-                {"prompt": s.prompt, "reference": s.reference, "before": before, "after": now}
-                for s, before, now in zip(self._samples, self._before, after or self._before, strict=True)
+                {"prompt": sample.prompt, "reference": sample.reference, "before": then, "after": now}
+                for sample, then, now in zip(self._samples, before, after, strict=False)
             ),
+            slots=slots or None,
+            status=status,
+            reason=reason,
         )
+
+    def _write(self, summary: RunSummary, server: RoundServer) -> str:
+        """Write summary.json and report.txt; returns the report."""
         summary.save(self.folder / SUMMARY)
         report = "\n\n".join([run_report(summary), *_plan_sections(server)])
         (self.folder / "report.txt").write_text(report + "\n", encoding="utf-8")
         return report
 
-    def _draw(self, server: RoundServer) -> None:
+    def _draw(self, summary: RunSummary, server: RoundServer) -> None:
         """Draw the run, its plans and the spectrum of its updates."""
-        summary = RunSummary(
-            initial_perplexity=server.initial_score.perplexity if server.initial_score else None,
-            history=tuple(server.history), seed=server.training.seed, versions={}, commit=None, command="",
-            wall_seconds=0.0,
-        )  # fmt: skip
         plot_run(summary, self.folder / "run.png")
         plot_spectrum(server.history, self.folder / "spectrum.png")
         planning = server.planning
@@ -159,10 +161,11 @@ class RunOutput:
         plot_importance(planning.profile, cuts, self.folder / "importance.png", source)
         plot_budgets(planning.in_force, planning.costs, planning.made_with, self.folder / "budgets.png")
 
-    def _sample_lines(self, after: Sequence[str]) -> list[str]:
+    def _sample_lines(self) -> list[str]:
+        before, after = (self._texts.get(when, self._texts["before"]) for when in ("before", "after"))
         lines = []
-        for sample, before, now in zip(self._samples, self._before, after, strict=True):
-            lines += [f"prompt  {sample.prompt}", f"before  {before}", f"after   {now}", ""]
+        for sample, then, now in zip(self._samples, before, after, strict=False):
+            lines += [f"prompt  {sample.prompt}", f"before  {then}", f"after   {now}", ""]
         return lines
 
     def _export_adapter(self) -> AdapterExport:
@@ -180,11 +183,18 @@ class RunOutput:
     def _save_merged(self) -> None:
         save_merged(self._model.segment.model, self._model.files.tokenizer(), self.folder / "merged_model")
 
+    def _slots(self, texts: Sequence[str]) -> SlotScore | None:
+        """Slots that the texts for the held-out prompts get right."""
+        return score_slots(list(zip(self._prompts, texts, strict=True)))
+
+    def _generate_after(self, server: RoundServer) -> None:
+        self._texts["after"] = self._generate(server.tail_rounds.evaluated_model())
+
     def _generate(self, model: PreTrainedModel) -> list[str]:
-        prompts = [sample.prompt for sample in self._samples]
-        if not prompts:
+        """Greedy texts for all prompts, those of the samples first."""
+        if not self._prompts:
             return []
-        return generate_texts(model, self._tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS)
+        return generate_texts(model, self._model.files.tokenizer(), self._prompts, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def run_rounds(server: RoundServer, output: RunOutput | None, play: Callable[[], Result]) -> Result:

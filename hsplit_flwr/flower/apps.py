@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from flwr.server import ServerAppComponents
 
+from hsplit_flwr.common.device import describe_device
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.run_output import RunOutput, Sample
 from hsplit_flwr.flower.flower_log import log_through_flower
@@ -48,7 +49,9 @@ class ServerSide:
     eval_batches: Iterable[Batch]
     """server-side held-out batches"""
     samples: Sequence[Sample] = ()
-    """prompts to generate from before and after"""
+    """prompts to show with the model's texts, before and after training"""
+    prompts: Sequence[str] = ()
+    """further held-out prompts, to count what the texts get right of them"""
     check_data: Callable[[], object] = lambda: None
     """raises a `ConfigError` where some client would find no data that fits: said once, before the first round"""
 
@@ -80,6 +83,7 @@ def _prepared(side: ServerSide) -> tuple[GlobalModel, Any, dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plans = settings.plans or _planning(settings, side.files, device)  # looks at free memory, so before the model
     model = GlobalModel(side.files, DTYPES[settings.workload.dtype], device)
+    _log.info("the server computes on %s", describe_device(device))
     options = {
         "tail_lora": settings.tail_lora,
         "workload": settings.workload,
@@ -99,6 +103,7 @@ def _output(side: ServerSide, model: GlobalModel) -> RunOutput:
         command=flwr_command(side.app, side.run_config),
         config=side.run_config,
         samples=side.samples,
+        prompts=side.prompts,
         adapter_rank=side.settings.adapter_rank,
     )
 

@@ -23,6 +23,7 @@ from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.errors import ConfigError, RunFailedError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.remote_tail import DeltaTensors, RemoteTail
+from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation import head_client as client_module
 from hsplit_flwr.federation.global_model import GlobalModel
@@ -291,6 +292,24 @@ def test_a_client_without_its_state_gets_the_whole(
 
 
 # --- bad clients ---
+
+
+def test_the_tail_takes_no_more_of_a_client_than_the_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An admitted client may send neither more steps than the round has nor larger batches than were planned."""
+    opened: list[dict[str, Any]] = []
+    open_round = TailService.open_round
+
+    def spy(service: TailService, *args: Any, **limits: Any) -> dict[str, str]:
+        opened.append(limits)
+        return open_round(service, *args, **limits)
+
+    monkeypatch.setattr(TailService, "open_round", spy)
+    workload = Workload(8, 32, local_steps=STEPS)
+    files = ModelFiles.resolve(str(model))
+    strategy = HSplitLoRAStrategy(GlobalModel(files), PLANS, TRAINING, tail_lora=TAIL, workload=workload)
+    play_round(strategy, manager_of(*node_per_client(model)), 1)
+    strategy.close()
+    assert opened == [{"steps": STEPS, "workload": workload}, {"steps": None, "workload": workload}]
 
 
 def stored(array: Array, **how: Any) -> bytes:

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
-from hsplit_flwr.exchange.frames import Header, batch_tensors, encode
+from hsplit_flwr.exchange.codecs import CODECS, batch_tensors
+from hsplit_flwr.exchange.frames import Header, encode
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.dtypes import DTYPES
@@ -270,7 +271,7 @@ def test_step_bytes_are_those_of_real_frames(shape: tuple[int, int], activation_
     hidden = torch.randn(*shape, HIDDEN_SIZE)
     tokens = torch.ones(shape, dtype=torch.int64)
     header = Header("train", "a-run", 12, "client-7", 3, step=19)
-    assert costs.step_bytes_up == len(encode(header, batch_tensors(hidden, tokens, tokens, DTYPES[activation_dtype])))
+    assert costs.step_bytes_up == len(encode(header, batch_tensors(hidden, tokens, tokens, CODECS[activation_dtype])))
     answer = Header("gradient", "a-run", 12, "client-7", 3, step=19, loss=3.14159265358979, tokens=45)
     assert costs.step_bytes_down == len(encode(answer, {"gradient": hidden.to(DTYPES[activation_dtype])}))
     assert costs.hello_bytes == len(encode(Header("hello", "a-run", 12, "client-7", 3, have=11)))

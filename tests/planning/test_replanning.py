@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.head_client import ClientData
@@ -332,12 +333,12 @@ def test_a_probe_is_echoed_and_its_token_is_good_for_one_stream(
     close.append(strategy)
     task = strategy.rounds.probe_task("node")
     assert task is not None
-    with RemoteTail(task, task.max_frame_bytes) as tail:
+    with RemoteTail(task, task.max_frame_bytes, connect) as tail:
         tail.probe(10, 1 << 20)
         assert tail.bytes_down > 1 << 20
         link = measure_link(tail.probe)
     assert link.uplink_bytes_per_s > 1e6
-    with pytest.raises(Exception, match="unused token"), RemoteTail(task, task.max_frame_bytes) as tail:
+    with pytest.raises(Exception, match="unused token"), RemoteTail(task, task.max_frame_bytes, connect) as tail:
         tail.probe(1, 1)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from hsplit_flwr.reports.step_log import log_progress
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.tail import StepReport
+from hsplit_flwr.training.step import StepReport
 
 
 def test_lines_count_the_steps_of_a_round(caplog: pytest.LogCaptureFixture) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplit_flwr.exchange.frame_bytes import payload_bytes
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs.shapes import Matrix, WeightBytes, blocks_of
 from hsplit_flwr.planning.costs.step_trace import StepTrace
@@ -92,7 +93,7 @@ class HeadMemory:
         self._tokens = workload.batch_size * workload.sequence_length
         itemsize = DTYPES[workload.dtype].itemsize
         self._hidden_bytes = self._tokens * hidden_size * itemsize
-        self._frame_bytes = self._tokens * hidden_size * DTYPES[workload.activation_dtype].itemsize
+        self._frame_bytes = payload_bytes(workload, hidden_size)
         per_block = np.zeros((2, len(trace.blocks)), np.int64)
         for matrix in matrices:
             per_block[:, matrix.block] += 4 * self._tokens, matrix.d_in

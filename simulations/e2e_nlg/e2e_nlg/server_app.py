@@ -3,16 +3,16 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from e2e_nlg.task import FOLDER, batches, model_name, spread
+from e2e_nlg.task import FOLDER, batches, model_name
 from hsplit_flwr.data.e2e import validation_examples
-from hsplit_flwr.data.text_batches import prompt_text
+from hsplit_flwr.data.text_batches import prompt_text, spread
 from hsplit_flwr.federation.run_output import Sample
 from hsplit_flwr.flower.apps import ServerSide, message_strategy
 from hsplit_flwr.flower.client_settings import get
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.models.files import ModelFiles
 
-SAMPLES = 2
+SAMPLES, PROMPTS = 2, 8
 
 app = ServerApp()
 
@@ -33,6 +33,7 @@ def main(grid: Grid, context: Context) -> None:
             files=ModelFiles.resolve(name),
             eval_batches=batches(central, run_config, shuffle=False),
             samples=[Sample(prompt_text(e.mr), e.ref) for e in spread(held_out, SAMPLES)],
+            prompts=[prompt_text(e.mr) for e in spread(held_out, PROMPTS)],
         )
     )
     strategy.start(grid)
