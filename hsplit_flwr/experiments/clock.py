@@ -37,17 +37,17 @@ class ClientWork:
     client: str
     steps: int
     forward_flops: float
-    """of the head, per step"""
+    """FLOPs of the head's forward pass, per step"""
     backward_flops: float
-    """of the head, per step"""
+    """FLOPs of the head's backward pass, per step"""
     step_bytes_up: float
     step_bytes_down: float
     tail_flops: float
     """forward and backward of the server's tail for this client's batch of one step; 0: no tail"""
     download_bytes: float
-    """before its first step"""
+    """bytes it is sent before its first step"""
     upload_bytes: float
-    """after its last step"""
+    """bytes it sends after its last step"""
 
     def __post_init__(self) -> None:
         require_whole(what := f"steps of client {self.client!r}", self.steps, 1, key=what)
@@ -92,7 +92,7 @@ class RoundTimeline:
 
     @property
     def duration_s(self) -> float:
-        """Of the round."""
+        """Virtual seconds of the round."""
         return self.end_s - self.start_s
 
     @property
@@ -242,7 +242,7 @@ class _Round:
         return seconds
 
     def _wake(self, who: str) -> None:
-        """`who` goes on now if it sleeps; otherwise it will see for itself."""
+        """`who` wakes now if it sleeps; otherwise it will see for itself."""
         if who in self._asleep:
             self._asleep.discard(who)
             heapq.heappush(self._queue, (self._now, who))

@@ -1,9 +1,10 @@
 """One run of one method: rounds, evaluations, the virtual clock."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from importlib import import_module
+from typing import Protocol, cast
 
 from transformers import PreTrainedModel
 
@@ -12,10 +13,6 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.clock import RoundTimeline, play_round
 from hsplit_flwr.experiments.methods import METHODS, Method
 from hsplit_flwr.experiments.records import Evaluation, RunSpec, TextScores
-from hsplit_flwr.experiments.rivals.full_model import FullTrainer
-from hsplit_flwr.experiments.rivals.server_model import ServerTrainer
-from hsplit_flwr.experiments.rivals.whole_model import WholeTrainer
-from hsplit_flwr.experiments.split_model import SplitTrainer
 from hsplit_flwr.experiments.task import Task, spread
 from hsplit_flwr.experiments.text_metrics import score_texts
 from hsplit_flwr.experiments.work import RoundOutcome
@@ -26,8 +23,8 @@ from hsplit_flwr.training.loss import Score
 class Trainer(Protocol):
     """A method at work on a task."""
 
-    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
-        """Round `number` (from 1) with the clients `present`, up to the new global model."""
+    def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:
+        """Round `round_number` (from 1) with the clients `present`, up to the new global model."""
 
     def score(self) -> Score:
         """The global model's loss on the server's held-out examples."""
@@ -41,17 +38,16 @@ class RunResult:
     """What a run found."""
 
     evaluations: tuple[Evaluation, ...]
-    """before training (round 0) and after every round"""
+    """state before training (round 0) and after every round"""
     timelines: tuple[RoundTimeline, ...]
-    """of every round, on the virtual clock"""
+    """every round on the virtual clock"""
 
 
-TRAINERS: Mapping[str, Callable[[Task, Method], Trainer]] = {
-    "split": SplitTrainer,
-    "whole": WholeTrainer,
-    "full": FullTrainer,
-    "server": ServerTrainer,
-}
+def trainer_of(method: Method) -> Callable[[Task, Method], Trainer]:
+    """The class that `method` names, imported."""
+    module, _, name = method.trainer.partition(":")
+    found = getattr(import_module(f"hsplit_flwr.experiments.{module}"), name)
+    return cast(Callable[[Task, Method], Trainer], found)
 
 
 def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> RunResult:
@@ -68,12 +64,12 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
         raise ConfigError(f"Expected a method among {sorted(METHODS)}, found {spec.method!r}.")
     method = METHODS[spec.method]
     task = Task.of(spec)
-    trainer = TRAINERS[method.where](task, method)
+    trainer = trainer_of(method)(task, method)
     started = time.perf_counter()
-    evaluations = [Evaluation(0, trainer.score().perplexity, None, 0, 0.0, 0.0, 0, 0, 0, 0, 0.0)]
+    evaluations = [Evaluation.untrained(trainer.score().perplexity)]
     timelines: list[RoundTimeline] = []
-    for number in range(1, spec.rounds + 1):
-        outcome = trainer.round(number, task.setting.present(spec.seed, number))
+    for round_number in range(1, spec.rounds + 1):
+        outcome = trainer.round(round_number, task.setting.present(spec.seed, round_number))
         timelines.append(
             play_round(
                 outcome.work,
@@ -85,7 +81,7 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
                 tail_passes=method.tail_passes,
             )
         )
-        last = number == spec.rounds
+        last = round_number == spec.rounds
         scores = _text_scores(trainer, task) if last and spec.text_prompts else None
         perplexity = trainer.score().perplexity
         seconds = time.perf_counter() - started

@@ -99,7 +99,7 @@ def _shared(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _learning_rates(
     content: Mapping[str, Any], lists: Mapping[str, list[Any]], methods: Collection[str]
 ) -> dict[str, float]:
-    """By method; empty where the matrix lists learning rates for all."""
+    """Learning rates by method; empty where the matrix lists them for all."""
     table = _table(content, "learning_rates")
     if "learning_rates" in lists:
         if table:

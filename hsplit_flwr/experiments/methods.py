@@ -2,23 +2,33 @@
 
 Common to all: the same batches of the same clients in the same order, AdamW and the schedule of `TrainingConfig` over
 the whole run, LoRA on every linear layer (all but `ft`), and the token shares p_i. Rank 8 has alpha 16, everywhere.
-Other ranks have alpha 16 too where every round's adapters are merged (HSplitLoRA, ``flora``), else alpha = 2r: what is
-averaged or truncated across ranks needs one scaling.
+Other ranks have alpha 16 too where every round's adapters are merged (HSplitLoRA, ``flora``) or all clients have one
+rank (SplitLoRA), else alpha = 2r: what is averaged or truncated across ranks needs one scaling.
 
 Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_armsc``, ``without_naa``) and four of ours
 (``with_joint_steps``, ``with_deep_heads``, ``without_one_alpha``, ``without_going_on``), each alone.
 ``hsplitlora_4_passes`` is HSplitLoRA whose tail trains four times on what it is sent, while clients and links are busy.
 
+Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's proposal:
+
+* ``splitlora_16``: SplitLoRA at the largest rank that HSplitLoRA's planner may give, 16 instead of 8. Where the planner
+  gives one block at rank 16, what is left of the difference is how adapters are aggregated. Heterogeneous devices: the
+  smallest lacks 0.25 % of the memory of that head; it trains all the same and counts as too large.
+* ``splitlora_4_passes``: the same with four tail passes, as ``hsplitlora_4_passes`` has.
+* ``frozen_head`` and ``frozen_head_4_passes``: HSplitLoRA's tail behind one block per client that trains nothing, so
+  that clients only send activations. What HSplitLoRA ends lower than it is what training on clients brings. The wire
+  is the library's: the gradient of the activations and the head's importance travel although nobody needs them.
+
 How we read the rivals, where their texts leave a choice:
 
 * ``splitlora`` (arXiv:2407.00952): one cut and one rank for all, which the weakest device affords; heads' factors are
-  averaged and handed back, the tail's adapters and all optimizers go on over the whole run. The server takes an
+  averaged and handed back, the tail's adapters and all optimizers are kept over the whole run. The server takes an
   optimizer step on each client's batch, as the released code does; ``splitlora_joint`` takes one on all of them.
 * ``splitlora_as_released`` (https://github.com/FDU-INC/Split_LoRA, gpt2_ft_sfl.py): its aggregation averages N + 1
   snapshots of N clients without weights. Each was taken before that client's last step, and the first client has two.
 * ``hetlora`` (arXiv:2401.06432): the whole model on every client, rank by device, zero-padding, sparsity-weighted
   average, truncation, rank self-pruning (`pruning`; from the paper's description, its constants from memory).
-* ``flora`` (arXiv:2409.05976): as HetLoRA, but stacked, merged and started afresh; no split.
+* ``flora`` (arXiv:2409.05976): as HetLoRA, but stacked, merged and restarted; no split.
 * ``flexlora`` (arXiv:2402.11505): as HetLoRA, but the exact sum is redistributed by SVD, to every client as much as its
   rank holds; scored at the largest rank.
 * ``cenlora``: all data on the server, one LoRA of rank 16; a step takes the batches of all clients at once, so that it
@@ -29,35 +39,43 @@ How we read the rivals, where their texts leave a choice:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
-Where = Literal["split", "whole", "full", "server"]
+SPLIT = "split_model:SplitTrainer"
+"""the model is split between device and server"""
+WHOLE = "rivals.whole_model:WholeTrainer"
+"""LoRA on the whole model, on every device"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """What makes a method."""
 
     title: str
-    where: Where
-    """training: split between device and server; the whole model on every device, by LoRA or ("full") all of its
-    weights; or all of it on the server"""
+    trainer: str
+    """``module:class`` of the `engine.Trainer`, counted from this folder. A name, so that whoever only reads results
+    does not import torch."""
+    pooled_data: bool = False
+    """all data are on the server"""
     rule: str = "noise_free"
-    """one of `aggregation.RULES`"""
+    """aggregation rule, one of `aggregation.RULES`"""
     carried: bool = False
-    """the aggregated adapters go on in the next round; else they are merged, and new ones start"""
+    """the aggregated adapters are kept in the next round; else they are merged, and new ones start"""
     planned: bool = False
     """cuts and ranks by the planner; else one cut and one rank (split), or a rank by device (whole)"""
+    largest_rank: bool = False
+    """one rank for all is the planner's largest, whether or not it fits; else 8, or less if a device needs it"""
+    frozen_heads: bool = False
+    """one block per client, without adapters; not for the planner"""
     importance: bool = True
     """the planner knows which weights matter"""
     deep_heads: bool = False
     """the planner counts what heads train alone: as many blocks as memory holds, however long a round takes"""
     one_alpha: bool = True
     """planned adapters have one alpha; else one scaling alpha / r"""
-    tail_goes_on: bool = True
-    """adapters that the tail alone trains go on from round to round; else all start afresh"""
+    keep_tail: bool = True
+    """adapters that the tail alone trains are kept from round to round; else all restart"""
     tail_passes: int = 1
-    """of the tail over the batches of a step"""
+    """passes of the tail over the batches of a step"""
     self_pruning: bool = False
     stale_snapshots: bool = False
     """aggregates what SplitLoRA's released code does"""
@@ -65,8 +83,11 @@ class Method:
     """the server takes one optimizer step on the batches of all clients together; else one on each client's batch"""
 
 
-_HSPLITLORA = Method("HSplitLoRA", "split", planned=True)
-_SPLITLORA = Method("SplitLoRA", "split", rule="fedavg", carried=True)
+_HSPLITLORA = Method(title="HSplitLoRA", trainer=SPLIT, planned=True)
+_SPLITLORA = Method(title="SplitLoRA", trainer=SPLIT, rule="fedavg", carried=True)
+_SPLITLORA_16 = replace(_SPLITLORA, title="SplitLoRA, rank 16", largest_rank=True)
+_FROZEN_HEAD = replace(_HSPLITLORA, title="Frozen head", planned=False, largest_rank=True, frozen_heads=True)
+_CENLORA = Method(title="CenLoRA", trainer="rivals.server_model:ServerTrainer", pooled_data=True)
 METHODS: Mapping[str, Method] = {
     "hsplitlora": _HSPLITLORA,
     "hsplitlora_4_passes": replace(_HSPLITLORA, title="HSplitLoRA, 4 tail passes", tail_passes=4),
@@ -76,16 +97,20 @@ METHODS: Mapping[str, Method] = {
     "with_joint_steps": replace(_HSPLITLORA, title="HSplitLoRA with joint tail steps", joint_steps=True),
     "with_deep_heads": replace(_HSPLITLORA, title="HSplitLoRA with as deep heads as fit", deep_heads=True),
     "without_one_alpha": replace(_HSPLITLORA, title="HSplitLoRA with alpha = 2r", one_alpha=False),
-    "without_going_on": replace(_HSPLITLORA, title="HSplitLoRA, all adapters afresh", tail_goes_on=False),
+    "without_going_on": replace(_HSPLITLORA, title="HSplitLoRA, all adapters restart", keep_tail=False),
     "splitlora": _SPLITLORA,
     "splitlora_joint": replace(_SPLITLORA, title="SplitLoRA, joint tail steps", joint_steps=True),
     "splitlora_as_released": replace(_SPLITLORA, title="SplitLoRA as released", stale_snapshots=True),
-    "hetlora": Method("HetLoRA", "whole", rule="zero_pad", carried=True, self_pruning=True),
-    "flora": Method("FLoRA", "whole"),
-    "flexlora": Method("FlexLoRA", "whole", rule="svd", carried=True),
-    "cenlora": Method("CenLoRA", "server", joint_steps=True),
-    "cenlora_small_batch": Method("CenLoRA, small batches", "server"),
-    "ft": Method("FT", "full"),
+    "splitlora_16": _SPLITLORA_16,
+    "splitlora_4_passes": replace(_SPLITLORA_16, title="SplitLoRA, rank 16, 4 tail passes", tail_passes=4),
+    "frozen_head": _FROZEN_HEAD,
+    "frozen_head_4_passes": replace(_FROZEN_HEAD, title="Frozen head, 4 tail passes", tail_passes=4),
+    "hetlora": Method(title="HetLoRA", trainer=WHOLE, rule="zero_pad", carried=True, self_pruning=True),
+    "flora": Method(title="FLoRA", trainer=WHOLE),
+    "flexlora": Method(title="FlexLoRA", trainer=WHOLE, rule="svd", carried=True),
+    "cenlora": replace(_CENLORA, joint_steps=True),
+    "cenlora_small_batch": replace(_CENLORA, title="CenLoRA, small batches"),
+    "ft": Method(title="FT", trainer="rivals.full_model:FullTrainer"),
 }
 RIVALS = ("splitlora", "hetlora", "flora", "flexlora", "cenlora", "ft")
 """whom HSplitLoRA is compared with"""

@@ -19,7 +19,7 @@ class RunSpec:
     partition: str
     """``iid`` or ``dirichlet``"""
     seed: int
-    """of partition, batches, adapters and availability"""
+    """source of partition, batches, adapters and availability"""
     learning_rate: float
     model: str = "tiny"
     """``tiny`` (embedded), ``smollm2``, or whatever `ModelFiles.resolve` takes"""
@@ -27,19 +27,19 @@ class RunSpec:
     """a folder with ``train.csv`` and ``valid.csv`` (columns ``mr`` and ``ref``); empty: the embedded restaurants"""
     rounds: int = 5
     local_steps: int = 10
-    """of every client and round"""
+    """steps of every client in a round"""
     batch_size: int = 4
     max_length: int = 96
     warmup_steps: int = 10
     alpha: float = 0.3
-    """of the Dirichlet partition"""
+    """concentration of the Dirichlet partition"""
     held_out: str = "test"
     """``test`` or ``validation``: two halves of the held-out meaning representations; settings are searched on the
     second"""
     eval_examples: int = 200
-    """of that half, evenly spaced, for perplexity"""
+    """examples of that half for perplexity, evenly spaced; all where there are fewer"""
     text_prompts: int = 0
-    """held-out prompts that the final model writes texts for; 0: no text metrics"""
+    """held-out prompts that the final model writes texts for; all where there are fewer; 0: no text metrics"""
     cut: int = 0
     """every client's cut, instead of what the method chooses; 0: the method chooses"""
     rank: int = 0
@@ -63,7 +63,7 @@ class RunSpec:
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """In the order of the class."""
+        """Names of the fields in the order of the class."""
         return tuple(field.name for field in fields(cls))
 
 
@@ -81,13 +81,13 @@ class TextScores:
     cider: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """The state of a run after a round (round 0: before training). Totals count from the start of the run."""
 
     round: int
     perplexity: float
-    """of the server's held-out examples"""
+    """perplexity of the server's held-out examples"""
     train_loss: float | None
     """mean over the round's clients, weighted by tokens, of their mean over the steps, nats; None in round 0"""
     tokens: int
@@ -95,20 +95,37 @@ class Evaluation:
     virtual_s: float
     """time on the devices of the setting, by the virtual clock"""
     idle_share: float
-    """of the clients' time in the rounds so far, the mean share they waited; 0 in round 0"""
+    """mean share of the rounds so far that clients waited; 0 in round 0"""
     bytes_up: int
     """all clients to server"""
     bytes_down: int
     clients: int
-    """that finished the round"""
+    """clients that finished the round"""
     too_large: int
     """clients of the round whose memory budget their part exceeds; they train all the same"""
     wall_s: float
     """real time on the machine that computed it"""
     scores: TextScores | None = None
-    """of the last round, if asked for"""
+    """scores of texts, in the last round if asked for"""
+
+    @classmethod
+    def untrained(cls, perplexity: float) -> "Evaluation":
+        """Round 0: a perplexity, and nothing done yet."""
+        return cls(
+            round=0,
+            perplexity=perplexity,
+            train_loss=None,
+            tokens=0,
+            virtual_s=0.0,
+            idle_share=0.0,
+            bytes_up=0,
+            bytes_down=0,
+            clients=0,
+            too_large=0,
+            wall_s=0.0,
+        )
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """In the order of the class."""
+        """Names of the fields in the order of the class."""
         return tuple(field.name for field in fields(cls))

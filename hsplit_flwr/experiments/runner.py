@@ -28,7 +28,7 @@ class Outcome:
 
     finished: int
     skipped: int
-    """in the store already"""
+    """runs that are in the store already"""
     failures: tuple[Failed, ...]
     interrupted: bool = False
 
@@ -150,7 +150,7 @@ class _Matrix:
         return None
 
     def _take(self, event: Event, pool: WorkerPool) -> None:
-        """Store and report; the run of `event` is no longer among the running ones of `pool`, unless it goes on."""
+        """Store and report; the run of `event` is no longer among the running ones of `pool`, unless it is not done."""
         match event:
             case RoundDone(spec, evaluation):
                 if time.monotonic() - self._last_line_at >= QUIET_SECONDS:

@@ -38,12 +38,12 @@ class Size:
     head_bytes: float
     """memory of the deepest head, rank 16 everywhere"""
     step_flops: float
-    """of the whole model, rank 16 everywhere"""
+    """FLOPs of a step of the whole model, rank 16 everywhere"""
     step_bytes_up: float
 
     @classmethod
     def of(cls, costs: ModelCosts) -> "Size":
-        """Of the model and workload of `costs`."""
+        """Size of the model under the workload of `costs`."""
         deepest = costs.num_blocks - 1
         ranks = {matrix.name: 16 for matrix in costs.matrices}
         return cls(costs.head_memory(deepest, ranks).total_bytes, whole_flops(costs, ranks), costs.step_bytes_up)
@@ -131,7 +131,7 @@ SETTINGS: Mapping[str, Setting] = {
         away=0.3,
     ),
 }
-"""by name
+"""settings by name
 
 ====================  ================  ===================  ==============  =================  =============
 setting               memory, GB        compute, TFLOP/s     uplink, Mbit/s  downlink, Mbit/s   away

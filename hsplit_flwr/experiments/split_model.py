@@ -1,57 +1,75 @@
-"""Methods that split the model: heads against one shared tail, in one process, without a wire.
+"""Methods that split the model: a deployment's server and tail, and heads in the same process, without a wire.
 
-The same heads, tail, step barrier, planner and aggregation as in a deployment (`HSplitLoRAStrategy`); all segments
-share the tensors of one model.
+Plans, tail, step barrier, aggregation, merging and importance are those of `RoundServer`. What differs by method is how
+a round's adapters become weights (`MethodServer`), and whether heads are kept.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from hsplit_flwr.common.seeds import head_seed
+from hsplit_flwr.errors import RunFailedError
+from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.experiments.clock import ClientWork
+from hsplit_flwr.experiments.local_rounds import Everyone, LocalDoor
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.adapted import adapted
+from hsplit_flwr.experiments.split_head import SplitHead
 from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, merge_flops, recorded, split_work
+from hsplit_flwr.experiments.work import RoundOutcome, factor_bytes, merge_flops, split_work
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.tail_rounds import TailRounds
-from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.federation.round_server import RoundServer, StrategyConfig
+from hsplit_flwr.federation.trained_head import HeadReply
+from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate
 from hsplit_flwr.lora.factors import LoraFactors
-from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.models.segments import Segment, block_of, linear_shapes, segment_from_model
+from hsplit_flwr.models.segments import Segment, block_of
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.batch import Batch
-from hsplit_flwr.training.config import ClientPlan
-from hsplit_flwr.training.head import TrainReport, train_head
 from hsplit_flwr.training.loss import Score, score_segment
-from hsplit_flwr.training.optimizer import Optimizer
+from hsplit_flwr.training.tail import SharedTail
 
 LIMITS = BarrierLimits(start_gate_s=60.0, straggler_limit_s=600.0, step_limit_s=600.0)
 """nobody is late here: a step always takes all clients, so that a run does not depend on the machine's load"""
+Factors = Mapping[str, LoraFactors]
 
 
-@dataclass
-class _Head:
-    """A client's part, and what it did in a round."""
+class MethodServer(RoundServer):
+    """A `RoundServer` that ends its rounds as `method` does.
 
-    plan: ClientPlan
-    segment: Segment
-    adapters: SegmentAdapters
-    optimizer: Optimizer
-    download_bytes: int = 0
-    """what it was sent before its first step"""
-    shapes: list[BatchShape] = field(default_factory=list)
-    snapshot: dict[str, LoraFactors] = field(default_factory=dict)
-    """its adapters before its last step"""
+    Args:
+        method: what is run.
+        heads: client id -> its head of the round under way.
+        arguments: of `RoundServer`, as are `options`.
+    """
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        """Of its matrices; 0: no adapter."""
-        return {name: self.plan.lora.rank(name) for name in self.segment.linear_modules()}
+    def __init__(self, method: Method, heads: Mapping[str, SplitHead], *arguments: Any, **options: Any) -> None:
+        config = StrategyConfig(rule=method.rule, federated_evaluation=False)
+        super().__init__(*arguments, config=config, limits=LIMITS, **options)
+        self._method = method
+        self._heads = heads
+        self.update: dict[str, LoraFactors] = {}
+        """what the last round aggregated"""
+        self.average: dict[str, LoraFactors] = {}
+        """mean of the heads' adapters, where they are carried from round to round"""
+
+    def merge(self, contributions: Sequence[Contribution], tail_factors: Factors) -> None:
+        """The update goes into the weights; or the mean of the heads' adapters is kept, and the tail's as they are."""
+        if self._method.carried:
+            kept = self._stale() if self._method.stale_snapshots else contributions
+            self.average = self.update = aggregate(kept, {}, block_of, RULES[self.config.rule])
+            self.tail_rounds.keep_tail_only()
+            return
+        self.update = self.tail_rounds.merge(contributions, tail_factors, self.config.rule)
+        if not self._method.keep_tail:
+            self.tail_rounds.merge_remaining()
+
+    def _stale(self) -> list[Contribution]:
+        """N + 1 snapshots of N heads, each before its last step, the first one twice."""
+        heads = [*self._heads.values(), next(iter(self._heads.values()))]
+        return [Contribution(1 / len(heads), head.plan.cut, head.snapshot) for head in heads]
 
 
 class SplitTrainer:
@@ -60,146 +78,119 @@ class SplitTrainer:
     def __init__(self, task: Task, method: Method) -> None:
         self._task = task
         self._method = method
-        self._training = replace(task.training, joint_steps=method.joint_steps, tail_passes=method.tail_passes)
-        self._model = GlobalModel(task.files)
-        """what all segments take their tensors from"""
-        self._book = plans_of(task, method)
-        self._shapes = linear_shapes(self._model.segment)
-        self._rounds = TailRounds(self._model, self._book, self._training, LIMITS)
-        self._heads: dict[str, _Head] = {}
-        self._average: dict[str, LoraFactors] = {}
-        """of the heads' adapters, where they are carried"""
+        self.heads: dict[str, SplitHead] = {}
+        """client -> its head in the last round"""
+        self._kept: dict[str, SplitHead] = {}
+        """client -> the head that it carries from round to round, also while it is away"""
+        plans = plans_of(task, method)
+        self.server = MethodServer(
+            method,
+            self.heads,
+            GlobalModel(task.files),
+            plans.plans,
+            replace(task.training, joint_steps=method.joint_steps, tail_passes=method.tail_passes),
+            self._open_door,
+            tail_lora=plans.tail_lora,
+            workload=plans.workload,
+        )
         self._versions: dict[str, int] = {}
-        """of the weights that each client has"""
+        """client -> version of the weights that it has"""
 
-    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
+    def _open_door(self, tail: SharedTail, *_: object) -> LocalDoor:
+        self._door = LocalDoor(tail)
+        return self._door
+
+    def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:
         """Plan, train, aggregate."""
-        decision = self._book.settle(present, self._task.devices)
-        if decision and decision.reasons:
-            self._rounds.replan()
-        heads = {client: self._head(client, number) for client in present if self._book.takes_part(client)}
-        reports = self._train(heads, number)
-        update = self._carry(heads, reports) if self._method.carried else self._merge(heads, reports)
-        tokens = {client: report.tokens for client, report in reports.items()}
-        loss = sum(tokens[c] * sum(r.losses) / len(r.losses) for c, r in reports.items()) / sum(tokens.values())
+        tasks = self.server.open_training(round_number, Everyone(present, self._task.devices))
+        self.heads.clear()
+        self.heads |= {client: self._head(task) for client, task in tasks.items()}
+        replies = self._train(tasks)
+        record = self.server.close_training(replies)
+        if record.failures:
+            raise RunFailedError(f"Expected every client to finish round {round_number}, found: {record.failures}.")
+        tokens = sum(reply.tokens for reply in replies.values())
         return RoundOutcome(
-            work=tuple(self._work(client, head) for client, head in heads.items()),
-            tokens=sum(tokens.values()),
-            train_loss=loss,
-            too_large=sum(self._too_large(client, head) for client, head in heads.items()),
-            server_flops=merge_flops(update),
+            work=tuple(self._work(client, head) for client, head in self.heads.items()),
+            tokens=tokens,
+            train_loss=sum(reply.tokens * reply.loss for reply in replies.values()) / tokens,
+            too_large=sum(self._too_large(client, head) for client, head in self.heads.items()),
+            server_flops=merge_flops(self.server.update),
         )
 
     def score(self) -> Score:
         """Score of the global model."""
-        if self._average:
-            return score_segment(self._carried(), self._task.eval_batches)
-        return self._rounds.score(self._task.eval_batches)
+        carried = self._carried()
+        if carried is None:
+            return self.server.tail_rounds.score(self._task.eval_batches)
+        return score_segment(carried, self._task.eval_batches)
 
     def global_model(self) -> PreTrainedModel:
         """The global model, to generate with."""
-        return self._carried().model if self._average else self._rounds.evaluated_model()
+        carried = self._carried()
+        return carried.model if carried else self.server.tail_rounds.evaluated_model()
 
-    def _carried(self) -> Segment:
-        """The global model where the heads' adapters are carried, and so never merged."""
-        return adapted(self._model, {**self._average, **self._rounds.unmerged()})
+    def _carried(self) -> Segment | None:
+        """The whole model with the mean of the heads' adapters and the tail's; None where no heads' are carried."""
+        if not self.server.average:
+            return None
+        return adapted(self.server.model, {**self.server.average, **self.server.tail_rounds.unmerged()})
 
-    def _head(self, client: str, number: int) -> _Head:
-        """`client`'s head of this round: at the newest weights, its adapters afresh or carried on."""
-        if head := self._heads.get(client):
-            head.shapes.clear()
-            head.adapters.set(self._average)
-            head.download_bytes = factor_bytes(self._average)
-            return head
-        plan = self._book.plan(client)
-        segment = segment_from_model(self._model.segment.model, 0, plan.cut)
-        adapters = SegmentAdapters(segment, plan.lora, segment.linear_modules())
-        if self._average:
-            adapters.set(self._average)
-        else:
-            common_start = self._method.rule != EXACT_RULE
-            seed = head_seed(self._training.seed, number, client, common_start)
-            adapters.reset(seed)
-        optimizer = Optimizer(adapters.parameters(), self._training)
-        version, _, lacking = self._model.since(self._versions.get(client, 0), plan.cut)
-        self._versions[client] = version
-        download = sum(tensor.nbytes for tensor in lacking.values()) + factor_bytes(self._average)
-        head = _Head(plan, segment, adapters, optimizer, download)
+    def _head(self, task: RoundTask) -> SplitHead:
+        """The client's head of this round: at the newest weights with fresh adapters, or the one it kept."""
+        average = self.server.average
+        head = self._kept.get(task.client) or SplitHead.of(task, self.server.model.segment)
+        if average:
+            head.adapters.set(average)
+        head.download_bytes = self._lacking_bytes(task) + factor_bytes(average)
         if self._method.carried:
-            self._heads[client] = head
+            self._kept[task.client] = head
         return head
 
-    def _train(self, heads: Mapping[str, _Head], number: int) -> dict[str, TrainReport]:
-        training, tail = self._training, self._rounds.tail
-        self._rounds.open(number, heads, len(heads))
-        first = (number - 1) * training.local_steps
+    def _lacking_bytes(self, task: RoundTask) -> int:
+        """Bytes of what the client's weights lack, which it gets now."""
+        version, _, lacking = self.server.model.since(self._versions.get(task.client, 0), task.plan.cut)
+        self._versions[task.client] = version
+        return sum(tensor.nbytes for tensor in lacking.values())
 
-        def train(client: str) -> TrainReport:
-            head = heads[client]
+    def _train(self, tasks: Mapping[str, RoundTask]) -> dict[str, HeadReply]:
+        """Every head in a thread of its own. Whoever fails ends the run, once nobody waits for it any more."""
+
+        def train(client: str) -> HeadReply:
+            task = tasks[client]
             try:
-                session = tail.join(client, head.plan.cut, first)
-            except BaseException:
-                tail.withdraw(client)
-                raise
-            try:
-                batches = recorded(self._task.streams[client](first), head.shapes)
-                snapped = _with_snapshot(batches, head, training.local_steps)
-                return train_head(head.segment, head.adapters, snapped, session, training, first, head.optimizer)
+                session = self._door.enter(task)
+                try:
+                    return self.heads[client].train(task, self._task.streams[client](task.first_step), session)
+                finally:
+                    session.close()
             finally:
-                session.close()
+                self.server.answered(client)
 
-        with ThreadPoolExecutor(len(heads)) as pool:
-            reports = dict(zip(heads, pool.map(train, heads), strict=True))
-        tail.close_training()
-        return reports
+        try:
+            with ThreadPoolExecutor(len(tasks)) as pool:
+                return dict(zip(tasks, pool.map(train, tasks), strict=True))
+        except BaseException:
+            self.server.close()
+            raise
 
-    def _merge(self, heads: Mapping[str, _Head], reports: Mapping[str, TrainReport]) -> dict[str, LoraFactors]:
-        """The round's update goes into the weights, by the method's rule."""
-        shares = token_shares({client: report.tokens for client, report in reports.items()})
-        contributions = [Contribution(shares[c], h.plan.cut, h.adapters.factors()) for c, h in heads.items()]
-        tail = self._rounds.tail
-        update = self._rounds.merge(contributions, tail.adapters.factors(), self._method.rule)
-        if not self._method.tail_goes_on:
-            self._rounds.merge_remaining()
-        measured = {client: report.importance for client, report in reports.items()}
-        self._book.observe_importance(measured, tail.importance(), shares, self._shapes)
-        return update
-
-    def _carry(self, heads: Mapping[str, _Head], reports: Mapping[str, TrainReport]) -> dict[str, LoraFactors]:
-        """The heads' factors are averaged and go on; the tail's stay as they are."""
-        if self._method.stale_snapshots:
-            stale = [*heads.values(), next(iter(heads.values()))]
-            contributions = [Contribution(1 / len(stale), head.plan.cut, head.snapshot) for head in stale]
-        else:
-            shares = token_shares({client: report.tokens for client, report in reports.items()})
-            contributions = [Contribution(shares[c], h.plan.cut, h.adapters.factors()) for c, h in heads.items()]
-        self._average = aggregate(contributions, {}, block_of, RULES[self._method.rule])
-        self._rounds.keep_tail_only()
-        return self._average
-
-    def _work(self, client: str, head: _Head) -> ClientWork:
-        ranks = head.ranks
-        tail_ranks = {name: self._book.tail_lora.rank(name) for name in self._shapes}
-        upload = self._task.costs.update_bytes(head.plan.cut, ranks)
+    def _work(self, client: str, head: SplitHead) -> ClientWork:
+        costs = self._task.costs
         return split_work(
             client,
-            self._task.costs,
+            costs,
             head.plan.cut,
-            ranks,
-            tail_ranks,
+            head.ranks,
+            self._tail_ranks(),
             head.shapes,
             download_bytes=head.download_bytes,
-            upload_bytes=upload,
+            upload_bytes=costs.update_bytes(head.plan.cut, head.ranks),
         )
 
-    def _too_large(self, client: str, head: _Head) -> bool:
+    def _tail_ranks(self) -> dict[str, int]:
+        adapters = self.server.tail_rounds.tail.adapters
+        return {name: adapters.parameters([name])[0].shape[0] for name in adapters.module_names}
+
+    def _too_large(self, client: str, head: SplitHead) -> bool:
         needed = self._task.costs.head_memory(head.plan.cut, head.ranks).total_bytes
         return needed > self._task.devices[client].memory_bytes
-
-
-def _with_snapshot(batches: Iterator[Batch], head: _Head, steps: int) -> Iterator[Batch]:
-    """`batches`; as the last one is asked for, the head's adapters are kept as they are then."""
-    for step, batch in enumerate(batches):
-        if step == steps - 1:
-            head.snapshot = head.adapters.factors()
-        yield batch

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import Method
@@ -13,9 +13,9 @@ from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.importance_history import ImportanceHistory
 from hsplit_flwr.planning.planner import PlannerConfig
-from hsplit_flwr.planning.plans import PlansInForce, plans_in_force
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.config import ClientPlan
+from hsplit_flwr.training.workload import Workload
 
 
 class _NoHistory(ImportanceHistory):
@@ -41,26 +41,48 @@ class OneScalingPlanning(AdaptivePlanning):
         return LoraSpec.of_scaling(ranks, SCALING)
 
 
-def plans_of(task: Task, method: Method) -> PlansInForce:
+class SplitPlans(NamedTuple):
+    """What a `RoundServer` is given to plan by."""
+
+    plans: AdaptivePlanning | ClientPlan
+    tail_lora: LoraSpec | None = None
+    """the tail's adapters where plans are configured"""
+    workload: Workload | None = None
+    """largest batches where plans are configured"""
+
+
+def plans_of(task: Task, method: Method) -> SplitPlans:
     """The plans of `method` under `task`; a cut or rank that the run's spec states goes for all clients.
 
     Raises:
         ConfigError: a device that cannot hold any head.
     """
-    spec, training, modules = task.spec, task.training, [matrix.name for matrix in task.costs.matrices]
+    spec = task.spec
     if method.planned and not (spec.cut or spec.rank):
-        planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
-        if not method.importance:
-            planning = UnweightedPlanning
-        config = PlannerConfig(RANKS, tail_rank=LARGEST_RANK)
-        if method.deep_heads:
-            config = replace(config, tail_worth=0.0, deadline_s=math.inf)
-        plans = planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
-        return plans_in_force(plans, None, None, training, modules)
-    rank = spec.rank or common_rank(task.costs, task.devices)
-    cut = spec.cut or common_cut(task.costs, task.devices, rank)
-    lora = LoraSpec(rank, LORA_ALPHA)
-    return plans_in_force(ClientPlan(cut, lora), lora, task.costs.workload, training, modules)
+        return SplitPlans(_planning(task, method))
+    plan, tail = _one_plan(task, method)
+    return SplitPlans(plan, tail, task.costs.workload)
+
+
+def _planning(task: Task, method: Method) -> AdaptivePlanning:
+    """The planner, but for what `method` leaves out of it."""
+    planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
+    if not method.importance:
+        planning = UnweightedPlanning
+    config = PlannerConfig(RANKS, tail_rank=LARGEST_RANK)
+    if method.deep_heads:
+        config = replace(config, tail_worth=0.0, deadline_s=math.inf)
+    return planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
+
+
+def _one_plan(task: Task, method: Method) -> tuple[ClientPlan, LoraSpec]:
+    """The plan of every client, and the tail's adapters."""
+    spec, costs, devices = task.spec, task.costs, task.devices
+    rank = spec.rank or (LARGEST_RANK if method.largest_rank else common_rank(costs, devices))
+    adapters = LoraSpec(rank, LORA_ALPHA)
+    if method.frozen_heads:
+        return ClientPlan(spec.cut or 1, LoraSpec(0)), adapters
+    return ClientPlan(spec.cut or common_cut(costs, devices, rank), adapters), adapters
 
 
 def common_rank(costs: ModelCosts, devices: Mapping[str, Budget]) -> int:
@@ -76,7 +98,7 @@ def common_rank(costs: ModelCosts, devices: Mapping[str, Budget]) -> int:
 
 
 def common_cut(costs: ModelCosts, devices: Mapping[str, Budget], rank: int) -> int:
-    """The deepest cut at which every device holds its head with `rank` everywhere."""
+    """The deepest cut at which every device holds its head with `rank` everywhere; 1 where there is none."""
     return max((cut for cut in range(1, costs.num_blocks) if _fits(costs, devices, cut, rank)), default=1)
 
 

@@ -30,15 +30,15 @@ RANKS = (1, 2, 4, 8, 16)
 RANK = 8
 """where one rank serves all"""
 LARGEST_RANK = 16
-"""and the mean of the planned tail's: a server can afford it, as CenLoRA's does"""
+"""the largest candidate, and the mean of the planned tail's ranks: a server can afford it, as CenLoRA's does"""
 LORA_ALPHA = 16.0
-"""of adapters that are merged every round, and where heads and tail have one rank"""
+"""alpha of adapters that are merged every round, and where all have one rank"""
 SCALING = LORA_ALPHA / RANK
 """alpha / r of whole-model adapters that are carried from round to round: what is averaged needs one for all ranks"""
 EVAL_BATCH_SIZE = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """One run's surroundings."""
 
@@ -47,7 +47,7 @@ class Task:
     costs: ModelCosts
     setting: Setting
     devices: Mapping[str, Budget]
-    """by client id"""
+    """client id -> its device"""
     server: Budget
     training: TrainingConfig
     streams: Mapping[str, Callable[[int], Iterator[Batch]]]

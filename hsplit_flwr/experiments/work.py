@@ -19,7 +19,7 @@ BatchShape = tuple[int, int]
 """rows and positions"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundOutcome:
     """What a trainer did in a round."""
 
@@ -31,7 +31,7 @@ class RoundOutcome:
     too_large: int
     """clients whose part needs more memory than their device has"""
     server_flops: float = 0.0
-    """of the server outside of the steps, or of all of its training if there are no clients"""
+    """FLOPs of the server outside of the steps, or of all of its training if there are no clients"""
 
 
 def recorded(batches: Iterable[Batch], shapes: list[BatchShape]) -> Iterator[Batch]:
@@ -109,10 +109,10 @@ def full_flops(costs: ModelCosts) -> float:
 
 
 def factor_bytes(factors: Mapping[str, LoraFactors]) -> int:
-    """Of all A and B as float32."""
+    """Bytes of all A and B as float32."""
     return sum(map(lora_factors.factor_bytes, factors.values()))
 
 
 def merge_flops(update: Mapping[str, LoraFactors]) -> float:
-    """Of forming every matrix' dense update."""
+    """FLOPs of forming every matrix' dense update."""
     return sum(2.0 * pair.rank * pair.A.shape[1] * pair.B.shape[0] for pair in update.values())

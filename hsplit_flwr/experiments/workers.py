@@ -27,7 +27,7 @@ END_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class RoundDone:
-    """A run that goes on has finished a round."""
+    """A run has finished a round, not its last."""
 
     spec: RunSpec
     evaluation: Evaluation

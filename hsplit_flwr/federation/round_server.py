@@ -230,7 +230,7 @@ class RoundServer:
             return self._journal.record(number)
         contributions = [Contribution(shares[c], a.ticket.cut, a.trained.factors) for c, a in accepted.items()]
         tail_factors = self._tail.adapters.factors()
-        self._merge(contributions, tail_factors)
+        self.merge(contributions, tail_factors)
         self._learn_importance(accepted, shares)
         self._journal.phase(number, "aggregate", started)
         self._measure_health(contributions, tail_factors)
@@ -385,8 +385,8 @@ class RoundServer:
         for client, reply in replies.items():
             self._plans.observe_budget(client, reply.budget)
 
-    def _merge(self, contributions: Sequence[Contribution], tail_factors: Mapping[str, LoraFactors]) -> None:
-        """Noise-free aggregation; the update goes into the weights."""
+    def merge(self, contributions: Sequence[Contribution], tail_factors: Mapping[str, LoraFactors]) -> None:
+        """Noise-free aggregation; the update goes into the weights. For whoever ends a round otherwise to override."""
         self.tail_rounds.merge(contributions, tail_factors, self.config.rule)
 
     def _learn_importance(self, accepted: Mapping[str, _Accepted], shares: Mapping[str, float]) -> None:

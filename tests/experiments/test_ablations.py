@@ -13,7 +13,7 @@ from hsplit_flwr.experiments.engine import RunResult, run
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.records import Evaluation, RunSpec
 from hsplit_flwr.experiments.split_model import SplitTrainer
-from hsplit_flwr.experiments.split_plans import plans_of
+from hsplit_flwr.experiments.split_plans import SplitPlans, plans_of
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.federation import tail_rounds
 from hsplit_flwr.federation.client_data import ClientData
@@ -23,10 +23,10 @@ from hsplit_flwr.flower.local_federation import LocalNode, run_federation
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.planning.planner import PlannerConfig, plan
-from hsplit_flwr.planning.plans import PlansInForce
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.config import ClientPlan
 from tests.helpers.references import ALGEBRA, SPEC, Floats, token_shares, tokens_of
 
 DEPLOYED = 1e-6
@@ -44,18 +44,19 @@ def task() -> Task:
 
 
 def run_with_plans(spec: RunSpec) -> RunWithPlans:
-    books: list[PlansInForce] = []
+    planners: list[AdaptivePlanning] = []
     plans: list[RoundPlan] = []
-    original: Callable[..., PlansInForce] = vars(split_model)["plans_of"]
+    original: Callable[..., SplitPlans] = vars(split_model)["plans_of"]
 
-    def note(*arguments: Any) -> PlansInForce:
-        books.append(original(*arguments))
-        return books[0]
+    def note(*arguments: Any) -> SplitPlans:
+        found = original(*arguments)
+        assert isinstance(found.plans, AdaptivePlanning)
+        planners.append(found.plans)
+        return found
 
     def after_round(_: Evaluation) -> None:
-        assert books[0].adaptive
-        assert books[0].adaptive.in_force
-        plans.append(books[0].adaptive.in_force)
+        assert planners[0].in_force
+        plans.append(planners[0].in_force)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split_model, "plans_of", note)
@@ -156,15 +157,14 @@ def test_without_iwi_plans_as_if_all_weights_were_alike(hsplitlora: RunWithPlans
 @pytest.mark.parametrize("setting", ["homogeneous", "heterogeneous", "highly_heterogeneous"])
 def test_without_armsc_has_the_deepest_cut_that_all_devices_afford(setting: str) -> None:
     task = Task.of(replace(SPEC, setting=setting))
-    book = plans_of(task, METHODS["without_armsc"])
-    plans = [book.plan(client) for client in CLIENTS]
-    assert plans == [plans[0]] * 5
-    assert book.adaptive is None
+    common, tail_lora, _ = plans_of(task, METHODS["without_armsc"])
+    assert isinstance(common, ClientPlan)
+    assert tail_lora is not None
     names = [matrix.name for matrix in task.costs.matrices]
-    cut, ranks = plans[0].cut, {name: plans[0].lora.rank(name) for name in names}
+    cut, ranks = common.cut, {name: common.lora.rank(name) for name in names}
     assert set(ranks.values()) == {8}
-    assert {book.tail_lora.rank(name) for name in names} == {8}
-    assert {plans[0].lora.scaling(name) for name in names} == {2.0}
+    assert {tail_lora.rank(name) for name in names} == {8}
+    assert {common.lora.scaling(name) for name in names} == {2.0}
 
     def affordable(cut: int) -> list[bool]:
         held = {name: rank for name, rank in ranks.items() if int(name.split(".")[2]) < cut}
@@ -213,5 +213,5 @@ def test_without_naa_adds_the_product_of_averaged_factors(task: Task, monkeypatc
 
 def weights_of(trainer: SplitTrainer) -> dict[str, Floats]:
     """(d_out, d_in) of every linear layer of the global model."""
-    layers = trainer._model.segment.linear_modules()
+    layers = trainer.server.model.segment.linear_modules()
     return {n: layer.weight.detach().double().numpy().T.copy() for n, layer in layers.items()}  # type: ignore[operator]

@@ -56,7 +56,7 @@ def fake_run(spec: RunSpec, on_round: OnRound) -> list[Evaluation]:
 
 
 def evaluation(number: int, tokens: int = 0) -> Evaluation:
-    return Evaluation(number, 100.0 / (number + 1), None, tokens, 0.0, 0.0, 0, 0, 0, 0, 0.0)
+    return replace(Evaluation.untrained(100.0 / (number + 1)), round=number, tokens=tokens)
 
 
 def quick_run(spec: RunSpec, on_round: OnRound) -> list[Evaluation]:
@@ -272,7 +272,7 @@ def test_the_engine_through_the_command(tmp_path: Path, capsys: pytest.CaptureFi
 def started(code: str, folder: Path) -> subprocess.Popen[str]:
     """A runner as a process of its own process group, which ends with its outcome's exit code."""
     imports = "import sys\nfrom test_runner import *\nfrom hsplit_flwr.experiments.evidence.store import Store"
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "experiments")])
     process = subprocess.Popen(
         [sys.executable, "-c", f"{imports}\nsys.exit({code}.exit_code)"],
         env={**os.environ, "PYTHONPATH": paths, FOLDER: str(folder)},

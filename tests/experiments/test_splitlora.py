@@ -1,7 +1,7 @@
-"""SplitLoRA, done right and as released, against a training without a split that is written out here."""
+"""SplitLoRA, done right and as released, and heads that train nothing, against a training without a split."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,13 +11,14 @@ from torch.func import functional_call
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.split_model import SplitTrainer
+from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
+from hsplit_flwr.training.config import ClientPlan
 from tests.helpers.references import (
     ALGEBRA,
     RATES,
     RELATIVE,
-    SCALING,
     SPEC,
     Batch,
     adamw,
@@ -32,20 +33,35 @@ from tests.helpers.references import (
 
 CLIENTS = ("0", "1", "2", "3", "4")
 RANK = 8
+ALPHA = 16.0
+"""of adapters of any rank"""
 HEAD_SEED = derive_seed(0, "tail", 1)
 TAIL_SEED = derive_seed(0, "tail", 1)
 Values = dict[str, nn.Parameter]
 """adapters by PEFT's parameter names"""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """What tells the methods here apart."""
+
+    rank: int = RANK
+    stale: bool = False
+    joint: bool = False
+    passes: int = 1
+    frozen_heads: bool = False
+
+
 class WithoutASplit:
     """PEFT's whole model, called with each client's own head adapters and the one tail's; AdamW for each part."""
 
-    def __init__(self, task: Task, cut: int, joint: bool) -> None:
-        self.joint = joint
-        tail_names = {name: pair for name, pair in fresh(RANK, TAIL_SEED).items() if block(name) >= cut}
-        head_names = {name: pair for name, pair in fresh(RANK, HEAD_SEED).items() if block(name) < cut}
-        self.model, _ = with_adapters({**head_names, **tail_names})
+    def __init__(self, task: Task, cut: int, way: Way) -> None:
+        self.way = way
+        tail_names = {name: pair for name, pair in fresh(way.rank, TAIL_SEED).items() if block(name) >= cut}
+        head_names = {name: pair for name, pair in fresh(way.rank, HEAD_SEED).items() if block(name) < cut}
+        if way.frozen_heads:
+            head_names = {}
+        self.model, _ = with_adapters({**head_names, **tail_names}, ALPHA)
         adapters = {key: value for key, value in self.model.named_parameters() if value.requires_grad}
         self.tail: Values = {key: value for key, value in adapters.items() if block(module_of(key)) >= cut}
         self.heads: dict[str, Values] = {
@@ -56,10 +72,12 @@ class WithoutASplit:
         }
         self.average: dict[str, Tensor] = {}
         self.task = task
-        self.optimizers = [adamw(part.values()) for part in (self.tail, *self.heads.values())]
+        self.tail_optimizer = adamw(self.tail.values())
+        self.head_optimizers = {client: adamw(head.values()) for client, head in self.heads.items() if head}
 
-    def round(self, number: int, stale: bool) -> None:
+    def round(self, number: int) -> None:
         """Local steps; then the heads go on from the mean of their adapters, or of what they were one step before."""
+        stale = self.way.stale
         batches = {client: client_batches(self.task, client, number) for client in CLIENTS}
         counted = {client: self._copy(client) for client in CLIENTS}
         for step, rate in enumerate(RATES[number - 1]):
@@ -83,8 +101,9 @@ class WithoutASplit:
     def _step(self, batches: Mapping[str, Batch], rate: float) -> None:
         """Each head on its own mean loss, the tail on that of one client after another, or on that of all tokens."""
         total = tokens_of(batches.values())
+        sent = {client: self._copy(client) for client in CLIENTS}
         self._zero_tail()
-        for optimizer, (client, batch) in zip(self.optimizers[1:], batches.items(), strict=True):
+        for client, batch in batches.items():
             head = self.heads[client]
             loss = functional_call(self.model, {**head, **self.tail}, (), dict(batch)).loss
             gradients = torch.autograd.grad(loss, [*head.values(), *self.tail.values()])
@@ -92,13 +111,26 @@ class WithoutASplit:
                 value.grad = gradient
             for value, gradient in zip(self.tail.values(), gradients[len(head) :], strict=True):
                 assert value.grad is not None
-                value.grad += tokens_of([batch]) / total * gradient if self.joint else gradient
-            _take_step(optimizer, rate)
-            if not self.joint:
-                _take_step(self.optimizers[0], rate)
+                value.grad += tokens_of([batch]) / total * gradient if self.way.joint else gradient
+            if head:
+                _take_step(self.head_optimizers[client], rate)
+            if not self.way.joint:
+                _take_step(self.tail_optimizer, rate)
                 self._zero_tail()
-        if self.joint:
-            _take_step(self.optimizers[0], rate)
+        if self.way.joint:
+            _take_step(self.tail_optimizer, rate)
+        for _ in range(self.way.passes - 1):
+            self._tail_pass(sent, batches, rate)
+
+    def _tail_pass(self, sent: Mapping[str, dict[str, Tensor]], batches: Mapping[str, Batch], rate: float) -> None:
+        """Once more over the batches, with the heads as they were when they sent them."""
+        for client, batch in batches.items():
+            loss = functional_call(self.model, {**sent[client], **self.tail}, (), dict(batch)).loss
+            for value, gradient in zip(
+                self.tail.values(), torch.autograd.grad(loss, [*self.tail.values()]), strict=True
+            ):
+                value.grad = gradient
+            _take_step(self.tail_optimizer, rate)
 
     def _zero_tail(self) -> None:
         for value in self.tail.values():
@@ -119,32 +151,42 @@ def block(module: str) -> int:
     return int(module.split(".")[2])
 
 
-def require_same_adapters(found: Mapping[str, LoraFactors], expected: Mapping[str, Tensor]) -> None:
+def cut_of(task: Task, method: str) -> int:
+    plan = plans_of(task, METHODS[method]).plans
+    assert isinstance(plan, ClientPlan)
+    return plan.cut
+
+
+def require_same_adapters(found: Mapping[str, LoraFactors], expected: Mapping[str, Tensor], rank: int) -> None:
     assert found.keys() == {module_of(key) for key in expected}
     for key, value in expected.items():
         pair = found[module_of(key)]
-        tensor = pair.A if ".lora_A." in key else pair.B * (pair.scaling / SCALING)
+        tensor = pair.A if ".lora_A." in key else pair.B * (pair.scaling * rank / ALPHA)
         require_trained_alike(key, tensor, value.detach())
 
 
 @pytest.mark.parametrize(
-    ("method", "stale", "joint", "rounds"),
+    ("method", "way", "rounds"),
     [
-        ("splitlora", False, False, 2),
-        ("splitlora_joint", False, True, 2),
-        ("splitlora_as_released", True, False, 1),
+        ("splitlora", Way(), 2),
+        ("splitlora_joint", Way(joint=True), 2),
+        ("splitlora_as_released", Way(stale=True), 1),
+        ("splitlora_16", Way(rank=16), 2),
+        ("splitlora_4_passes", Way(rank=16, passes=4), 2),
+        ("frozen_head", Way(rank=16, frozen_heads=True), 2),
+        ("frozen_head_4_passes", Way(rank=16, frozen_heads=True, passes=4), 2),
     ],
 )
-def test_heads_go_on_from_their_mean(method: str, stale: bool, joint: bool, rounds: int) -> None:
+def test_heads_go_on_from_their_mean(method: str, way: Way, rounds: int) -> None:
     """So do the tail and all optimizers, from where they were."""
     task = Task.of(SPEC)
     trainer = SplitTrainer(task, METHODS[method])
-    reference = WithoutASplit(task, trainer._book.plan("0").cut, joint)
+    reference = WithoutASplit(task, cut_of(task, method), way)
     for number in range(1, rounds + 1):
         trainer.round(number, CLIENTS)
-        reference.round(number, stale)
-        require_same_adapters(trainer._average, reference.average)
-        require_same_adapters(trainer._rounds.unmerged(), reference.tail)
+        reference.round(number)
+        require_same_adapters(trainer.server.average, reference.average, way.rank)
+        require_same_adapters(trainer.server.tail_rounds.unmerged(), reference.tail, way.rank)
         assert trainer.score().perplexity == pytest.approx(reference.perplexity(), rel=RELATIVE)
 
 
@@ -152,9 +194,9 @@ def test_as_released_loses_a_single_step() -> None:
     """What is averaged is what the heads started with, though all have moved."""
     trainer = SplitTrainer(Task.of(replace(SPEC, local_steps=1)), METHODS["splitlora_as_released"])
     trainer.round(1, CLIENTS)
-    assert trainer._average
-    for name, pair in trainer._average.items():
-        trained = [head.adapters.factors()[name].B for head in trainer._heads.values()]
+    assert trainer.server.average
+    for name, pair in trainer.server.average.items():
+        trained = [head.adapters.factors()[name].B for head in trainer.heads.values()]
         assert len(trained) == 5
         assert all(B.any() for B in trained), name
         assert not pair.B.any(), name

@@ -227,7 +227,7 @@ for seed in range(int(sys.argv[2]), int(sys.argv[3])):
 
 
 def test_processes_that_append_at_once_lose_nothing(store: Store) -> None:
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PATH": ""}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'experiments'}", "PATH": ""}
     ranges = [("0", "12"), ("8", "20"), ("8", "20")]  # overlapping
     processes = [
         subprocess.Popen([sys.executable, "-c", APPEND_MANY, str(store.path), *limits], env=environment)

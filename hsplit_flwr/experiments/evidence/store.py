@@ -31,11 +31,11 @@ class Origin:
     """What produced a row."""
 
     commit: str
-    """of the checkout; empty: an installed copy"""
+    """commit of the checkout; empty: an installed copy"""
     dirty: bool
     """tracked files differed from the commit"""
     versions: Mapping[str, str]
-    """by `PACKAGES`; empty: not installed"""
+    """versions by `PACKAGES`; empty: not installed"""
     command: str
 
     @classmethod
@@ -165,7 +165,7 @@ class Store:
             ) from error
 
     def _changed(self, change: Callable[[str], str]) -> bool:
-        """Replace the file's text by `change` of it, alone and at once; whether it became another."""
+        """Replace the file's text by `change` of it, alone and at once; returns whether it became another."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=LOCK_SECONDS):

@@ -188,12 +188,12 @@ def seeds(runs: Sequence[StoredRun]) -> int:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of at least one value."""
+    """Mean of at least one value."""
     return sum(values) / len(values)
 
 
 def _times(mine: Sequence[StoredRun], goals: Mapping[int, StoredRun]) -> list[tuple[float, float | None]]:
-    """Of every seed, the virtual seconds of the rival and of ours to the rival's final perplexity."""
+    """Virtual seconds of the rival and of ours to the rival's final perplexity, seed by seed."""
     return [(_own_time(goals[run.spec.seed]), _time_to(run, goals[run.spec.seed])) for run in mine]
 
 

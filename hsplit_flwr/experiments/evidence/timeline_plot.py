@@ -19,7 +19,7 @@ COLOURS: dict[What, str] = {
     "aggregate": "black",
     "wait": "0.9",
 }
-"""by kind of interval, in the order of the legend: blues compute on a client, warm colours are transfers"""
+"""colours by kind of interval, in the order of the legend: blues compute on a client, warm ones are transfers"""
 LABELS: dict[What, str] = {"tail": "tail (server)", "aggregate": "aggregate (server)"}
 BAR_HEIGHT = 0.7
 SCALES = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))

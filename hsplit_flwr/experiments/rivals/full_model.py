@@ -27,14 +27,14 @@ class FullTrainer:
             parameter.requires_grad_()
         self._bytes = sum(parameter.nbytes for parameter in self._segment.parameters())
 
-    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
+    def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:
         """Every client from the same weights; then their mean by tokens."""
         parameters = list(self._segment.parameters())
         start = [parameter.detach().clone() for parameter in parameters]
         trained: dict[str, list[torch.Tensor]] = {}
         reports: dict[str, WholeReport] = {}
         shapes: dict[str, list[BatchShape]] = {}
-        first = (number - 1) * self._task.training.local_steps
+        first = (round_number - 1) * self._task.training.local_steps
         for client in present:
             _assign(parameters, start)
             shapes[client] = []
@@ -52,7 +52,7 @@ class FullTrainer:
                     costs,
                     full_flops(costs),
                     shapes[client],
-                    download_bytes=self._bytes if number > 1 else 0,
+                    download_bytes=self._bytes if round_number > 1 else 0,
                     upload_bytes=self._bytes,
                 )
                 for client in present
@@ -64,7 +64,7 @@ class FullTrainer:
         )
 
     def score(self) -> Score:
-        """Of the averaged model."""
+        """Score of the averaged model."""
         return score_segment(self._segment, self._task.eval_batches)
 
     def global_model(self) -> PreTrainedModel:

@@ -35,9 +35,9 @@ class ServerTrainer:
         )
         self._optimizer = Optimizer(self._adapters.parameters(), training)
 
-    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
+    def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:
         """As many batches of every client as in a round of the others; the server has them all, whoever is away."""
-        first = (number - 1) * self._task.training.local_steps
+        first = (round_number - 1) * self._task.training.local_steps
         shapes: list[BatchShape] = []
         streams = [client_steps(self._task, client, first, shapes) for client in self._task.devices]
         joint = ([batch for batches in together for batch in batches] for together in zip(*streams, strict=True))
@@ -47,10 +47,10 @@ class ServerTrainer:
         ranks = {name: pair.rank for name, pair in self._adapters.factors().items()}
         costs = self._task.costs
         flops = len(shapes) * length_factor(costs, shapes) * whole_flops(costs, ranks)
-        return RoundOutcome((), report.tokens, report.loss, 0, flops)
+        return RoundOutcome(work=(), tokens=report.tokens, train_loss=report.loss, too_large=0, server_flops=flops)
 
     def score(self) -> Score:
-        """Of the model with its adapters."""
+        """Score of the model with its adapters."""
         return score_segment(self._segment, self._task.eval_batches)
 
     def global_model(self) -> PreTrainedModel:

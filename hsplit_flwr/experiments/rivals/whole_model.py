@@ -36,7 +36,7 @@ class Trained:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Of its adapters."""
+        """Ranks of its adapters."""
         return {name: pair.rank for name, pair in self.factors.items()}
 
 
@@ -67,12 +67,11 @@ class WholeTrainer:
             }
         self._versions: dict[str, int] = {}
 
-    def round(self, number: int, present: Sequence[str]) -> RoundOutcome:
+    def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:
         """Hand out, train one client after another, aggregate."""
         downloads = {client: self._download(client) for client in present}
-        trained = {client: self.train(client, number) for client in present}
-        contributions = self.contributions(trained)
-        update = aggregate(contributions, {}, block_of, RULES[self._method.rule])
+        trained = {client: self.train(client, round_number) for client in present}
+        update = aggregate(self.contributions(trained), {}, block_of, RULES[self._method.rule])
         if self._method.carried:
             self._global = update
         else:
@@ -91,17 +90,17 @@ class WholeTrainer:
                 for client, done in trained.items()
             ),
             tokens=sum(done.report.tokens for done in trained.values()),
-            train_loss=sum(c.weight * t.report.loss for c, t in zip(contributions, trained.values(), strict=True)),
+            train_loss=sum(share * trained[client].report.loss for client, share in token_shares_of(trained).items()),
             too_large=sum(self._too_large(client, done.ranks) for client, done in trained.items()),
             server_flops=merge_flops(update),
         )
 
-    def train(self, client: str, number: int) -> Trained:
-        """Round `number` of one client."""
-        segment, adapters = self._client_model(client, number)
+    def train(self, client: str, round_number: int) -> Trained:
+        """Round `round_number` of one client."""
+        segment, adapters = self._client_model(client, round_number)
         before = adapters.factors()
         shapes: list[BatchShape] = []
-        report = self._train(client, number, segment, adapters, shapes)
+        report = self._train(client, round_number, segment, adapters, shapes)
         after = adapters.factors()
         if self._method.self_pruning:
             self._ranks[client] = ranks_after(before, after)
@@ -109,11 +108,11 @@ class WholeTrainer:
 
     def contributions(self, trained: Mapping[str, Trained]) -> list[Contribution]:
         """What clients trained, weighted by their tokens."""
-        shares = token_shares({client: done.report.tokens for client, done in trained.items()})
+        shares = token_shares_of(trained)
         return [Contribution(shares[client], self._model.num_blocks, done.factors) for client, done in trained.items()]
 
     def score(self) -> Score:
-        """Of the global model."""
+        """Score of the global model."""
         return score_segment(self._evaluated(), self._task.eval_batches)
 
     def global_model(self) -> PreTrainedModel:
@@ -125,22 +124,22 @@ class WholeTrainer:
             return self._model.segment
         return adapted(self._model, self._global)
 
-    def _client_model(self, client: str, number: int) -> tuple[Segment, SegmentAdapters]:
+    def _client_model(self, client: str, round_number: int) -> tuple[Segment, SegmentAdapters]:
         segment = segment_from_model(self._model.segment.model)
         ranks = self._ranks[client]
         carried = self._method.carried
         spec = LoraSpec.of_scaling(ranks, SCALING) if carried else LoraSpec.of_ranks(ranks, LORA_ALPHA)
         adapters = SegmentAdapters(segment, spec)
-        adapters.reset(derive_seed(self._task.training.seed, "head", number, client))
+        adapters.reset(derive_seed(self._task.training.seed, "head", round_number, client))
         if self._global:
             adapters.set({name: resized(self._global[name], fresh) for name, fresh in adapters.factors().items()})
         return segment, adapters
 
     def _train(
-        self, client: str, number: int, segment: Segment, adapters: SegmentAdapters, shapes: list[BatchShape]
+        self, client: str, round_number: int, segment: Segment, adapters: SegmentAdapters, shapes: list[BatchShape]
     ) -> WholeReport:
         training = self._task.training
-        first = (number - 1) * training.local_steps
+        first = (round_number - 1) * training.local_steps
         steps = client_steps(self._task, client, first, shapes)
         flat = adapters.parameters()
         pairs: list[tuple[Tensor, Tensor]] = list(zip(flat[::2], flat[1::2], strict=True))
@@ -156,6 +155,11 @@ class WholeTrainer:
 
     def _too_large(self, client: str, ranks: Mapping[str, int]) -> bool:
         return self._task.costs.tail_memory([1], ranks).total_bytes > self._task.devices[client].memory_bytes
+
+
+def token_shares_of(trained: Mapping[str, Trained]) -> dict[str, float]:
+    """Client -> p_i, its share of the tokens."""
+    return token_shares({client: done.report.tokens for client, done in trained.items()})
 
 
 def truncated(factors: LoraFactors, rank: int) -> LoraFactors:

@@ -1,0 +1,69 @@
+"""What simulations/README.md shows is what the stored runs say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from hsplit_flwr.experiments.main import main
+
+SIMULATIONS = Path(__file__).resolve().parents[2] / "simulations"
+README = (SIMULATIONS / "README.md").read_text(encoding="utf-8")
+EVIDENCE = SIMULATIONS / "evidence"
+OTHER_SOURCES = ("Does aggregation preserve the size of an update?",)
+"""sections whose tables are not of stored runs"""
+DEFAULT_TABLES = ((), ("--ours", "hsplitlora_4_passes"))
+TABLES = {
+    "controls.csv": (
+        ("--rivals", "splitlora,splitlora_16,frozen_head"),
+        ("--ours", "hsplitlora_4_passes", "--rivals", "splitlora_4_passes,frozen_head_4_passes"),
+    ),
+}
+"""store -> options of the tables that are shown of it, where they are not the default ones"""
+
+
+def rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def rendered(store: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    if store.name.startswith("search"):
+        assert main(["search", str(store), "--markdown"]) == 0
+    else:
+        for options in TABLES.get(store.name, DEFAULT_TABLES):
+            assert main(["table", str(store), "--markdown", *options]) == 0
+    return capsys.readouterr().out
+
+
+def section(marker: str) -> str:
+    """What stands between ``<!-- marker -->`` and ``<!-- end marker -->``."""
+    found = re.search(rf"<!-- {marker} -->\n(.*?)<!-- end {marker} -->", README, re.DOTALL)
+    assert found, marker
+    return found[1]
+
+
+def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
+    known = {row for store in EVIDENCE.glob("*.csv") for row in rows(rendered(store, capsys))}
+    shown = [row for part in README.split("\n## ") if not part.startswith(OTHER_SOURCES) for row in rows(part)]
+    assert len(shown) > 200
+    assert [row for row in shown if row not in known] == []
+
+
+@pytest.mark.parametrize(
+    ("marker", "store"),
+    [
+        ("search", "search"),
+        ("results", "tiny"),
+        ("search of the controls", "search_controls"),
+        ("controls", "controls"),
+    ],
+)
+def test_a_marked_section_is_of_its_store(marker: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No row of another store, and the whole first table: every method's final perplexity. No row before any run."""
+    shown, path = rows(section(marker)), EVIDENCE / f"{store}.csv"
+    if not path.exists():
+        assert not shown
+        return
+    text = rendered(path, capsys)
+    first_table = next(part for part in text.split("\n\n") if part.startswith("|"))
+    assert set(rows(first_table)) <= set(shown) <= set(rows(text))
