@@ -25,6 +25,10 @@ class Everyone:
         """All of `clients`."""
         return len(list(clients))
 
+    def count_nodes(self, clients: Iterable[str]) -> int:
+        """One: this process."""
+        return 1
+
 
 class LocalDoor:
     """Leads straight to `tail`. See `round_server.Door`."""
@@ -46,7 +50,10 @@ class LocalDoor:
         workload: Workload | None = None,
     ) -> dict[str, str]:
         """Admit the clients of `cuts`; nobody needs a token."""
-        self._tickets = {client: Ticket(client, round_number, mode, cut, first_step) for client, cut in cuts.items()}
+        self._tickets = {
+            client: Ticket(client=client, round=round_number, mode=mode, cut=cut, first_step=first_step)
+            for client, cut in cuts.items()
+        }
         return dict.fromkeys(cuts, "")
 
     def open_probe(self, node: str) -> str:
@@ -78,9 +85,7 @@ class _CountedSession:
     def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
         """See `TailSession`."""
         reply = self._session.train_step(step, activations, attention_mask, labels)
-        self._ticket.steps += 1
-        self._ticket.tokens += reply.tokens
-        self._ticket.nll += reply.loss * reply.tokens
+        self._ticket.count(reply.loss * reply.tokens, reply.tokens)
         return reply
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
