@@ -41,17 +41,29 @@ class TrainingConfig:
     """one of `optimizer.OPTIMIZERS`, of heads and tail alike"""
 
     def __post_init__(self) -> None:
-        _require(_whole(self.rounds, 1) and _whole(self.local_steps, 1), "rounds and local_steps >= 1", self)
-        _require(_whole(self.warmup_steps, 0), "warmup_steps >= 0", self)
-        _require(_whole(self.tail_passes, 1), "tail_passes >= 1", self)
+        self._require(
+            _whole(self.rounds, 1) and _whole(self.local_steps, 1),
+            "rounds and local_steps >= 1",
+            "rounds",
+            "local_steps",
+        )
+        self._require(_whole(self.warmup_steps, 0), "warmup_steps >= 0", "warmup_steps")
+        self._require(_whole(self.tail_passes, 1), "tail_passes >= 1", "tail_passes")
         importance = _whole(self.importance_steps, 0) and _whole(self.importance_rows, 0)
-        _require(importance, "importance_steps and importance_rows >= 0", self)
-        _require(0 < self.learning_rate < math.inf, "learning_rate > 0", self)
-        _require(0 <= self.weight_decay < math.inf, "weight_decay >= 0", self)
-        _require(0 <= self.max_grad_norm < math.inf, "max_grad_norm >= 0 (0: no clipping)", self)
-        _require(self.schedule in SCHEDULES, f"schedule in {SCHEDULES}", self)
-        _require(self.optimizer in OPTIMIZERS, f"optimizer in {tuple(OPTIMIZERS)}", self)
-        _require(self.activation_dtype in ACTIVATION_DTYPES, f"activation_dtype in {ACTIVATION_DTYPES}", self)
+        self._require(importance, "importance_steps and importance_rows >= 0", "importance_steps", "importance_rows")
+        self._require(0 < self.learning_rate < math.inf, "learning_rate > 0", "learning_rate")
+        self._require(0 <= self.weight_decay < math.inf, "weight_decay >= 0", "weight_decay")
+        self._require(0 <= self.max_grad_norm < math.inf, "max_grad_norm >= 0 (0: no clipping)", "max_grad_norm")
+        self._require(self.schedule in SCHEDULES, f"schedule in {SCHEDULES}", "schedule")
+        self._require(self.optimizer in OPTIMIZERS, f"optimizer in {tuple(OPTIMIZERS)}", "optimizer")
+        self._require(
+            self.activation_dtype in ACTIVATION_DTYPES, f"activation_dtype in {ACTIVATION_DTYPES}", "activation_dtype"
+        )
+
+    def _require(self, condition: bool, expected: str, *fields: str) -> None:
+        if not condition:
+            found = ", ".join(f"{name}={getattr(self, name)!r}" for name in fields)
+            raise ConfigError(f"Expected {expected}, found {found}.")
 
     @property
     def total_steps(self) -> int:
@@ -77,13 +89,9 @@ class ClientPlan:
     lora: LoraSpec
 
     def __post_init__(self) -> None:
-        _require(_whole(self.cut, 1), "a cut >= 1 (blocks held by the client)", self.cut)
+        if not _whole(self.cut, 1):
+            raise ConfigError(f"Expected a cut >= 1 (blocks held by the client), found {self.cut}.")
 
 
 def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _require(condition: bool, expected: str, found: object) -> None:
-    if not condition:
-        raise ConfigError(f"Expected {expected}, found {found}.")

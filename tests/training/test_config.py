@@ -141,6 +141,8 @@ def test_fresh_adapters_differ_by_client_and_round_only() -> None:
         ({"weight_decay": math.inf}, "weight_decay >= 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm >= 0"),
         ({"schedule": "step"}, "schedule in .*'linear', 'cosine', 'constant'.*found .*schedule='step'"),
+        ({"optimizer": "adam"}, r"optimizer in \('adamw',.*found optimizer='adam'\.$"),
+        ({"rounds": 0}, r"rounds and local_steps >= 1, found rounds=0, local_steps=20\.$"),
         ({"activation_dtype": "int8"}, "activation_dtype in .*'fp32', 'bf16', 'fp16'.*found .*'int8'"),
     ],
     ids=str,
