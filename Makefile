@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: quality style test test-fast bench
+.PHONY: quality style test test-fast tree bench
 
 quality:  ## what CI checks besides the tests
 	$(PYTHON) -m ruff check .
@@ -17,7 +17,10 @@ test:  ## everything: unit tests, Ray, real weights, a real deployment
 test-fast:  ## unit tests only, offline
 	$(PYTHON) -m pytest -m "not slow"
 
-bench:  ## the tables of the README
+tree:  ## the file tree of ARCHITECTURE.md
+	$(PYTHON) -m tests.helpers.file_tree
+
+bench:  ## the tables of docs/costs.md and docs/planning.md
 	mkdir -p results
 	$(PYTHON) simulations/benchmarks/split_overhead.py --json results/split_overhead.json
 	$(PYTHON) simulations/benchmarks/aggregation.py --json results/aggregation.json

@@ -17,10 +17,14 @@ class AggregationError(HSplitError, ValueError):
     """Adapters, weights or increments that do not fit together."""
 
 
+class RunFailedError(HSplitError):
+    """A run came to nothing: the message says what the clients said."""
+
+
 class ExchangeError(HSplitError):
     """A frame or a stream between a head and the tail was refused.
 
-    ``code`` is stable and travels over the wire (see :mod:`hsplit_flwr.exchange.frames`); the message is for people.
+    ``code`` is stable and travels over the wire (see `exchange/frames.py`); the message is for people.
     """
 
     def __init__(self, code: str, message: str) -> None:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 
 
 class Progress:
-    """Turns steps into lines such as ``round 2/5  step 40/100  loss 3.21  1.2 k tok/s  eta 0:34``.
+    """Turns steps into lines: ``round 2/5  step 9/20 (41 of 100 client steps)  loss 3.21  1.2 k tok/s  eta 0:34``.
 
-    At most one line per `interval_seconds`. For use from one thread (that of the tail). Steps are counted over clients,
-    since clients may train together or in waves. The time left is that of the steps to come, at the mean pace so far;
-    evaluation and aggregation are not in it.
+    Where clients train in waves, a line also says how many of the round's clients are in the step: ``step 9/20 with 5
+    of 10 clients``; the next wave begins at step 1 again, while the client steps go on. At most one line per
+    `interval_seconds`. For use from one thread (that of the tail). The time left is that of the client steps to come,
+    at the mean pace so far; evaluation and aggregation are not in it.
 
     Args:
         rounds: of the run.
@@ -25,7 +26,8 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rounds = rounds
-        self._steps = 0
+        self._clients = 0
+        self._local_steps = 0
         self._interval = interval_seconds
         self._clock = clock
         self._round = 0
@@ -37,16 +39,16 @@ class Progress:
         self._training_seconds = 0.0
         self._training_steps = 0
 
-    def start_round(self, number: int, steps: int, seconds_ago: float = 0.0) -> None:
-        """Round `number` (from 1), of so many steps over all clients, began `seconds_ago`.
+    def start_round(self, number: int, clients: int, local_steps: int, seconds_ago: float = 0.0) -> None:
+        """Round `number` (from 1), in which `clients` take `local_steps` steps each, began `seconds_ago`.
 
         What lies before is not training time. The rounds to come are taken to have as many steps.
         """
-        self._round, self._steps, self._done = number, steps, 0
+        self._round, self._clients, self._local_steps, self._done = number, clients, local_steps, 0
         self._last_step_at = self._clock() - seconds_ago
 
-    def step(self, clients: int, loss: float, tokens: int) -> str | None:
-        """Count a step that `clients` took together on `tokens`; a line if one is due."""
+    def step(self, step: int, clients: int, loss: float, tokens: int) -> str | None:
+        """Count step `step` (from 1) of the round, which `clients` took together on `tokens`; a line if one is due."""
         self._done += clients
         now = self._clock()
         seconds = now - self._last_step_at
@@ -57,19 +59,41 @@ class Progress:
         self._training_steps += clients
         if self._last_line_at is not None and now - self._last_line_at < self._interval:
             return None
-        line = self._line(loss)
+        line = f"round {self._round}/{self._rounds}  {self._place(step, clients)}  loss {loss:.3g}  {self._pace()}"
         self._last_line_at = now
         self._window_seconds, self._window_tokens = 0.0, 0
         return line
 
-    def _line(self, loss: float) -> str:
-        left = max(0, self._rounds - self._round) * self._steps + max(0, self._steps - self._done)
+    def _place(self, step: int, clients: int) -> str:
+        place = f"step {step}/{self._local_steps}"
+        if clients < self._clients:
+            place += f" with {clients} of {self._clients} clients"
+        if self._clients > 1:
+            place += f" ({self._done} of {self._clients * self._local_steps} client steps)"
+        return place
+
+    def _pace(self) -> str:
+        of_round = self._clients * self._local_steps
+        left = max(0, self._rounds - self._round) * of_round + max(0, of_round - self._done)
         pace = self._training_seconds / self._training_steps
         rate = self._window_tokens / self._window_seconds if self._window_seconds > 0 else 0.0
-        return (
-            f"round {self._round}/{self._rounds}  step {self._done}/{self._steps}  loss {loss:.3g}  "
-            f"{format_rate(rate)} tok/s  eta {format_duration(left * pace)}"
-        )
+        return f"{format_rate(rate)} tok/s  eta {format_duration(left * pace)}"
+
+
+def describe_participants(clients: int, nodes: int) -> str:
+    """Who takes part, and why Flower's own line seems to say otherwise: it counts nodes, of which one may be several.
+
+    ``"5 clients on 2 nodes (Flower logs "sampled 5 clients (out of 2)": those 2 are nodes)"``.
+    """
+    who = f"{clients:,} client{_s(clients)} on {nodes:,} node{_s(nodes)}"
+    if clients == nodes:
+        return who
+    kind = f"{'that' if nodes == 1 else 'those'} {nodes} {'is a node' if nodes == 1 else 'are nodes'}"
+    return f'{who} (Flower logs "sampled {clients} clients (out of {nodes})": {kind})'
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 def format_rate(per_second: float) -> str:

@@ -50,6 +50,11 @@ class _Encoded(NamedTuple):
     prompt_length: int
 
 
+def spread(examples: Sequence[Example], count: int) -> list[Example]:
+    """`count` of `examples`, evenly spaced; all of them for 0."""
+    return list(examples[:: max(1, len(examples) // count)][:count]) if count else list(examples)
+
+
 class TextBatches:
     """Batches of ``examples``, each example once per epoch, in an order that ``(seed, epoch)`` alone decides.
 

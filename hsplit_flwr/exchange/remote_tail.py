@@ -45,7 +45,8 @@ class RemoteTail:
         root_certificates: PEM bytes of the authority that signed the tail's certificate; None: no TLS.
     """
 
-    def __init__(self, task: RoundTask, max_receive_bytes: int, root_certificates: bytes | None = None) -> None:
+    def __init__(self, task: RoundTask, max_receive_bytes: int, connect: Any = None) -> None:
+        root_certificates = connect.keywords["root_certificates"] if connect else None
         self._task = task
         self._dtype = DTYPES[task.training.activation_dtype]
         self._max_bytes = max_receive_bytes

@@ -140,7 +140,9 @@ class TailService:
         advertise = config.advertise or host
         return advertise if advertise.rpartition(":")[2].isdigit() else f"{advertise}:{port}"
 
-    def open_round(self, round_number: int, mode: Mode, cuts: Mapping[str, int], first_step: int) -> dict[str, str]:
+    def open_round(
+        self, round_number: int, mode: Mode, cuts: Mapping[str, int], first_step: int, **limits: Any
+    ) -> dict[str, str]:
         """Admit the clients of a round; returns each one's one-time token. Earlier tokens are void."""
         tokens = {client: secrets.token_urlsafe(32) for client in cuts}
         with self._lock:

@@ -36,7 +36,7 @@ class RoundTask:
     @property
     def first_step(self) -> int:
         """The run step (0-based) at which this round starts."""
-        return (self.round - 1) * self.training.local_steps
+        return self.training.first_step(self.round)
 
     @property
     def adapter_seed(self) -> int:

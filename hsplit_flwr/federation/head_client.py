@@ -1,9 +1,32 @@
-"""A client of a round, whoever carries the messages."""
+"""A client of a round, whoever carries the messages: load the head, bring it up to date, train or score, report."""
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
-from hsplit_flwr.training.loss import Batch
+import numpy as np
+import torch
+
+from hsplit_flwr.common.tables import format_bytes
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.remote_tail import RemoteTail
+from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.exchange.transport import Connect
+from hsplit_flwr.federation.trained_head import Refusal, Shapes, TrainedHead
+from hsplit_flwr.lora.delta_log import DeltaReplica, DeltaUpdate
+from hsplit_flwr.lora.merge import merge_delta
+from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.segments import Segment, linear_shapes, load_segment
+from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.training.head import score_head, train_head
+from hsplit_flwr.training.loss import Batch, Score
+from hsplit_flwr.training.workload import Workload
+
+_FRAME_MARGIN_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -19,3 +42,139 @@ class ClientData:
     def training_batches(self, first_step: int) -> Iterable[Batch]:
         """Batches from run step `first_step` on."""
         return self.train(first_step) if callable(self.train) else self.train
+
+
+class DeltaStore(Protocol):
+    """Where a client keeps its copy of the weight delta between rounds. Losing it costs bytes, not the run."""
+
+    def load(self, run: str, client: str, shapes: Shapes) -> DeltaReplica:
+        """The kept copy; an empty one where there is none, or it is of another run or another head."""
+
+    def save(self, run: str, client: str, replica: DeltaReplica) -> None:
+        """Keep `replica` for the next round."""
+
+
+class HeadClient:
+    """The clients of one process, as far as a round concerns them.
+
+    Args:
+        model: hub name, local folder or GGUF file, as `files` was resolved from; must be the server's.
+        files: the base model.
+        data: client id -> its data.
+        connect: how the tail is reached.
+        deltas: where copies of the weight delta are kept.
+        dtype: of the frozen weights.
+        device: where heads compute.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        files: ModelFiles,
+        data: Callable[[str], ClientData],
+        connect: Connect,
+        deltas: DeltaStore,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        self._model = model
+        self._files = files
+        self._data = data
+        self._connect = connect
+        self._deltas = deltas
+        self._dtype = dtype
+        self._device = device
+
+    def train(self, task: RoundTask, budget: Budget | None = None) -> TrainedHead | Refusal:
+        """One round of training; a head beyond `budget` is not loaded but refused.
+
+        Raises:
+            ConfigError: data that does not fit the task.
+            ExchangeError: the tail refused a frame or could not be reached.
+        """
+        if reason := self._refusal(task, budget):
+            return Refusal(task.client, reason)
+        head = self._load_head(task)
+        started = time.perf_counter()
+        with self._open_tail(task, head) as tail:
+            self._update_weights(task, head, tail)
+            adapters = SegmentAdapters(head, task.plan.lora, head.linear_modules())
+            adapters.reset(task.adapter_seed)
+            load_s = time.perf_counter() - started
+            batches = _bounded(self._data(task.client).training_batches(task.first_step), task.workload)
+            report = train_head(head, adapters, batches, tail, task.training, task.first_step)
+        return TrainedHead(
+            client=task.client,
+            factors=adapters.factors(),
+            importance={name: report.importance[name] for name in head.linear_modules() if report.importance},
+            tokens=report.tokens,
+            loss=float(np.mean(report.losses)),
+            seconds={"load": load_s, "compute": report.compute_s, "exchange": report.exchange_s},
+        )
+
+    def score(self, task: RoundTask, budget: Budget | None = None) -> Score:
+        """Loss of the client's held-out batches: head here, tail on the server, no gradients.
+
+        Raises:
+            ConfigError: a head beyond `budget`, or data that does not fit the task.
+            ExchangeError: as `train`.
+        """
+        if reason := self._refusal(task, budget):
+            raise ConfigError(reason)
+        head = self._load_head(task)
+        with self._open_tail(task, head) as tail:
+            self._update_weights(task, head, tail)
+            reply = score_head(head, _bounded(self._data(task.client).evaluate, task.workload), tail)
+        return Score(reply.nll, reply.tokens)
+
+    def _refusal(self, task: RoundTask, budget: Budget | None) -> str | None:
+        """Why this client cannot afford its head, with the figures; None if it can, or nobody set a budget."""
+        if task.workload is None or budget is None:
+            return None
+        costs = _model_costs(self._model, task.workload)
+        names = [matrix.name for matrix in costs.matrices if matrix.block < task.plan.cut]
+        needed = costs.head_memory(task.plan.cut, {name: task.plan.lora.rank(name) for name in names})
+        if needed.total_bytes <= budget.memory_bytes:
+            return None
+        return (
+            f"Expected a head within this client's {format_bytes(budget.memory_bytes)}, found a plan (cut "
+            f"{task.plan.cut}) that takes {format_bytes(needed.total_bytes)}: {needed}. "
+            "Plan it less, or give the client more memory."
+        )
+
+    def _load_head(self, task: RoundTask) -> Segment:
+        head = load_segment(self._files, 0, task.plan.cut, dtype=self._dtype, device=self._device)
+        head.gradient_checkpointing = bool(task.workload and task.workload.gradient_checkpointing)
+        return head
+
+    def _open_tail(self, task: RoundTask, head: Segment) -> RemoteTail:
+        largest = max(4 * rows * columns for rows, columns in linear_shapes(head).values())
+        return RemoteTail(task, max(task.max_frame_bytes, largest + _FRAME_MARGIN_BYTES), self._connect)
+
+    def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail) -> None:
+        shapes = linear_shapes(head)
+        replica = self._deltas.load(task.run, task.client, shapes)
+        have = replica.version or 0
+        version, whole, tensors = tail.fetch_delta(have)
+        base = None if whole else have
+        replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
+        merge_delta(head, self._files, replica.total, replica.total.names())
+        self._deltas.save(task.run, task.client, replica)
+
+
+@lru_cache(maxsize=4)
+def _model_costs(model: str, workload: Workload) -> ModelCosts:
+    return ModelCosts(ModelFiles.resolve(model).config, workload)
+
+
+def _bounded(batches: Iterable[Batch], workload: Workload | None) -> Iterator[Batch]:
+    """`batches`, none larger than the plan was made for: a larger one would take memory that nobody granted."""
+    for batch in batches:
+        rows, width = batch["labels"].shape
+        if workload and (rows > workload.batch_size or width > workload.sequence_length):
+            raise ConfigError(
+                f"Expected batches of at most {workload.batch_size} x {workload.sequence_length} tokens, as the plan "
+                f"was made for, found {rows} x {width}. Raise the strategy's workload, or use smaller batches."
+            )
+        yield batch

@@ -1,16 +1,21 @@
-"""A complete Flower ServerApp from a run config: what the apps in `simulations/` have in common."""
+"""Complete Flower server apps from a run config, on either face: what the apps in `simulations/` have in common."""
 
+import logging
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from flwr.server import ServerAppComponents
 
+from hsplit_flwr.common.device import describe_device
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.run_output import RunOutput, Sample
+from hsplit_flwr.flower.flower_log import log_through_flower
+from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
 from hsplit_flwr.flower.run_config import Settings
-from hsplit_flwr.flower.server import log_progress, server_components
+from hsplit_flwr.flower.server import server_components
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.files import ModelFiles
@@ -21,55 +26,86 @@ from hsplit_flwr.training.loss import Batch
 
 _SERVER_LINK = {"uplink-mbps": 1000.0, "downlink-mbps": 1000.0, "latency-ms": 0.0}
 """of no consequence: plans count the clients' links"""
+_log = logging.getLogger("hsplit_flwr")
 
 
-def server_app_components(
-    app: str,
-    run_config: Mapping[str, Any],
-    settings: Settings,
-    model_name: str,
-    files: ModelFiles,
-    eval_batches: Iterable[Batch],
-    samples: Sequence[Sample] = (),
-) -> ServerAppComponents:
-    """Model, strategy and results of a run.
+@dataclass(frozen=True, kw_only=True)
+class ServerSide:
+    """An app's server: what it trains, what it scores, and how it is called.
 
-    Args:
-        app: the app's folder, for the command in the results.
-        run_config: Flower's run config, recorded with the results.
-        settings: what `read_settings` made of it.
-        model_name: how a user names the base model.
-        files: the base model.
-        eval_batches: server-side held-out batches.
-        samples: prompts to generate from before and after.
+    Either face takes it: `legacy_components` for a ``server_fn``, `message_strategy` for ``@app.main()``.
     """
+
+    app: str
+    """the app's folder, for the command in the results"""
+    run_config: Mapping[str, Any]
+    """Flower's, recorded with the results"""
+    settings: Settings
+    """what `read_settings` made of it"""
+    model_name: str
+    """as a user names the base model"""
+    files: ModelFiles
+    """the base model"""
+    eval_batches: Iterable[Batch]
+    """server-side held-out batches"""
+    samples: Sequence[Sample] = ()
+    """prompts to show with the model's texts, before and after training"""
+    prompts: Sequence[str] = ()
+    """further held-out prompts, to count what the texts get right of them"""
+    check_data: Callable[[], object] = lambda: None
+    """raises a `ConfigError` where some client would find no data that fits: said once, before the first round"""
+
+
+def legacy_components(side: ServerSide) -> ServerAppComponents:
+    """What a ``server_fn`` returns.
+
+    Raises:
+        ConfigError: a setting that no client could train by.
+    """
+    model, plans, options = _prepared(side)
+    strategy = HSplitLoRAStrategy(model, plans, side.settings.training, **options)
+    return server_components(strategy, output=_output(side, model))
+
+
+def message_strategy(side: ServerSide) -> HSplitLoRAMessageStrategy:
+    """A strategy to ``start`` in ``@app.main()`` (raises as `legacy_components`)."""
+    model, plans, options = _prepared(side)
+    return HSplitLoRAMessageStrategy(model, plans, side.settings.training, output=_output(side, model), **options)
+
+
+def _prepared(side: ServerSide) -> tuple[GlobalModel, Any, dict[str, Any]]:
+    """Model, plans and the strategy's options."""
+    log_through_flower()
+    settings = side.settings
+    side.check_data()
     if settings.server_threads:
         torch.set_num_threads(settings.server_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plans = settings.plans or _planning(settings, files, device)  # looks at free memory, so before the model
-    model = GlobalModel(files, DTYPES[settings.workload.dtype], device)
-    output = RunOutput(
+    plans = settings.plans or _planning(settings, side.files, device)  # looks at free memory, so before the model
+    model = GlobalModel(side.files, DTYPES[settings.workload.dtype], device)
+    _log.info("the server computes on %s", describe_device(device))
+    options = {
+        "tail_lora": settings.tail_lora,
+        "workload": settings.workload,
+        "config": settings.strategy,
+        "service": settings.service,
+        "limits": settings.limits,
+        "eval_batches": side.eval_batches,
+    }
+    return model, plans, options
+
+
+def _output(side: ServerSide, model: GlobalModel) -> RunOutput:
+    return RunOutput(
         model,
-        model_name,
-        settings.output_dir,
-        command=flwr_command(app, run_config),
-        config=run_config,
-        samples=samples,
-        adapter_rank=settings.adapter_rank,
+        side.model_name,
+        side.settings.output_dir,
+        command=flwr_command(side.app, side.run_config),
+        config=side.run_config,
+        samples=side.samples,
+        prompts=side.prompts,
+        adapter_rank=side.settings.adapter_rank,
     )
-    strategy = HSplitLoRAStrategy(
-        model,
-        plans,
-        settings.training,
-        tail_lora=settings.tail_lora,
-        workload=settings.workload,
-        config=settings.strategy,
-        service=settings.service,
-        limits=settings.limits,
-        eval_batches=eval_batches,
-        on_step=log_progress(settings.training),
-    )
-    return server_components(strategy, on_end=output)
 
 
 def _planning(settings: Settings, files: ModelFiles, device: str) -> AdaptivePlanning:

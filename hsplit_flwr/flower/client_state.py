@@ -1,7 +1,9 @@
-"""A deployed client's own budget between Flower's messages: measured once, kept in the node's state.
+"""What the clients of a node keep between Flower's messages: their budget, and their copies of the weight delta.
 
-A client is built anew for every message. What the link and the processor do is measured when the strategy first asks;
-the memory that is free is looked up again each time, unless the node's config states it.
+A client is built anew for every message, and Flower keeps ``context.state`` for it. What the link and the processor do
+is measured when the server first asks; the memory that is free is looked up again each time, unless the node's config
+states it. Losing a copy of the delta costs bytes, not the run: the client says which version it holds, and the tail
+sends what is missing.
 """
 
 import logging
@@ -13,6 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context
 
 from hsplit_flwr.errors import AggregationError
+from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_log import DeltaReplica
 from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -51,34 +54,39 @@ class KeptBudget:
         return replace(kept, memory_bytes=usable_memory(self._device))
 
 
-class DeltaState:
-    """A client's copy of the weight delta in Flower's ``context.state``, with the version it has."""
+class ContextDeltas:
+    """Clients' copies of the weight delta in Flower's ``context.state``: a `federation.head_client.DeltaStore`."""
 
-    def __init__(self, context: Context, run: str, client: str) -> None:
+    def __init__(self, context: Context) -> None:
         self._state = context.state
-        self._run = run
-        self._arrays_key = f"hsplit-delta-{client}"
-        self._version_key = f"hsplit-version-{client}"
 
-    def load(self, shapes: dict[str, tuple[int, int]]) -> DeltaReplica:
+    def load(self, run: str, client: str, shapes: Shapes) -> DeltaReplica:
         """The kept replica; an empty one if there is none, or it is of another run or another cut."""
-        record, arrays = self._state.get(self._version_key), self._state.get(self._arrays_key)
+        record, arrays = self._state.get(_version_key(client)), self._state.get(_arrays_key(client))
         if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):
             return DeltaReplica()
-        if record["run"] != self._run or record["modules"] != len(shapes):
+        if record["run"] != run or record["modules"] != len(shapes):
             return DeltaReplica()
         tensors = {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
         try:
             total = WeightDelta.from_tensors(tensors, shapes)
         except AggregationError as error:
-            _log.warning("client state %s is not usable, asking for the whole: %s", self._arrays_key, error)
+            _log.warning("client state %s is not usable, asking for the whole: %s", _arrays_key(client), error)
             return DeltaReplica()
         return DeltaReplica(int(record["version"]), frozenset(shapes), total)  # type: ignore[arg-type]
 
-    def save(self, replica: DeltaReplica) -> None:
+    def save(self, run: str, client: str, replica: DeltaReplica) -> None:
         """Keep `replica` for the next round."""
-        figures: dict[str, Any] = {"run": self._run, "version": replica.version or 0, "modules": len(replica.names)}
-        self._state[self._version_key] = ConfigRecord(figures)
-        self._state[self._arrays_key] = ArrayRecord(
+        figures: dict[str, Any] = {"run": run, "version": replica.version or 0, "modules": len(replica.names)}
+        self._state[_version_key(client)] = ConfigRecord(figures)
+        self._state[_arrays_key(client)] = ArrayRecord(
             {name: Array(tensor.numpy()) for name, tensor in replica.total.to_tensors().items()}
         )
+
+
+def _arrays_key(client: str) -> str:
+    return f"hsplit-delta-{client}"
+
+
+def _version_key(client: str) -> str:
+    return f"hsplit-version-{client}"

@@ -95,8 +95,8 @@ class LocalNode(ClientProxy):
 
 
 def run_federation(strategy: HSplitLoRAStrategy, nodes: Iterable[ClientProxy]) -> None:
-    """All rounds of `strategy` with `nodes`, through Flower's own server loop; results are in `strategy.history`."""
-    server = HSplitLoRAServer(strategy, max_workers=64)
+    """All rounds of `strategy` with `nodes`, through Flower's own server loop; results are in ``strategy.history``."""
+    server = HSplitLoRAServer(strategy)
     for node in nodes:
         server.client_manager().register(node)
-    server.fit(num_rounds=strategy.training.rounds, timeout=strategy.config.round_limit_s)
+    server.fit(num_rounds=strategy.rounds.training.rounds, timeout=strategy.rounds.config.round_limit_s)

@@ -1,13 +1,135 @@
-"""Budgets as clients report them in Flower's messages: one JSON object, client id -> figures."""
+"""What travels in Flower's messages, by name: tasks, answers of nodes, trained heads, scores; one form for both faces.
+
+Figures are scalars and JSON texts, which a legacy ``config`` or ``metrics`` dict and a `ConfigRecord` hold alike.
+Arrays have names: a `NumPyClient` returns them as a list, with their names among the figures.
+"""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from typing import Any, TypeVar
 
+from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.federation.roster import NodeAnswer
+from hsplit_flwr.federation.trained_head import Array, HeadReply, Refusal, TrainedHead
 from hsplit_flwr.planning.budgets.budget import Budget
 
+TASK_KEY = "hsplit-task"
+PROBE_KEY = "hsplit-probe"
+CLIENTS_KEY = "hsplit-clients"
+CONCURRENCY_KEY = "hsplit-concurrency"
 BUDGETS_KEY = "hsplit-budgets"
+CLIENT_KEY = "client"
+REFUSED_KEY = "refused"
+ARRAYS_KEY = "hsplit-arrays"
+"""names of the arrays, where they travel as a list"""
+LAYERS_KEY = "hsplit-layers"
+"""names that the array of importance is about"""
+_log = logging.getLogger("hsplit_flwr")
+
+Figures = Mapping[str, Any]
+Raw = TypeVar("Raw")
+
+
+def pack_answer(answer: NodeAnswer) -> dict[str, Any]:
+    """What a node says of itself, as figures."""
+    figures: dict[str, Any] = {CLIENTS_KEY: json.dumps(answer.clients), CONCURRENCY_KEY: answer.concurrency}
+    return figures | ({BUDGETS_KEY: budgets_to_json(answer.budgets)} if answer.budgets else {})
+
+
+def unpack_answer(figures: Figures, with_budgets: bool) -> NodeAnswer:
+    """The answer that `pack_answer` made.
+
+    Raises:
+        ConfigError: not such an answer, or one without budgets although they were asked for.
+    """
+    try:
+        clients = json.loads(str(figures[CLIENTS_KEY]))
+        concurrency = int(str(figures[CONCURRENCY_KEY]))
+        if not isinstance(clients, list) or not all(isinstance(client, str) for client in clients):
+            raise TypeError(f"{CLIENTS_KEY}={clients!r:.200}")
+        budgets = budgets_from_json(figures[BUDGETS_KEY]) if with_budgets else {}
+        return NodeAnswer(tuple(clients), concurrency, {client: budgets[client] for client in clients if budgets})
+    except ConfigError:
+        raise
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"Expected the ids of a node's clients, found {error!r:.300}.") from error
+
+
+def pack_trained(trained: TrainedHead | Refusal) -> tuple[dict[str, Array], dict[str, Any]]:
+    """A client's round of training as arrays by name, and figures."""
+    figures: dict[str, Any] = {CLIENT_KEY: trained.client}
+    if trained.budget:
+        figures[BUDGETS_KEY] = budgets_to_json({trained.client: trained.budget})
+    if isinstance(trained, Refusal):
+        return {}, {**figures, REFUSED_KEY: trained.reason}
+    figures |= {
+        "tokens": trained.tokens,
+        "loss": trained.loss,
+        LAYERS_KEY: json.dumps(list(trained.importance)),
+        **{f"{phase}_s": seconds for phase, seconds in trained.seconds.items()},
+    }
+    return trained.to_arrays(), figures
+
+
+def unpack_trained(arrays: Mapping[str, Array], figures: Figures, upload_bytes: int) -> HeadReply | Refusal:
+    """What `pack_trained` made, not checked against a plan yet.
+
+    Raises:
+        ConfigError: figures of another form.
+    """
+    client = str(figures.get(CLIENT_KEY, ""))
+    budget = _budget(figures, client)
+    if (reason := figures.get(REFUSED_KEY)) is not None:
+        return Refusal(client, reason if isinstance(reason, str) else repr(reason), budget)
+    try:
+        layers = json.loads(str(figures[LAYERS_KEY]))
+        if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+            raise TypeError(f"{LAYERS_KEY}={layers!r:.200}")
+        return HeadReply(
+            client=client,
+            arrays=arrays,
+            layers=tuple(layers),
+            tokens=int(figures["tokens"]),
+            loss=float(figures["loss"]),
+            seconds={k.removesuffix("_s"): float(v) for k, v in figures.items() if k.endswith("_s")},
+            budget=budget,
+            upload_bytes=upload_bytes,
+        )
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"Expected the figures of a trained head, found {error!r:.300}.") from error
+
+
+def named_arrays(arrays: list[Array], figures: Figures) -> dict[str, Array]:
+    """A list of arrays by the names that the figures give them.
+
+    Raises:
+        ConfigError: not as many different names as arrays.
+    """
+    try:
+        names = json.loads(str(figures.get(ARRAYS_KEY, "[]")))
+        if len(set(names)) != len(names) or len(names) != len(arrays) or not all(isinstance(n, str) for n in names):
+            raise TypeError(f"{len(names)} names")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"Expected a name for each of {len(arrays)} arrays, found {error!r:.300}.") from error
+    return dict(zip(names, arrays, strict=True))
+
+
+def unpack_each(
+    replies: Iterable[tuple[str, Raw]], unpack: Callable[[Raw], HeadReply | Refusal]
+) -> tuple[dict[str, HeadReply | Refusal], list[str]]:
+    """The replies by client, and a line for each that could not be unpacked: whatever one sends must not stop a run."""
+    unpacked: dict[str, HeadReply | Refusal] = {}
+    failures = []
+    for client, raw in replies:
+        try:
+            unpacked[client] = unpack(raw)
+        except Exception as error:
+            failures.append(describe_failure(client, f"{type(error).__name__}: {error}"))
+            _log.warning("left out %s", failures[-1])
+    return unpacked, failures
 
 
 def budgets_to_json(budgets: Mapping[str, Budget]) -> str:
@@ -16,7 +138,7 @@ def budgets_to_json(budgets: Mapping[str, Budget]) -> str:
 
 
 def budgets_from_json(text: object) -> dict[str, Budget]:
-    """What a node reported.
+    """Budgets by client id, as a node reported them.
 
     Raises:
         ConfigError: not budgets.
@@ -33,8 +155,11 @@ def budgets_from_json(text: object) -> dict[str, Budget]:
         raise ConfigError(f"Expected budgets by client id, found {str(text)!r:.200} ({error!r:.100}).") from error
 
 
-TASK_KEY = "hsplit-task"
-PROBE_KEY = "hsplit-probe"
-REFUSED_KEY = "refused"
-CLIENTS_KEY = "hsplit-clients"
-CONCURRENCY_KEY = "hsplit-concurrency"
+def _budget(figures: Figures, client: str) -> Budget | None:
+    if BUDGETS_KEY not in figures:
+        return None
+    try:
+        return budgets_from_json(figures[BUDGETS_KEY]).get(client)
+    except ConfigError as error:
+        _log.warning("client %s: its budget stays as it was: %s", client, error)
+        return None

@@ -1,100 +1,69 @@
-"""Which clients there are: every SuperNode is asked once who it hosts."""
+"""SuperNodes behind Flower's client manager: each is asked once who it hosts."""
 
-import json
 import logging
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
-from flwr.common import GetPropertiesIns, Scalar
+from flwr.common import GetPropertiesIns
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.flower.messages import BUDGETS_KEY, CLIENTS_KEY, CONCURRENCY_KEY, budgets_from_json
-from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.federation.roster import NodeAnswer, Roster
+from hsplit_flwr.federation.round_server import RoundServer
+from hsplit_flwr.flower.messages import PROBE_KEY, unpack_answer
 
 _log = logging.getLogger("hsplit_flwr")
+MOST_ASKED_AT_A_TIME = 32
 
 
-@dataclass(frozen=True)
-class _Node:
-    clients: tuple[str, ...]
-    concurrency: int
-    budgets: dict[str, Budget]
-    """by client; empty where they were not asked for"""
-
-
-class Roster:
-    """Client ids and the SuperNodes that host them.
+class ConnectedNodes:
+    """The clients of all connected nodes, and the proxies that reach them.
 
     Args:
-        wait_s: how long to wait for enough nodes, and for each one's answer.
-        question: node's cid -> what it is asked with, e.g. for its budgets.
+        server: whose config says how many nodes to wait for, and how long; it knows what new nodes are asked with.
     """
 
-    def __init__(self, wait_s: float, question: Callable[[str], dict[str, Scalar]] = lambda cid: {}) -> None:
-        self._wait_s = wait_s
-        self._question = question
-        self._nodes: dict[str, _Node] = {}
-        self._new: list[str] = []
+    def __init__(self, server: RoundServer) -> None:
+        self._server = server
+        self._proxies: dict[str, ClientProxy] = {}
+        self.roster = Roster()
 
-    def refresh(self, client_manager: ClientManager, min_nodes: int) -> dict[str, ClientProxy]:
-        """Client id -> its node's proxy, for all connected nodes that answer.
+    def refresh(self, client_manager: ClientManager) -> Roster:
+        """The roster of the nodes that are connected now and answer.
 
         Raises:
-            ConfigError: fewer than `min_nodes` nodes in time, nobody answered, or two nodes host the same client.
+            ConfigError: not enough nodes in time, or nobody hosts a client.
         """
-        if not client_manager.wait_for(min_nodes, timeout=int(self._wait_s)):
-            raise ConfigError(
-                f"Expected at least {min_nodes} SuperNodes within {self._wait_s:.0f} s, found "
-                f"{client_manager.num_available()}. Start more, or lower min_nodes."
-            )
-        proxies = dict(client_manager.all())
-        self._nodes = {cid: node for cid, node in self._nodes.items() if cid in proxies}
-        new = [proxy for cid, proxy in proxies.items() if cid not in self._nodes]
-        with ThreadPoolExecutor(max_workers=max(1, len(new))) as pool:
-            for proxy, node in zip(new, pool.map(self._ask, new), strict=True):
-                if node:
-                    self._nodes[proxy.cid] = node
-        self._new = [proxy.cid for proxy in new if proxy.cid in self._nodes]
-        known: dict[str, ClientProxy] = {}
-        fresh = set(self._new)
-        for cid, node in self._nodes.items():  # in the order in which they were asked
-            for client in node.clients:
-                if client in known and (cid not in fresh or known[client].cid in fresh):
-                    raise ConfigError(
-                        f"Expected every client on one node, found {client!r} on two. Give each a client id of its own."
-                    )
-                known[client] = proxies[cid]  # a restarted node takes over while its old self still counts as online
-        if not known:
-            raise ConfigError("Expected at least one SuperNode that hosts an HSplitLoRAClient, found none.")
-        return known
+        config = self._server.config
+        if not client_manager.wait_for(config.min_nodes, timeout=int(config.wait_for_nodes_s)):
+            raise too_few_nodes(config.min_nodes, config.wait_for_nodes_s, client_manager.num_available())
+        self._proxies = dict(client_manager.all())
+        new = self.roster.unknown(self._proxies)
+        questions = [self._question(node) for node in new]  # before the threads: asking about links opens the tail
+        with ThreadPoolExecutor(max_workers=MOST_ASKED_AT_A_TIME) as pool:
+            answers = dict(zip(new, pool.map(self._ask, new, questions), strict=True))
+        self.roster.update(self._proxies, {node: answer for node, answer in answers.items() if answer})
+        return self.roster
 
-    @property
-    def new_budgets(self) -> dict[str, Budget]:
-        """What the clients of the nodes that the last `refresh` asked said they can afford."""
-        return {client: b for cid in self._new for client, b in self._nodes[cid].budgets.items()}
+    def proxy(self, client: str) -> ClientProxy:
+        """The proxy of the node that hosts `client`."""
+        return self._proxies[self.roster.node_of(client)]
 
-    def concurrency(self, clients: Iterable[str]) -> int:
-        """How many of `clients` can be under way at a time."""
-        chosen = set(clients)
-        nodes = [node for node in self._nodes.values() if chosen & set(node.clients)]
-        simulated = max((node.concurrency for node in nodes), default=0)
-        return min(len(chosen), simulated or len(nodes))
+    def _question(self, node: str) -> GetPropertiesIns:
+        task = self._server.probe_task(node)
+        return GetPropertiesIns(config={PROBE_KEY: task.to_json()} if task else {})
 
-    def _ask(self, proxy: ClientProxy) -> _Node | None:
+    def _ask(self, node: str, question: GetPropertiesIns) -> NodeAnswer | None:
         try:
-            ins = GetPropertiesIns(config=self._question(proxy.cid))
-            res = proxy.get_properties(ins, timeout=self._wait_s, group_id=0)
-            clients = json.loads(str(res.properties[CLIENTS_KEY]))
-            concurrency = int(str(res.properties[CONCURRENCY_KEY]))
-            if not isinstance(clients, list) or not all(isinstance(c, str) for c in clients) or concurrency < 0:
-                raise ValueError(f"{CLIENTS_KEY}={clients!r} {CONCURRENCY_KEY}={concurrency}")
-            if len(set(clients)) < len(clients):
-                raise ValueError(f"a client twice in {CLIENTS_KEY}={clients!r}")
-            budgets = budgets_from_json(res.properties[BUDGETS_KEY]) if ins.config else {}
-            return _Node(tuple(clients), concurrency, {c: budgets[c] for c in clients} if ins.config else {})
+            res = self._proxies[node].get_properties(question, timeout=self._server.config.wait_for_nodes_s, group_id=0)
+            return unpack_answer(res.properties, with_budgets=bool(question.config))
         except Exception as error:  # whatever a node answers must not stop the run
-            _log.warning("left out node %s: expected its client ids, found %r", proxy.cid, error)
+            _log.warning("left out node %s: %r", node, error)
             return None
+
+
+def too_few_nodes(expected: int, wait_s: float, found: int) -> ConfigError:
+    """The error of a run that waited long enough."""
+    return ConfigError(
+        f"Expected at least {expected} SuperNodes within {wait_s:.0f} s, found {found}. Start more, or lower min-nodes."
+    )

@@ -1,11 +1,12 @@
 """Flower's run config (flat keys of strings and numbers) -> the typed settings of a run."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.exchange.tail_service import ServiceConfig
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
 from hsplit_flwr.lora.spec import LoraSpec
@@ -51,22 +52,23 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     Raises:
         ConfigError: a value of the wrong type or out of range; the message names the key.
     """
+    training = TrainingConfig(**of_fields(run_config, TrainingConfig))
     lora_alpha = get(run_config, "lora-alpha", 16.0)
     targets = get(run_config, "target-modules", "")
     tail_rank = get(run_config, "tail-rank", PlannerConfig.tail_rank)
-    training = _training(run_config)
     spec = tuple(targets.split()) if targets else LoraSpec().target_modules
-    certificate, key = get(run_config, "tail-certificate", ""), get(run_config, "tail-private-key", "")
     adapter_rank = get(run_config, "adapter-rank", 0)
+    if adapter_rank < 0:
+        raise ConfigError(f"Expected adapter-rank >= 0 (0: as much as exactness takes), found {adapter_rank}.")
     return Settings(
         training=training,
         workload=Workload(
-            batch_size=get(run_config, "batch-size", 8),
+            batch_size=get(run_config, "batch-size", Workload.batch_size),
             sequence_length=get(run_config, "max-length", 96),
             local_steps=training.local_steps,
-            dtype=get(run_config, "dtype", "fp32"),
+            dtype=get(run_config, "dtype", Workload.dtype),
             activation_dtype=training.activation_dtype,
-            gradient_checkpointing=get(run_config, "gradient-checkpointing", False),
+            gradient_checkpointing=get(run_config, "gradient-checkpointing", Workload.gradient_checkpointing),
         ),
         plans=_configured_plans(run_config, lora_alpha, targets),
         tail_lora=LoraSpec(tail_rank, lora_alpha, spec) if tail_rank else LoraSpec(0),
@@ -76,52 +78,39 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             tail_worth=get(run_config, "tail-worth", PlannerConfig.tail_worth),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
         ),
-        replan=ReplanConfig(
-            drift_threshold=get(run_config, "drift-threshold", ReplanConfig.drift_threshold),
-            budget_tolerance=get(run_config, "budget-tolerance", ReplanConfig.budget_tolerance),
-        ),
+        replan=ReplanConfig(**of_fields(run_config, ReplanConfig)),
         lora_alpha=lora_alpha,
         fleet=read_fleet(run_config, folder),
         strategy=StrategyConfig(
-            rule=get(run_config, "aggregation", "noise_free"),
-            min_nodes=get(run_config, "min-nodes", 1),
-            fraction_clients=get(run_config, "fraction-clients", 1.0),
-            federated_evaluation=get(run_config, "federated-evaluation", True),
-            round_limit_s=get(run_config, "round-limit-s", 600.0),
+            rule=get(run_config, "aggregation", StrategyConfig.rule),
+            **of_fields(run_config, StrategyConfig, but=("rule",)),
         ),
-        service=ServiceConfig(
-            bind=get(run_config, "tail-bind", "127.0.0.1:0"),
-            advertise=get(run_config, "tail-address", ""),
-            max_frame_bytes=get(run_config, "max-frame-mib", 64) << 20,
-            certificate=Path(certificate) if certificate else None,
-            private_key=Path(key) if key else None,
-        ),
-        limits=BarrierLimits(
-            start_gate_s=get(run_config, "start-gate-s", 60.0),
-            straggler_limit_s=get(run_config, "straggler-limit-s", 30.0),
-        ),
+        service=_service(run_config),
+        limits=BarrierLimits(**of_fields(run_config, BarrierLimits)),
         server_threads=get(run_config, "server-threads", 0),
         output_dir=Path(get(run_config, "output-dir", "results")).resolve(),
         adapter_rank=adapter_rank or None,
     )
 
 
-def _training(run_config: RunConfig) -> TrainingConfig:
-    default = TrainingConfig()
-    return TrainingConfig(
-        rounds=get(run_config, "rounds", default.rounds),
-        local_steps=get(run_config, "local-steps", default.local_steps),
-        learning_rate=get(run_config, "learning-rate", default.learning_rate),
-        warmup_steps=get(run_config, "warmup-steps", default.warmup_steps),
-        joint_steps=get(run_config, "joint-steps", default.joint_steps),
-        tail_passes=get(run_config, "tail-passes", default.tail_passes),
-        schedule=get(run_config, "schedule", default.schedule),
-        importance_steps=get(run_config, "importance-steps", default.importance_steps),
-        importance_rows=get(run_config, "importance-rows", default.importance_rows),
-        weight_decay=get(run_config, "weight-decay", default.weight_decay),
-        max_grad_norm=get(run_config, "max-grad-norm", default.max_grad_norm),
-        activation_dtype=get(run_config, "activation-dtype", default.activation_dtype),
-        seed=get(run_config, "seed", default.seed),
+def of_fields(run_config: RunConfig, kind: type, but: Container[str] = ()) -> dict[str, Any]:
+    """The fields of the dataclass `kind`, except those in `but`: field ``local_steps`` is the key ``local-steps``.
+
+    Raises:
+        ConfigError: a value of another type than the field's default.
+    """
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(kind) if field.name not in but}
+    return {name: get(run_config, name.replace("_", "-"), default) for name, default in defaults.items()}
+
+
+def _service(run_config: RunConfig) -> ServiceConfig:
+    certificate, key = get(run_config, "tail-certificate", ""), get(run_config, "tail-private-key", "")
+    return ServiceConfig(
+        bind=get(run_config, "tail-bind", ServiceConfig.bind),
+        advertise=get(run_config, "tail-address", ServiceConfig.advertise),
+        max_frame_bytes=get(run_config, "max-frame-mib", ServiceConfig.max_frame_bytes >> 20) << 20,
+        certificate=Path(certificate) if certificate else None,
+        private_key=Path(key) if key else None,
     )
 
 

@@ -1,6 +1,5 @@
 """A node's proxy for one client's task: what comes back belongs to that client, whatever the node says."""
 
-import re
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -19,13 +18,11 @@ from flwr.common import (
 )
 from flwr.server.client_proxy import ClientProxy
 
-from hsplit_flwr.flower.messages import REFUSED_KEY
+from hsplit_flwr.common.reasons import describe_failure
 
 LOST_ACTOR = "ray.exceptions.Actor"
 """in the reason of a message that a dead actor was given"""
 RETRY_S = 1.0
-REASON_CHARACTERS = (160, 320)
-"""kept of the start and of the end of a failure's reason: Ray sends stack traces, whose last line says what it was"""
 
 Ins = TypeVar("Ins", FitIns, EvaluateIns)
 Res = TypeVar("Res", FitRes, EvaluateRes)
@@ -37,27 +34,22 @@ class TaskProxy(ClientProxy):
     Args:
         proxy: of the node.
         client: whose task it is.
-        on_failure: told the client as soon as a try has failed, so that nobody waits for it.
+        on_answer: told the client as soon as a try has ended, well or badly, so that nobody waits for it.
     """
 
-    def __init__(
-        self, proxy: ClientProxy, client: str, on_failure: Callable[[str], None] = lambda client: None
-    ) -> None:
+    def __init__(self, proxy: ClientProxy, client: str, on_answer: Callable[[str], None] = lambda client: None) -> None:
         super().__init__(proxy.cid)
         self._proxy = proxy
-        self._on_failure = on_failure
+        self._on_answer = on_answer
         self.client = client
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
-        """As the node's proxy; an exception is named after the client. A client that refuses its task counts as failed.
+        """As the node's proxy; an exception is named after the client.
 
         Raises:
             ClientFailureError: the node raised, died or did not answer in time.
         """
-        res = self._ask(self._proxy.fit, ins, timeout, group_id)
-        if REFUSED_KEY in res.metrics:
-            self._on_failure(self.client)
-        return res
+        return self._ask(self._proxy.fit, ins, timeout, group_id)
 
     def evaluate(self, ins: EvaluateIns, timeout: float | None, group_id: int | None) -> EvaluateRes:
         """As the node's proxy; raises as `fit`."""
@@ -81,9 +73,10 @@ class TaskProxy(ClientProxy):
                 return ask(ins, left, group_id)
             except Exception as error:
                 first = first or error
-                self._on_failure(self.client)
                 if LOST_ACTOR not in str(error) or time.monotonic() + RETRY_S > give_up:
                     raise ClientFailureError(self.client, f"{type(first).__name__}: {first}") from first
+            finally:
+                self._on_answer(self.client)
             time.sleep(RETRY_S)
 
     def get_properties(self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None) -> GetPropertiesRes:
@@ -104,12 +97,3 @@ class ClientFailureError(Exception):
 
     def __init__(self, client: str, reason: str) -> None:
         super().__init__(describe_failure(client, reason))
-
-
-def describe_failure(client: str, reason: str) -> str:
-    """One line for logs and summary: no line breaks, no colours, the middle of a long reason left out."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", reason).split())
-    start, end = REASON_CHARACTERS
-    if len(text) > start + end:
-        text = f"{text[:start]} ... {text[-end:]}"
-    return f"client {client}: {text}"

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from hsplit_flwr.common.dataclass_state import from_state, to_state
+from hsplit_flwr.data.slots import SlotScore
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.reports.health.records import AggregationHealth, Finding, TailSteps
@@ -18,6 +20,8 @@ CLIENT_PHASES = ("load", "compute", "exchange")
 """Where a client's time goes: bringing its head up to date, its own passes, waiting for the tail's answers."""
 ROUND_PHASES = ("configure", "fit", "aggregate", "evaluate", "federated")
 """Where a round's time goes, as the strategy's hooks see it."""
+RunStatus = Literal["running", "completed", "failed"]
+"""How far a run is: its summary may be written after every round; a failed one says why."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ class RoundRecord:
         return self.federated_perplexity if self.central_perplexity is None else self.central_perplexity
 
 
+@dataclass(frozen=True)
+class _JournalState:
+    rounds: tuple[RoundRecord, ...]
+
+
 class Journal:
     """The records of the rounds so far; facts about a round come in one by one."""
 
@@ -104,10 +113,27 @@ class Journal:
         """Phase `name` of round `number` began at `started` (``time.perf_counter``) and ends now."""
         self.note(number, seconds={**self.record(number).seconds, name: time.perf_counter() - started})
 
+    def state(self) -> dict[str, Any]:
+        """All records as values that JSON knows; `load_state` gives them back exactly."""
+        state: dict[str, Any] = to_state(_JournalState(tuple(self.rounds)))
+        return state
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state` in place of what was recorded so far.
+
+        Raises:
+            ConfigError: not the state of a journal; nothing is changed then.
+        """
+        records = from_state(_JournalState, state).rounds
+        numbers = [record.round for record in records]
+        if numbers != sorted(set(numbers)):
+            raise ConfigError(f"Expected the rounds of a journal in their order, each once, found {numbers!r:.200}.")
+        self.rounds = list(records)
+
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A whole run: what it reached, what it cost and what is needed to repeat it."""
+    """A run, over or under way: what it reached, what it cost and what is needed to repeat it."""
 
     initial_perplexity: float | None
     """before the first round, on the data of `final_perplexity`"""
@@ -125,6 +151,11 @@ class RunSummary:
     """the known failure signs, see `health.diagnosis`"""
     samples: tuple[Mapping[str, str], ...] = ()
     """texts of the trained model, e.g. prompt, reference, generated"""
+    slots: Mapping[str, SlotScore] | None = None
+    """``before`` and ``after`` training -> slots that texts for held-out prompts get right; None: not measured"""
+    status: RunStatus = "completed"
+    reason: str = ""
+    """why it failed"""
 
     @property
     def final_perplexity(self) -> float | None:
@@ -143,6 +174,8 @@ class RunSummary:
             "initial_perplexity": values.pop("initial_perplexity"),
             "final_perplexity": self.final_perplexity,
             "rounds": len(self.history),
+            "status": values.pop("status"),
+            "reason": values.pop("reason"),
         }
         content: dict[str, Any] = _json_value({**head, **values})
         return content

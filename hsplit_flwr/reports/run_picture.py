@@ -1,21 +1,49 @@
-"""One picture of a run: perplexity over rounds, and the bytes every client exchanged in each round."""
+"""One picture of a run: perplexity after each round, and below, small, the bytes every client exchanged in it."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hsplit_flwr.common.figures import BLUE, ORANGE, VERMILION, new_figure, save_figure
-from hsplit_flwr.common.tables import client_order
+from hsplit_flwr.common.tables import client_order, format_number
 from hsplit_flwr.reports.records import RoundRecord, RunSummary
 
 DOWN_STYLE = {"facecolor": ORANGE, "hatch": "//", "edgecolor": "white"}
 LOG_SCALE_RATIO = 20.0
-"""From this ratio of highest to lowest perplexity the axis is logarithmic."""
+"""From this ratio of highest to lowest perplexity, round 0 apart, the axis is logarithmic."""
+MOST_MARKERS = 40
+"""Above this many rounds a curve has no markers."""
 MOST_BARS = 60
 """Above this many bars, the clients of a round are one bar."""
 LONGEST_LABEL = 3
 """Characters of a client id that fit above its bar; longer ids (Flower's node ids) are numbered instead."""
 UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """Perplexity after each evaluated round, and how it is drawn: told apart by colour, line and marker."""
+
+    name: str
+    points: Sequence[tuple[int, float]]
+    style: dict[str, Any]
+
+    @property
+    def finite(self) -> list[tuple[int, float]]:
+        return [(number, value) for number, value in self.points if math.isfinite(value)]
+
+    @property
+    def label(self) -> str:
+        """Its name, first and last value."""
+        ends = [format_number(value) for _, value in (self.finite[:1] + self.finite[-1:])]
+        return f"{self.name}: " + " \u2192 ".join(dict.fromkeys(ends)) if ends else self.name
+
+    @property
+    def lost(self) -> list[int]:
+        """Rounds whose perplexity is not a finite number."""
+        return [number for number, value in self.points if not math.isfinite(value)]
 
 
 def plot_run(summary: RunSummary, path: str | Path) -> None:
@@ -24,16 +52,19 @@ def plot_run(summary: RunSummary, path: str | Path) -> None:
 
 
 def run_figure(summary: RunSummary) -> Any:
-    """The matplotlib figure of a run: perplexity above, bytes below, over the same axis of rounds."""
+    """The matplotlib figure of a run: perplexity above, bytes below, over the same axis of rounds.
+
+    Round 0 stands in the title: training often falls a thousandfold in round 1, beside which no later round shows.
+    """
     from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(8.0, 7.0)
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.6, 1])
     _plot_perplexity(upper, summary)
     _plot_bytes(lower, summary.history)
     lower.set_xlabel("round")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    lower.set_xlim(-0.5, max((record.round for record in summary.history), default=0) + 0.5)
+    lower.set_xlim(0.5, max((record.round for record in summary.history), default=1) + 0.5)
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")
@@ -42,30 +73,61 @@ def run_figure(summary: RunSummary) -> Any:
 
 
 def _plot_perplexity(axes: Any, summary: RunSummary) -> None:
-    central = [(record.round, record.central_perplexity) for record in summary.history]
-    federated = [(record.round, record.federated_perplexity) for record in summary.history]
-    start = [(0, summary.initial_perplexity)]
-    if any(value is not None for _, value in central) or all(value is None for _, value in federated):
-        central = start + central
-    else:
-        federated = start + federated
-    drawn: list[float] = []
-    for label, points, colour, marker in (
-        ("central, server's data", central, BLUE, "o"),
-        ("federated, clients' data", federated, VERMILION, "s"),
-    ):
-        known = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-        if known:
-            xs, ys = zip(*known, strict=True)
-            # Values stand in the legend: beside the points, those of two close curves cover each other.
-            axes.plot(xs, ys, marker=marker, color=colour, label=f"{label}: {ys[0]:.4g} \u2192 {ys[-1]:.4g}")
-            drawn += ys
-    if drawn:
+    curves = _curves(summary.history)
+    few = len(summary.history) <= MOST_MARKERS
+    for curve in curves:
+        xs, ys = zip(*curve.finite, strict=True) if curve.finite else ((), ())
+        axes.plot(xs, ys, label=curve.label, **{**curve.style, **({} if few else {"marker": ""})})
+        _mark_lost(axes, curve)
+    finite = [value for curve in curves for _, value in curve.finite]
+    if not finite:
+        axes.text(0.5, 0.5, "no perplexity measured", transform=axes.transAxes, ha="center", color="0.4")
+        axes.set_yticks([])
+    elif max(finite) > LOG_SCALE_RATIO * min(finite):
+        _log_scale(axes)
+    if finite:
+        _label_ends(axes, curves)
         axes.legend(frameon=False)
-        if max(drawn) > LOG_SCALE_RATIO * min(drawn):
-            _log_scale(axes)
     axes.set_ylabel("perplexity")
-    axes.set_title("Perplexity after each round (round 0: before training)", loc="left", fontsize=10)
+    axes.set_title(_title(summary, curves), loc="left", fontsize=10)
+
+
+def _curves(history: Sequence[RoundRecord]) -> list[_Curve]:
+    """Those with at least one evaluated round."""
+    central = [(r.round, r.central_perplexity) for r in history if r.central_perplexity is not None]
+    federated = [(r.round, r.federated_perplexity) for r in history if r.federated_perplexity is not None]
+    open_square = {"marker": "s", "markersize": 9, "markerfacecolor": "none", "linestyle": "--"}
+    curves = [
+        _Curve("central, server's data", central, {"color": BLUE, "marker": "o", "markersize": 5}),
+        _Curve("federated, clients' data", federated, {"color": VERMILION, **open_square}),
+    ]
+    return [curve for curve in curves if curve.points]
+
+
+def _title(summary: RunSummary, curves: Sequence[_Curve]) -> str:
+    title = "Perplexity after each round"
+    if summary.initial_perplexity is not None:
+        whose = f", {curves[0].name}" if curves else ""
+        title += f" (before training, not drawn: {format_number(summary.initial_perplexity)}{whose})"
+    return f"{title}\n\u00d7: not a finite number" if any(curve.lost for curve in curves) else title
+
+
+def _label_ends(axes: Any, curves: Sequence[_Curve]) -> None:
+    """The last value to the right of each curve: that of the higher one lifted, so that close ones stay readable."""
+    drawn = sorted((curve for curve in curves if curve.finite), key=lambda curve: -curve.finite[-1][1])
+    for place, curve in enumerate(drawn):
+        lift = 0 if len(drawn) == 1 else 1 - 2 * place
+        style = {"color": curve.style["color"], "textcoords": "offset points", "fontsize": 9}
+        axes.annotate(format_number(curve.finite[-1][1]), curve.finite[-1], xytext=(8, 5 * lift), va="center", **style)
+
+
+def _mark_lost(axes: Any, curve: _Curve) -> None:
+    """A cross at the upper edge for every round whose perplexity is not finite."""
+    edge = axes.get_xaxis_transform()
+    for number in curve.lost:
+        axes.text(
+            number, 0.98, "\u00d7", transform=edge, color=curve.style["color"], ha="center", va="top", fontsize=13
+        )
 
 
 def _log_scale(axes: Any) -> None:
@@ -102,13 +164,14 @@ def _draw_stacks(axes: Any, bars: dict[float, tuple[int, int, str]], width: floa
     """`bars` by place on the axis: bytes up, bytes down, label."""
     most = max((up + down for up, down, _ in bars.values()), default=0)
     scale, unit = next((entry for entry in UNITS if most >= entry[0]), UNITS[-1])
+    bare = {"edgecolor": "none"} if len(bars) > MOST_BARS else {}  # white edges would cover narrow bars
     for x, (up, down, label) in bars.items():
         axes.bar(x, up / scale, width, color=BLUE)
-        axes.bar(x, down / scale, width, bottom=up / scale, **DOWN_STYLE)
+        axes.bar(x, down / scale, width, bottom=up / scale, **{**DOWN_STYLE, **bare})
         top = (x, (up + down) / scale)
         axes.annotate(label, top, xytext=(0, 2), textcoords="offset points", ha="center", fontsize=7)
-    axes.bar(0, 0, color=BLUE, label="up, client to server")
-    axes.bar(0, 0, label="down, server to client", **DOWN_STYLE)
+    axes.bar(1, 0, color=BLUE, label="up, client to server")
+    axes.bar(1, 0, label="down, server to client", **DOWN_STYLE)
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.98), fontsize=9)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel(f"exchanged per round ({unit})")
+    axes.set_ylim(0, 1.15 * most / scale or 1)
+    axes.set_ylabel(f"exchanged ({unit})")

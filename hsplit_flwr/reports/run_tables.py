@@ -11,6 +11,7 @@ from hsplit_flwr.common.tables import (
     format_seconds,
     format_table,
 )
+from hsplit_flwr.data.slots import SlotScore
 from hsplit_flwr.reports.health.records import Finding
 from hsplit_flwr.reports.records import CLIENT_PHASES, ROUND_PHASES, ClientRecord, RoundRecord, RunSummary
 
@@ -79,6 +80,8 @@ def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
         ["incidents", str(sum(len(record.failures) for record in summary.history))],
         ["wall time", format_duration(summary.wall_seconds)],
     ]
+    if summary.slots:
+        rows.append(["slots right", " -> ".join(_slots(score) for score in summary.slots.values())])
     if summary.adapter is not None:
         exactness = "exact" if summary.adapter["exact"] else "truncated"
         error = f"relative error {summary.adapter['relative_error']:.2g}"
@@ -92,7 +95,10 @@ def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
 
 
 def run_report(summary: RunSummary, *, markdown: bool = False) -> str:
-    """The three tables of a run under headings, its health, and one line for each client that failed."""
+    """The three tables of a run under headings, its health, and one line for each client that failed.
+
+    A run that is not completed says so first.
+    """
     failures = [f"round {record.round}: {text}" for record in summary.history for text in record.failures]
     sections = {
         "Rounds": round_table(summary.history, markdown=markdown),
@@ -104,7 +110,19 @@ def run_report(summary: RunSummary, *, markdown: bool = False) -> str:
     if failures:
         sections["Failures"] = "\n".join(f"- {line}" if markdown else line for line in failures)
     heading = "### {}\n\n{}" if markdown else "{}\n{}"
-    return "\n\n".join(heading.format(title, body) for title, body in sections.items())
+    parts = [heading.format(title, body) for title, body in sections.items()]
+    return "\n\n".join([*_status_lines(summary), *parts])
+
+
+def _status_lines(summary: RunSummary) -> list[str]:
+    rounds = f"after {len(summary.history)} round{'' if len(summary.history) == 1 else 's'}"
+    if summary.status == "failed":
+        return [f"THE RUN FAILED {rounds}: {summary.reason or 'no reason given'}"]
+    return [f"The run is under way: these are its results {rounds}."] if summary.status == "running" else []
+
+
+def _slots(score: SlotScore) -> str:
+    return f"{score.right} of {score.total} ({100 * score.share:.0f} %)"
 
 
 def health_section(findings: Sequence[Finding], *, markdown: bool = False) -> str:

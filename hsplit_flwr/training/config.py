@@ -70,6 +70,10 @@ class TrainingConfig:
         """Optimizer steps of one client over the whole run."""
         return self.rounds * self.local_steps
 
+    def first_step(self, round_number: int) -> int:
+        """The run step (0-based) at which round `round_number` (from 1) starts."""
+        return (round_number - 1) * self.local_steps
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of run step `step` (0-based): linear warm-up, then the schedule down to zero."""
         if step < self.warmup_steps:

@@ -47,7 +47,7 @@ def tensors_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tens
         )
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ConfigError(
-            f"Expected an attention_mask of 1 (token) and 0 (padding), found values {mask.unique().tolist()[:5]}. "
+            f"Expected an attention_mask of 1 (token) and 0 (padding), found values {torch.unique(mask).tolist()[:5]}. "
             "Put one document in a row, padded."
         )
     return input_ids.to(device), mask.to(device), labels

@@ -107,8 +107,8 @@ def test_hsplitlora_is_what_a_deployment_computes(task: Task, method: str, plann
     assert len(planned) == len(plans) == 2  # planned anew after the first round
     assert [choices(plan) for plan in planned] == [choices(plan) for plan in plans]
     assert (len({client.cut for client in plans[1].clients.values()}) > 1) == (method == "with_deep_heads")
-    assert strategy.initial_score is not None
-    deployed = [strategy.initial_score.perplexity, *(record.central_perplexity for record in strategy.history)]
+    assert strategy.rounds.initial_score is not None
+    deployed = [strategy.rounds.initial_score.perplexity, *(record.central_perplexity for record in strategy.history)]
     assert [evaluation.perplexity for evaluation in result.evaluations] == pytest.approx(deployed, rel=DEPLOYED)
     assert result.evaluations[2].tokens == sum(record.tokens for record in strategy.history)
 

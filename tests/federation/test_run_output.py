@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.federation import run_output
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.run_output import MAX_NEW_TOKENS, RunOutput, Sample
@@ -19,6 +20,7 @@ from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.generation import generate_texts
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from tests.helpers.federation import Node, random_batches
@@ -51,7 +53,7 @@ def run(folder: Path, rounds: int, adapter_rank: int | None = None) -> dict[str,
         limits=BarrierLimits(start_gate_s=5.0),
         eval_batches=BATCHES,
     )
-    server = HSplitLoRAServer(strategy, max_workers=1, on_end=output)
+    server = HSplitLoRAServer(strategy, output)
     data = ClientData(train=BATCHES, evaluate=BATCHES)
     server.client_manager().register(Node("1", ["0"], tiny_checkpoint(), lambda client: data))
     server.fit(num_rounds=rounds, timeout=60.0)
@@ -171,6 +173,47 @@ def test_a_run_without_rounds_has_results_but_no_adapter(tmp_path: Path) -> None
     assert summary["final_perplexity"] == summary["initial_perplexity"]
     assert not (tmp_path / "adapter").exists()
     assert load_file(tmp_path / "merged_model" / "model.safetensors").keys()
+
+
+def test_a_second_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    """It overwrote the first one's summary and left its adapter beside the new model."""
+    first = run(tmp_path / "run", rounds=1)
+    run(tmp_path / "run", rounds=2)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == first
+    assert json.loads((tmp_path / "run-2" / "summary.json").read_text())["rounds"] == 2
+
+
+@pytest.mark.parametrize("broken", ["save_peft_adapter", "save_merged", "plot_run", "generate_texts"])
+def test_what_cannot_be_written_costs_nothing_of_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    """One failing export took all results with it."""
+    calls = 0
+
+    def full_disk(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if broken == "generate_texts" and calls == 1:
+            return generate_texts(*arguments, **options)  # before the run
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_output, broken, full_disk)
+    summary = run(tmp_path, rounds=1)
+    assert summary["rounds"] == 1
+    assert f"could not be written to {tmp_path}" in caplog.text
+    assert "No space left on device" in caplog.text
+    there = {path.name for path in tmp_path.iterdir()}
+    assert {"report.txt", "summary.json"} <= there
+    assert ("adapter" in there) == (broken != "save_peft_adapter")
+    assert ("merged_model" in there) == (broken != "save_merged")
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_that_is_none_is_refused_at_once(tmp_path: Path, rank: int) -> None:
+    """After the last round only the merged model was left."""
+    model = GlobalModel(ModelFiles.resolve(str(tiny_checkpoint())))
+    with pytest.raises(ConfigError, match=f"Expected adapter-rank >= 1, .*found {rank}"):
+        RunOutput(model, "tiny", tmp_path, adapter_rank=rank)
 
 
 def test_a_bad_folder_fails_before_training(tmp_path: Path) -> None:

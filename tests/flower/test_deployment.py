@@ -1,4 +1,4 @@
-"""The quickstart, unchanged, in a real deployment on loopback: one SuperLink, two SuperNodes, `flwr run`."""
+"""The quickstart in a real deployment on loopback, on both faces: one SuperLink, two SuperNodes, `flwr run`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.flower import (
+    MESSAGES,
     QUICKSTART,
     FlowerHome,
     flower_home,
     free_port,
     read_summary,
+    timeless,
     wait_for_log,
     wait_for_port,
 )
@@ -52,10 +54,13 @@ def deployment(tmp_path: Path) -> Iterator[FlowerHome]:
         yield home
 
 
-def test_one_round_of_the_quickstart(deployment: FlowerHome, tmp_path: Path) -> None:
-    values = {"cuts": "2,4", "ranks": "4,8", "rounds": 1, "local-steps": STEPS, "output-dir": str(tmp_path / "out")}
-    deployment.run(QUICKSTART, values, timeout_s=RUN_S)
-    summary = read_summary(tmp_path / "out")
+def test_one_round_of_the_quickstart_on_both_faces(deployment: FlowerHome, tmp_path: Path) -> None:
+    values = {"cuts": "2,4", "ranks": "4,8", "rounds": 1, "local-steps": STEPS}
+    for name, app in {"legacy": QUICKSTART, "messages": MESSAGES}.items():
+        log = deployment.run(app, {**values, "output-dir": str(tmp_path / name)}, timeout_s=RUN_S)
+        assert f"Results: {tmp_path / name}" in log
+    summary = read_summary(tmp_path / "legacy")
+    assert timeless(read_summary(tmp_path / "messages")) == timeless(summary)
     (record,) = summary["history"]
     assert [(client["client_id"], client["cut"], client["steps"]) for client in record["clients"]] == [
         ("0", 2, STEPS),

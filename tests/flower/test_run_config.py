@@ -1,5 +1,6 @@
 """Flower's flat run config -> settings, and back to the command that repeats a run."""
 
+import re
 import shlex
 import tomllib
 from pathlib import Path
@@ -242,3 +243,46 @@ def assert_repeats(config: dict[str, Any]) -> None:
     assert words[:5] == ["flwr", "run", "simulations/x", "--stream", "--run-config"]
     assert len(words) == 6
     assert parse_config_args([words[5]]) == config
+
+
+class Recorded(dict[str, Any]):
+    """A run config that notes which keys it was asked for."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("app", APPS)
+def test_every_key_that_is_read_can_be_set(app: str) -> None:
+    """Flower refuses keys that the app's pyproject does not list, without naming them: 18 could not be set."""
+    config = Recorded(app_config(app))
+    folder = SIMULATIONS / app / app
+    read_settings(config, folder)
+    read_settings(Recorded(SMALLEST), folder)
+    count_clients(config, {}, folder)
+    literal = re.compile(r'get\(\s*(?:context\.)?run_config,\s*"([a-z-]+)"')
+    in_code = {key for path in folder.rglob("*.py") for key in literal.findall(path.read_text())}
+    assert len(config.asked) > 40
+    assert (config.asked | in_code) - app_config(app).keys() == set()
+
+
+@pytest.mark.parametrize("app", APPS)
+def test_every_key_that_can_be_set_is_read(app: str) -> None:
+    config = Recorded(app_config(app))
+    folder = SIMULATIONS / app / app
+    read_settings(config, folder)
+    read_settings(unplanned := Recorded({**app_config(app), **SMALLEST}), folder)
+    literal = re.compile(r'get\(\s*(?:context\.)?run_config,\s*"([a-z-]+)"')
+    in_code = {key for path in folder.rglob("*.py") for key in literal.findall(path.read_text())}
+    assert app_config(app).keys() - config.asked - unplanned.asked - in_code == set()
+
+
+@pytest.mark.parametrize("rank", [-1, -7])
+def test_an_adapter_rank_below_zero_is_refused_at_start(rank: int) -> None:
+    with pytest.raises(ConfigError, match=f"Expected adapter-rank >= 0 .*found {rank}"):
+        read_settings({**SMALLEST, "adapter-rank": rank}, HERE)

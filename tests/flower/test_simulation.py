@@ -17,6 +17,7 @@ import pytest
 
 from tests.helpers.flower import (
     FAULTS,
+    MESSAGES,
     QUICKSTART,
     FlowerHome,
     flower_home,
@@ -24,6 +25,7 @@ from tests.helpers.flower import (
     run_arguments,
     simulation,
     tail,
+    timeless,
     wait_for_log,
 )
 
@@ -34,6 +36,8 @@ CUTS = [1, 2, 3, 4, 6]
 """what the quickstart's devices can hold"""
 RUN_S = 420.0
 """longest a run may take on two busy cores; it takes 40-90 s"""
+CONFIGURED = {"cuts": "1,2,3,4,6", "ranks": "2,4,8,12,16", "tail-rank": 8, "local-steps": 4, "batch-size": 4}
+"""what the app `faults` has and the other one has not"""
 SERVICES = {"flower-superlink", "flower-superexec", "flwr"}
 
 
@@ -97,7 +101,21 @@ def test_quickstart_finishes_with_all_clients(home: FlowerHome, tmp_path: Path, 
         assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
 
 
-def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, tmp_path: Path) -> None:
+def test_both_faces_give_bit_equal_summaries(home: FlowerHome, tmp_path: Path) -> None:
+    """Perplexities, tokens, bytes, plans, samples and the adapter's ranks: planned cuts and ranks, five actors."""
+    values = {"rounds": 2, "local-steps": 4, "warmup-steps": 2}
+    for name, app in {"legacy": QUICKSTART, "messages": MESSAGES}.items():
+        log = home.run(
+            app, {**values, "output-dir": str(tmp_path / name)}, *simulation(nodes=5, actors=5), timeout_s=RUN_S
+        )
+        assert f"Results: {tmp_path / name}" in "\n".join(log.splitlines()[-8:])
+    legacy, messages = (timeless(read_summary(tmp_path / name)) for name in ("legacy", "messages"))
+    assert messages == legacy
+    assert legacy["history"][1]["plan"]
+
+
+@pytest.mark.parametrize("app", [FAULTS, MESSAGES], ids=["legacy", "messages"])
+def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, tmp_path: Path, app: Path) -> None:
     """In round 1 client 1 raises, the process of client 2 is killed and client 3 sleeps past the round's limit."""
     values = {
         "faults": "1:raise 2:kill 3:stall",
@@ -107,8 +125,9 @@ def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, t
         "straggler-limit-s": 4.0,
         "rounds": 4,
         "output-dir": str(tmp_path),
+        **(CONFIGURED if app == MESSAGES else {}),
     }
-    home.run(FAULTS, values, *simulation(nodes=5, actors=5), timeout_s=RUN_S)
+    home.run(app, values, *simulation(nodes=5, actors=5), timeout_s=RUN_S)
     summary = read_summary(tmp_path)
     first, *later = summary["history"]
     assert clients_of(first) == ["0", "4"]

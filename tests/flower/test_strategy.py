@@ -3,6 +3,8 @@
 import io
 import json
 import math
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,31 +13,38 @@ import numpy as np
 import pytest
 import torch
 from flwr.common import Code, FitIns, FitRes, GetPropertiesIns, GetPropertiesRes, Parameters, Status
+from flwr.server import SimpleClientManager
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.common.reasons import describe_failure
+from hsplit_flwr.errors import ConfigError, RunFailedError
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.remote_tail import DeltaTensors, RemoteTail
 from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.federation import head_client as client_module
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.round_server import StrategyConfig
-from hsplit_flwr.flower import client as client_module
+from hsplit_flwr.federation.trained_head import TrainedHead
 from hsplit_flwr.flower import task_proxy
-from hsplit_flwr.flower.messages import CLIENTS_KEY, CONCURRENCY_KEY, TASK_KEY
-from hsplit_flwr.flower.nodes import Roster
+from hsplit_flwr.flower.messages import ARRAYS_KEY, CLIENTS_KEY, CONCURRENCY_KEY, TASK_KEY, pack_trained
 from hsplit_flwr.flower.server import HSplitLoRAServer
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
-from hsplit_flwr.flower.task_proxy import ClientFailureError, TaskProxy, describe_failure
+from hsplit_flwr.flower.task_proxy import ClientFailureError, TaskProxy
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.planning.budgets.probe import stated_budget
+from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import train_head
+from hsplit_flwr.training.workload import Workload
 from tests.helpers.federation import (
     Batch,
     Fault,
@@ -47,6 +56,7 @@ from tests.helpers.federation import (
     random_batches,
     weights_of,
 )
+from tests.helpers.flower import free_port
 from tests.helpers.models import NUM_BLOCKS, tiny_model
 
 pytestmark = pytest.mark.timeout(120)
@@ -101,7 +111,7 @@ def make_strategy(model: Path, seed: int = 0, gate_s: float = LONG_S, **config: 
         PLANS,
         TrainingConfig(**{**vars(TRAINING), "seed": seed}),
         tail_lora=TAIL,
-        config=StrategyConfig(min_nodes=1, wait_for_nodes_s=5.0, **config),
+        config=StrategyConfig(**{"min_nodes": 1, "wait_for_nodes_s": 5.0, **config}),
         limits=BarrierLimits(start_gate_s=gate_s, straggler_limit_s=20.0, step_limit_s=40.0),
         eval_batches=[batch for batches in EVALUATION.values() for batch in batches],
     )
@@ -213,7 +223,7 @@ def test_one_node_with_three_clients_equals_the_dense_reference(model: Path, str
     told = strategy.configure_fit(server_round=1, parameters=NOTHING, client_manager=manager)
     assert sorted(json.loads(str(ins.config[TASK_KEY]))["client"] for _, ins in told) == ["0", "1", "2"]
     results = [(proxy, proxy.fit(ins, timeout=60.0, group_id=1)) for proxy, ins in told]  # in waves of one
-    tail = strategy.tail_rounds.tail.adapters.factors()
+    tail = strategy.rounds.tail_rounds.tail.adapters.factors()
     strategy.aggregate_fit(server_round=1, results=results, failures=[])
     sent = {str(res.metrics["client"]): res for _, res in results}
     assert_equal_weights(weights_of(strategy), expected_weights(base_weights(model), sent, tail))
@@ -353,6 +363,12 @@ def lying_about(**metrics: Any) -> Fault:
     return fault
 
 
+def named_otherwise(fit: Fit, ins: FitIns) -> FitRes:
+    res = fit(ins)
+    res.metrics[ARRAYS_KEY] = str(res.metrics[ARRAYS_KEY]).replace("h.0", "h.7", 1)
+    return res
+
+
 def nameless(fit: Fit, ins: FitIns) -> FitRes:
     res = fit(ins)
     res.metrics.clear()
@@ -363,12 +379,17 @@ def idle(fit: Fit, ins: FitIns) -> FitRes:
     """Adapters of the right shapes, from a client that never came to the tail."""
     plan = PLANS["1"]
     shapes = {"attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
-    tensors = []
+    factors = {}
     for block in range(plan.cut):
         for leaf, (d_out, d_in) in shapes.items():
-            rank = plan.lora.rank(f"transformer.h.{block}.{leaf}")
-            tensors += [stored(np.ones((rank, d_in), np.float32)), stored(np.ones((d_out, rank), np.float32))]
-    return FitRes(Status(Code.OK, ""), Parameters(tensors, "numpy.ndarray"), 1000, {"client": "1"})
+            rank = plan.lora.rank(name := f"transformer.h.{block}.{leaf}")
+            factors[name] = LoraFactors(torch.ones(rank, d_in), torch.ones(d_out, rank), 1.0)
+    arrays, figures = pack_trained(
+        TrainedHead(client="1", factors=factors, importance=dict.fromkeys(factors, 1.0), tokens=1000, loss=0.1)
+    )
+    tensors = [stored(array) for array in arrays.values()]
+    metrics = {**figures, ARRAYS_KEY: json.dumps(list(arrays))}
+    return FitRes(Status(Code.OK, ""), Parameters(tensors, "numpy.ndarray"), 1000, metrics)
 
 
 def lazy(fit: Fit, ins: FitIns) -> FitRes:
@@ -391,7 +412,8 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "empty": (first_tensor(lambda a: b""), "client 1"),
     "archive": (first_tensor(zipped), "client 1"),
     "huge-header": (first_tensor(lambda a: header_of(1 << 40, 1 << 20)), "MemoryError"),
-    "wrong-count": (too_few_tensors, "Expected 16 adapter tensors and importance, found 16 tensors"),
+    "wrong-count": (too_few_tensors, "Expected a name for each of 16 arrays"),
+    "other-arrays": (named_otherwise, "Expected 17 arrays, A and B of every planned module and the importance"),
     "importance-of-fewer": (importance(np.ones(7, np.float32)), "importance of 8 linear layers, found float32 (7,)"),
     "importance-in-float64": (importance(np.ones(8)), "importance of 8 linear layers, found float64"),
     "importance-nan": (importance(np.full(8, np.nan, np.float32)), "Expected finite importance >= 0"),
@@ -399,7 +421,8 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "importance-nothing": (importance(np.zeros(8, np.float32)), "not all of it 0"),
     "other-name": (lying_about(client="2"), "names client '1', found '2'"),
     "unknown-name": (lying_about(client="77"), "names client '1', found '77'"),
-    "no-name": (nameless, "names client '1', found None"),
+    "no-name": (lying_about(client=""), "names client '1', found ''"),
+    "no-figures": (nameless, "Expected a name for each of 17 arrays"),
     "junk-figures": (lying_about(load_s="soon"), "could not convert string to float"),
     "idle": (idle, f"Expected {STEPS} steps at the tail, found 0"),
     "lazy": (lazy, f"Expected {STEPS} steps at the tail, found {STEPS - 1}"),
@@ -523,11 +546,21 @@ def test_a_long_failure_keeps_its_start_and_its_end() -> None:
 
 def run(model: Path, seed: int) -> dict[str, Tensor]:
     strategy = make_strategy(model, seed)
-    server = HSplitLoRAServer(strategy, max_workers=len(PLANS))
+    server = HSplitLoRAServer(strategy)
     for node in node_per_client(model):
         server.client_manager().register(node)
     server.fit(num_rounds=2, timeout=60.0)
     return weights_of(strategy)
+
+
+def test_a_run_in_which_nobody_finished_has_failed(model: Path) -> None:
+    """It ended as "completed", with an untouched model."""
+    strategy = make_strategy(model, gate_s=SHORT_S)
+    server = HSplitLoRAServer(strategy)
+    for node in node_per_client(model, dict.fromkeys(PLANS, raising)):
+        server.client_manager().register(node)
+    with pytest.raises(RunFailedError, match=r"found none in 2 rounds.*disk full"):
+        server.fit(num_rounds=2, timeout=60.0)
 
 
 def test_the_seed_decides_the_weights_bit_for_bit(model: Path) -> None:
@@ -536,14 +569,66 @@ def test_the_seed_decides_the_weights_bit_for_bit(model: Path) -> None:
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+class MeetingNode(Node):
+    """A node whose fit ends once all others are inside theirs."""
+
+    meeting: threading.Barrier
+
+    def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
+        self.meeting.wait(30.0)
+        raise RuntimeError("met everybody")
+
+    def get_properties(self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None) -> GetPropertiesRes:
+        return GetPropertiesRes(Status(Code.OK, ""), hosts(self.cid))
+
+
+def test_a_hundred_clients_are_under_way_at_a_time(model: Path) -> None:
+    """With 64 workers, 100 clients lost the start gate in every round."""
+    plan = ClientPlan(1, LoraSpec(1))
+    strategy = HSplitLoRAStrategy(GlobalModel(ModelFiles.resolve(str(model))), plan, TRAINING)
+    server = HSplitLoRAServer(strategy)
+    MeetingNode.meeting = threading.Barrier(100)
+    for number in range(100):
+        server.client_manager().register(MeetingNode(str(number), [], model, data))
+    server.fit_round(server_round=1, timeout=60.0)
+    strategy.close()
+    assert sum("met everybody" in failure for failure in strategy.history[0].failures) == 100
+
+
+def test_the_tail_is_opened_once_for_all_nodes(model: Path) -> None:
+    """Each node was asked in a thread that opened a tail: three of four found the port in use and were left out."""
+    port = free_port()
+    costs = ModelCosts(ModelFiles.resolve(str(model)).config, Workload(4, 10, STEPS))
+    server = stated_budget({"memory-gb": 8, "gflops": 100, "uplink-mbps": 1000, "downlink-mbps": 1000, "latency-ms": 0})
+    assert server is not None
+    strategy = HSplitLoRAStrategy(
+        GlobalModel(ModelFiles.resolve(str(model))),
+        AdaptivePlanning(costs, server),
+        TRAINING,
+        service=ServiceConfig(bind=f"127.0.0.1:{port}"),
+        limits=BarrierLimits(start_gate_s=LONG_S),
+    )
+    device = {"memory-gb": 1, "gflops": 10, "uplink-mbps": 100, "downlink-mbps": 100, "latency-ms": 1}
+    nodes = [
+        Node(str(n), [str(n)], model, lambda c: ClientData(random_batches(STEPS, int(c))), node_config=device)
+        for n in range(4)
+    ]
+    played = play_round(strategy, manager_of(*nodes), 1)
+    strategy.close()
+    assert played.metrics["clients"] == 4
+    with socket.socket() as probe:  # nothing listens on
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+
+
 # --- perplexities ---
 
 
 def test_perplexities_equal_transformers_own_loss(model: Path, strategy: HSplitLoRAStrategy, tmp_path: Path) -> None:
     played = play_round(strategy, manager_of(*node_per_client(model)), 1)
     strategy.close()
-    strategy.merge_remaining()
-    strategy.model.segment.model.save_pretrained(tmp_path)
+    strategy.rounds.tail_rounds.merge_remaining()
+    strategy.rounds.model.segment.model.save_pretrained(tmp_path)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     nll, tokens = 0.0, 0
     for batch in [batch for batches in EVALUATION.values() for batch in batches]:
@@ -608,10 +693,26 @@ def hosts(*clients: str, concurrency: Any = 0) -> dict[str, Any]:
     return {CLIENTS_KEY: json.dumps(clients), CONCURRENCY_KEY: concurrency}
 
 
-def test_two_nodes_with_the_same_client_are_refused() -> None:
-    nodes = manager_of(StubNode("1", hosts("a", "b")), StubNode("2", hosts("b")))
-    with pytest.raises(ConfigError, match="Expected every client on one node, found 'b' on two"):
-        Roster(1.0).refresh(nodes, 1)
+def hosted(strategy: HSplitLoRAStrategy, manager: SimpleClientManager) -> dict[str, str]:
+    """Client -> cid of its node, as the strategy's next round sees them."""
+    roster = strategy.nodes.refresh(manager)
+    return {client: strategy.nodes.proxy(client).cid for client in roster.clients}
+
+
+@pytest.fixture
+def asking(model: Path) -> Iterator[HSplitLoRAStrategy]:
+    made = make_strategy(model, wait_for_nodes_s=1.0)
+    yield made
+    made.close()
+
+
+def test_a_second_node_with_the_same_client_is_left_out(
+    asking: HSplitLoRAStrategy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended the run for everybody."""
+    manager = manager_of(StubNode("1", hosts("a", "b")), StubNode("2", hosts("c", "b")))
+    assert hosted(asking, manager) == {"a": "1", "b": "1"}
+    assert "left out node 2" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -628,40 +729,30 @@ def test_two_nodes_with_the_same_client_are_refused() -> None:
     ],
     ids=["nothing", "no-json", "no-list", "no-texts", "no-number", "negative", "twice", "raises"],
 )
-def test_a_node_that_answers_junk_is_left_out(junk: dict[str, Any] | Exception) -> None:
-    roster = Roster(1.0)
-    good = StubNode("1", hosts("a"))
-    assert roster.refresh(manager_of(good, StubNode("2", junk)), 1) == {"a": good}
-    assert roster.concurrency(["a"]) == 1
+def test_a_node_that_answers_junk_is_left_out(asking: HSplitLoRAStrategy, junk: dict[str, Any] | Exception) -> None:
+    assert hosted(asking, manager_of(StubNode("1", hosts("a")), StubNode("2", junk))) == {"a": "1"}
+    assert asking.nodes.roster.concurrency(["a"]) == 1
 
 
-def test_nobody_but_junk_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="at least one SuperNode that hosts an HSplitLoRAClient, found none"):
-        Roster(1.0).refresh(manager_of(StubNode("1", {})), 1)
+def test_nobody_but_junk_is_an_error(asking: HSplitLoRAStrategy) -> None:
+    with pytest.raises(ConfigError, match="at least one SuperNode that hosts clients of hsplit_flwr, found none"):
+        hosted(asking, manager_of(StubNode("1", {})))
 
 
-def test_too_few_nodes_is_an_error() -> None:
+def test_too_few_nodes_is_an_error(model: Path) -> None:
+    strategy = make_strategy(model, wait_for_nodes_s=1.0, min_nodes=2)
     with pytest.raises(ConfigError, match=r"Expected at least 2 SuperNodes within 1 s, found 1\."):
-        Roster(1.0).refresh(manager_of(StubNode("1", hosts("a"))), 2)
+        hosted(strategy, manager_of(StubNode("1", hosts("a"))))
 
 
-def test_concurrency_is_that_of_the_simulation_or_one_client_per_node() -> None:
-    simulated, deployed = Roster(1.0), Roster(1.0)
-    simulated.refresh(manager_of(StubNode("1", hosts("a", "b", concurrency=2)), StubNode("2", hosts("c"))), 1)
-    assert [simulated.concurrency(c) for c in (["a"], ["a", "b"], ["a", "b", "c"])] == [1, 2, 2]
-    deployed.refresh(manager_of(StubNode("1", hosts("a", "b")), StubNode("2", hosts("c"))), 1)
-    assert [deployed.concurrency(c) for c in (["a"], ["a", "b"], ["a", "b", "c"])] == [1, 1, 2]
-
-
-def test_a_node_that_left_is_forgotten_and_a_new_one_is_asked() -> None:
-    roster = Roster(1.0)
+def test_a_node_that_left_is_forgotten_and_a_new_one_is_asked(asking: HSplitLoRAStrategy) -> None:
     first, second = StubNode("1", hosts("a")), StubNode("2", hosts("b"))
     manager = manager_of(first, second)
-    assert roster.refresh(manager, 1) == {"a": first, "b": second}
+    assert hosted(asking, manager) == {"a": "1", "b": "2"}
     manager.unregister(first)
     replacement = StubNode("3", hosts("a"))
     manager.register(replacement)
-    assert roster.refresh(manager, 1) == {"b": second, "a": replacement}
+    assert hosted(asking, manager) == {"b": "2", "a": "3"}
 
 
 def test_fraction_clients(model: Path) -> None:

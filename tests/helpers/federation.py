@@ -17,8 +17,9 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.server import evaluate_clients, fit_clients
 from torch import Tensor
 
+from hsplit_flwr.federation import head_client as client_module
 from hsplit_flwr.federation.head_client import ClientData
-from hsplit_flwr.flower import client as client_module
+from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.flower.local_federation import LocalNode
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.factors import LoraFactors
@@ -97,7 +98,7 @@ def play_round(strategy: HSplitLoRAStrategy, manager: SimpleClientManager, numbe
     """One round as Flower's `Server` plays it, every hook called by keyword."""
     told = strategy.configure_fit(server_round=number, parameters=EMPTY, client_manager=manager)
     results, failures = fit_clients(told, max_workers=8, timeout=TIMEOUT_S, group_id=number)
-    tail = strategy.tail_rounds.tail.adapters.factors()  # gone after aggregate_fit, and the reference needs them
+    tail = strategy.rounds.tail_rounds.tail.adapters.factors()  # gone after aggregate_fit, and the reference needs them
     _, metrics = strategy.aggregate_fit(server_round=number, results=results, failures=failures)
     played = Played({proxy.cid: res for proxy, res in results}, tail, weights_of(strategy), metrics, None)
     central = strategy.evaluate(server_round=number, parameters=EMPTY)
@@ -109,11 +110,12 @@ def play_round(strategy: HSplitLoRAStrategy, manager: SimpleClientManager, numbe
     return played
 
 
-def weights_of(strategy: HSplitLoRAStrategy) -> dict[str, Tensor]:
+def weights_of(server: RoundServer | HSplitLoRAStrategy) -> dict[str, Tensor]:
     """The global model's weight of every linear layer, as the layer stores it, with what is not merged yet."""
-    layers = strategy.model.segment.linear_modules()
+    rounds = server.rounds if isinstance(server, HSplitLoRAStrategy) else server
+    layers = rounds.model.segment.linear_modules()
     weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
-    for name, factors in strategy.tail_rounds.unmerged().items():
+    for name, factors in rounds.tail_rounds.unmerged().items():
         update = factors.delta()
         weights[name] += update if isinstance(layers[name], torch.nn.Linear) else update.T
     return weights

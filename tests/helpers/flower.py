@@ -20,6 +20,8 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "simulations" / "quickstart"
 FAULTS = REPOSITORY / "tests" / "apps" / "faults"
+MESSAGES = REPOSITORY / "tests" / "apps" / "messages"
+"""the quickstart on the Message API, with the faults of `FAULTS`"""
 BIN = Path(sys.executable).parent
 POLL_S = 0.2
 Values = Mapping[str, Any]
@@ -38,7 +40,7 @@ class FlowerHome:
             "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
             "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(QUICKSTART)]),
+            "PYTHONPATH": os.pathsep.join(map(str, (REPOSITORY, QUICKSTART, FAULTS))),
         }
 
     def start(self, command: str, *arguments: str) -> tuple["subprocess.Popen[bytes]", Path]:
@@ -118,6 +120,18 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """``summary.json`` of a finished run."""
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
+
+
+def timeless(summary: dict[str, Any]) -> dict[str, Any]:
+    """Everything of a summary that two equal runs must have alike: no seconds, no commands, no folders."""
+    kept = {
+        key: summary[key] for key in ("initial_perplexity", "final_perplexity", "rounds", "seed", "adapter", "samples")
+    }
+    rounds = []
+    for record in summary["history"]:
+        clients = [{**client, "seconds": None} for client in record["clients"]]
+        rounds.append({**record, "clients": clients, "seconds": None, "steps": None})
+    return {**kept, "history": rounds}
 
 
 def free_port() -> int:

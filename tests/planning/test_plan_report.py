@@ -12,9 +12,9 @@ from matplotlib.image import AxesImage
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.planning.plots import (
-    MEMORY_COLOURS,
+    MEMORY_PARTS,
     MOST_CLIENTS,
-    TIME_COLOURS,
+    TIME_PARTS,
     budget_figure,
     importance_figure,
     plot_budgets,
@@ -124,6 +124,8 @@ def test_cuts_are_lines_before_the_first_block_that_is_not_held() -> None:
     cuts = {"1": 2, "0": 2, "2": 3} | {str(number): 1 for number in range(10, 16)}
     axes = importance_figure(IMPORTANCE, cuts, "a test").axes[0]
     assert sorted(line.get_xdata()[0] for line in axes.lines) == [0.5, 1.5, 2.5]
+    assert "a client holds all blocks to the left of its line" in axes.get_xlabel()
+    assert importance_figure(IMPORTANCE, {}, "a test").axes[0].get_xlabel() == "block"
     labels = [text for text in texts_of(axes) if text.startswith("client")]
     assert labels == ["clients 10, 11, 12, ... (6)", "clients 0, 1", "client 2"]
 
@@ -164,44 +166,76 @@ def costed_plan(costs: ModelCosts, clients: int) -> tuple[RoundPlan, dict[str, B
     return plan, {head.client: BUDGET for head in heads}
 
 
+def panels(plan: RoundPlan, costs: ModelCosts, budgets: Mapping[str, Budget]) -> list[Any]:
+    """Clients' memory, their times, the server's memory; the legends of memory and time."""
+    by_name = {axes.get_label(): axes for axes in budget_figure(plan, costs, budgets).axes}
+    return [by_name[name] for name in ("memory", "times", "server", "memory parts", "time parts")]
+
+
 def bars_by_row(axes: Any) -> list[list[float]]:
     """Widths of the stacked bars of each row, from the left."""
     return [list(row) for row in zip(*([bar.get_width() for bar in part] for part in axes.containers), strict=True)]
 
 
+def legend_of(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
 def test_memory_bars_are_the_cost_models_parts_as_a_share_of_the_budget(costs: ModelCosts) -> None:
     plan, budgets = costed_plan(costs, 2)
-    memory, _ = budget_figure(plan, costs, budgets).axes
+    memory, _, _, parts_legend, _ = panels(plan, costs, budgets)
     estimate = costs.head_memory(2, plan.clients["1"].ranks)
-    first, second, tail = bars_by_row(memory)
+    first, second = bars_by_row(memory)
     budget = plan.clients["1"].memory_budget_bytes
     parts = {**asdict(estimate), "planner's margin": MARGIN_BYTES}
-    assert second == pytest.approx([100 * parts[part] / budget for part in MEMORY_COLOURS])
-    assert (sum(first), sum(second), sum(tail)) == pytest.approx((50, 50, 25), abs=1e-3)
+    assert second == pytest.approx([100 * parts[part] / budget for part in MEMORY_PARTS])
+    assert (sum(first), sum(second)) == pytest.approx((50, 50), abs=1e-3)
     labels = [label.get_text() for label in memory.get_yticklabels()]
-    assert labels == ["client 0, cut 1", "client 1, cut 2", "server, tail"]
+    assert labels == ["client 0, cut 1", "client 1, cut 2"]
     assert all(" of " in text for text in texts_of(memory))
+    assert legend_of(parts_legend) == [f"{name}: {part.meaning}" for name, part in MEMORY_PARTS.items()]
 
 
-def test_time_bars_are_compute_transfer_and_server(costs: ModelCosts) -> None:
+def test_the_servers_memory_is_in_bytes_on_a_scale_of_its_own(costs: ModelCosts) -> None:
+    """In per cent of 22 GB its bar was a sliver."""
+    plan, budgets = costed_plan(costs, 2)
+    _, _, server, _, _ = panels(plan, costs, budgets)
+    (row,) = bars_by_row(server)
+    held = costs.tail_memory([1, 2], plan.tail.ranks)
+    assert server.get_xlabel() == "kB"
+    assert row == pytest.approx([getattr(held, part, 0) / 1e3 for part in MEMORY_PARTS])
+    assert server.get_xlim() == pytest.approx((0, plan.tail.memory_bytes / 1e3))
+    assert [label.get_text() for label in server.get_yticklabels()] == ["server, tail"]
+    (total,) = texts_of(server)
+    assert total.endswith("(25 %)")
+
+
+def test_time_bars_are_seconds_of_compute_transfer_and_server(costs: ModelCosts) -> None:
+    """As shares, a step of 0.275 s and one of 0.007 s looked alike."""
     plan, budgets = costed_plan(costs, 1)
-    _, times = budget_figure(plan, costs, budgets).axes
+    _, times, _, _, parts_legend = panels(plan, costs, budgets)
     compute = costs.head_flops(1, plan.clients["0"].ranks) / BUDGET.flops_per_s
     seconds = [compute, transfer_s(costs), TAIL_S]
     (row,) = bars_by_row(times)
-    assert row == pytest.approx([100 * part / sum(seconds) for part in seconds])
-    assert [text.get_text() for text in times.get_legend().get_texts()] == list(TIME_COLOURS)
-    assert texts_of(times) == [f"{sum(seconds):.3f} s"]
+    assert row == pytest.approx(seconds)
+    assert legend_of(parts_legend) == [f"{name}: {part.meaning}" for name, part in TIME_PARTS.items()]
+    assert times.get_xlabel() == "seconds"
+    share = 100 * TAIL_S / sum(seconds)
+    assert texts_of(times) == [f"{sum(seconds):.3f} s, {share:.0f} % server's compute"]
 
 
 def test_of_many_clients_some_are_drawn_and_it_says_so(costs: ModelCosts) -> None:
     plan, budgets = costed_plan(costs, 100)
-    memory, _ = budget_figure(plan, costs, budgets).axes
+    memory = panels(plan, costs, budgets)[0]
     labels = [label.get_text().split(",")[0] for label in memory.get_yticklabels()]
-    assert len(labels) == MOST_CLIENTS + 1
-    assert labels[0] == "client 0"
-    assert labels[-2:] == ["client 99", "server"]
+    assert len(labels) == MOST_CLIENTS
+    assert (labels[0], labels[-1]) == ("client 0", "client 99")
     assert f"{MOST_CLIENTS} of 100 clients" in memory.get_title(loc="left")
+
+
+def test_a_plan_of_nobody_is_drawn(costs: ModelCosts) -> None:
+    plan, _ = costed_plan(costs, 0)
+    budget_figure(plan, costs, {}).canvas.draw()
 
 
 def test_pictures_are_files(costs: ModelCosts, tmp_path: Path) -> None:

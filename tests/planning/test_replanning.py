@@ -14,7 +14,6 @@ import torch
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.remote_tail import RemoteTail
-from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.round_server import StrategyConfig
@@ -331,7 +330,8 @@ def test_a_probe_is_echoed_and_its_token_is_good_for_one_stream(
 ) -> None:
     strategy = make_strategy(model, planning(costs))
     close.append(strategy)
-    task = RoundTask.from_json(str(strategy._question("node")["hsplit-probe"]))
+    task = strategy.rounds.probe_task("node")
+    assert task is not None
     with RemoteTail(task, task.max_frame_bytes) as tail:
         tail.probe(10, 1 << 20)
         assert tail.bytes_down > 1 << 20

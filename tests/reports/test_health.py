@@ -1,4 +1,4 @@
-"""The three failure signs on hand-made runs: each cause fires where it should, and nowhere else."""
+"""The signs of trouble on hand-made runs: each cause fires where it should, and nowhere else."""
 
 import json
 import math
@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
-from hsplit_flwr.reports.health import diagnosis as health
+from hsplit_flwr.data.slots import score_slots
+from hsplit_flwr.reports.health import aggregation as aggregation_sign
+from hsplit_flwr.reports.health import communication as communication_sign
+from hsplit_flwr.reports.health import convergence as convergence_sign
 from hsplit_flwr.reports.health.causes import early_rise
-from hsplit_flwr.reports.health.diagnosis import RunSettings, aggregation, communication, convergence, diagnose
+from hsplit_flwr.reports.health.diagnosis import SIGNS, RunSettings, diagnose
+from hsplit_flwr.reports.health.facts import RunFacts
 from hsplit_flwr.reports.health.links import link_use
 from hsplit_flwr.reports.health.plots import mean_spectrum, plot_spectrum, spectrum_figure
 from hsplit_flwr.reports.health.records import AdapterCoverage, AggregationHealth, Finding, MatrixSpectrum, TailSteps
@@ -40,6 +44,18 @@ def run(perplexities: Sequence[float | None], **changes: Any) -> list[RoundRecor
     values: dict[str, Any] = {"train_loss": 2.0, "steps": TailSteps(FLAT), "aggregation": HEALTHY}
     values |= {"clients": (client("0", 6.0, 3.0),), **changes}
     return [RoundRecord(i + 1, central_perplexity=value, **values) for i, value in enumerate(perplexities)]
+
+
+def convergence(history: list[RoundRecord], initial: float | None, settings: RunSettings) -> Finding:
+    return convergence_sign.find(RunFacts(history, initial, settings))
+
+
+def communication(history: list[RoundRecord], training: TrainingConfig) -> Finding:
+    return communication_sign.find(RunFacts(history, None, replace(SETTINGS, training=training)))
+
+
+def aggregation(history: list[RoundRecord], rule: str) -> Finding:
+    return aggregation_sign.find(RunFacts(history, None, replace(SETTINGS, rule=rule)))
 
 
 STALLED = (6.0, 4.0, 4.0, 3.99, 3.98)
@@ -92,6 +108,58 @@ def test_perplexities_that_are_no_numbers_are_not_measured(bad: float | None) ->
     assert convergence(run([6.0, bad, 4.0]), bad, SETTINGS).status == "ok"
 
 
+FAILED = RoundRecord(1, 10.0, failures=("client 0: prompt of 901 tokens", "client 1: UNAVAILABLE"), steps=TailSteps(()))
+
+
+def test_a_run_in_which_nobody_trained_is_a_warning_with_the_first_reason() -> None:
+    """Every round failed; central evaluation found the same perplexity again and again: that was reported as ok."""
+    history = [replace(FAILED, round=number) for number in (1, 2)]
+    for initial, after in ((10.0, 10.0), (None, 10.0), (10.0, None), (math.nan, math.nan)):
+        finding = convergence([replace(record, central_perplexity=after) for record in history], initial, SETTINGS)
+        assert (finding.status, finding.value) == ("warning", 2)
+        assert finding.measured == "no client finished in 2 of 2 rounds"
+        assert finding.cause == "no client finished in 2 of 2 rounds, the first: client 0: prompt of 901 tokens"
+        assert "start again" in finding.remedy
+
+
+def test_a_round_in_which_nobody_trained_is_a_warning_beside_others_that_gain() -> None:
+    history = [
+        *run([6.0]),
+        replace(FAILED, round=2, central_perplexity=6.0, failures=()),
+        replace(run([4.0])[0], round=3),
+    ]
+    finding = convergence(history, 10.0, SETTINGS)
+    assert finding.status == "warning"
+    assert finding.measured.startswith("perplexity 10.000 -> 4.000, 33 % lower")
+    assert finding.cause == "no client finished in 1 of 3 rounds, the first: no client says why"
+
+
+def test_a_client_without_a_token_has_not_trained() -> None:
+    idle = replace(client("0", 1.0, 1.0), tokens=0, steps=0, loss=None)
+    assert convergence(run([10.0], clients=(idle,)), 10.0, SETTINGS).status == "warning"
+
+
+def test_a_round_under_way_is_not_one_in_which_nobody_trained() -> None:
+    finding = convergence([*run([6.0]), RoundRecord(2, drift=0.1, plan_reasons=("first plan",))], 10.0, SETTINGS)
+    assert (finding.status, finding.cause) == ("ok", "")
+    assert convergence([RoundRecord(1)], 10.0, SETTINGS).status == "not measured"
+
+
+def test_rounds_without_any_perplexity_are_not_measured() -> None:
+    finding = convergence(run([None, None, None]), None, SETTINGS)
+    assert (finding.status, finding.value) == ("not measured", None)
+    assert "held-out perplexity" in finding.measured
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_model_that_diverged_after_it_had_learnt_is_a_warning(bad: float) -> None:
+    finding = convergence(run([6.0, 4.0, bad]), 10.0, SETTINGS)
+    assert (finding.status, finding.value) == ("warning", 2)
+    assert finding.measured == "perplexity 10.000 -> 4.000, not a finite number after round 3"
+    assert finding.cause == "the model diverged: loss or perplexity is not a finite number from round 3 on"
+    assert "learning-rate" in finding.remedy
+
+
 def test_a_stall_without_measured_cause_says_so() -> None:
     assert causes(run(STALLED)).startswith("none of those measured")
     assert causes(run(STALLED, steps=None, aggregation=None, train_loss=None)).startswith("none of those measured")
@@ -121,6 +189,14 @@ def test_small_cuts_count_where_the_tail_has_small_ranks() -> None:
     assert why.startswith("cuts are small (mean 1.5 of 8 blocks), so most of the model has the tail's rank 4.0")
     assert causes(run(STALLED, clients=small)).startswith("none")
     assert causes(run(STALLED, aggregation=weak_tail)).startswith("none")
+
+
+def test_a_round_under_way_takes_no_cause_away() -> None:
+    weak_tail = replace(HEALTHY, coverage=replace(COVERAGE, bare_share=0.6, tail_rank=4.0))
+    small = (client("0", 6.0, 3.0, cut=1), client("1", 6.0, 3.0, cut=2))
+    history = run(STALLED, clients=small, aggregation=weak_tail)
+    assert causes([*history, RoundRecord(6)]) == causes(history)
+    assert "cuts are small" in causes(history)
 
 
 def test_the_learning_rate_after_re_initialisation() -> None:
@@ -250,22 +326,60 @@ def test_aggregation_without_numbers_is_not_measured() -> None:
 # --- the whole report ---
 
 
-def test_a_run_without_rounds_has_three_findings() -> None:
+def test_a_run_without_rounds_has_a_finding_for_every_sign() -> None:
     found = diagnose([], None, SETTINGS)
     assert [(f.sign, f.status) for f in found] == [
         ("convergence", "not measured"),
         ("communication", "not measured"),
         ("aggregation", "not measured"),
+        ("samples", "not measured"),
     ]
+
+
+def test_of_a_run_whose_every_round_failed_nothing_is_ok() -> None:
+    found = diagnose([replace(FAILED, round=number) for number in (1, 2, 3)], 10.0, SETTINGS)
+    assert [f.status for f in found] == ["warning", "not measured", "not measured", "not measured"]
+
+
+def test_every_sign_is_a_file_of_its_name_and_a_row() -> None:
+    for sign, find in SIGNS.items():
+        assert find.__module__ == f"hsplit_flwr.reports.health.{sign}"
+
+
+# --- samples ---
+
+POOR = score_slots(
+    [("name[The Fox], food[Thai]", "The Otter serves Thai food."), ("name[The Otter], food[Thai]", "Hi")]
+)
+
+
+def test_texts_that_name_another_restaurant_are_a_warning() -> None:
+    """Perplexity fell from 2,111 to 2.8, every sign was ok, and the samples named other restaurants."""
+    assert POOR is not None
+    found = diagnose(run([6.0, 4.0]), 10.0, SETTINGS, slots={"before": replace(POOR, right=0), "after": POOR})
+    assert [f.status for f in found] == ["ok", "ok", "ok", "warning"]
+    assert found[3].value == pytest.approx(25.0, rel=CLOSE)
+    assert found[3].measured == "25 % of slots right (1 of 4, 2 held-out prompts), before training 0 %"
+    assert "most often for name (0 % right)" in found[3].cause
+    assert found[3].remedy
+
+
+def test_true_texts_are_well_and_nothing_after_training_is_not_measured() -> None:
+    true = score_slots([("name[The Fox], food[Thai] =>", "The Fox serves Thai food.")])
+    assert true is not None
+    (*_, found) = diagnose(run([6.0, 4.0]), 10.0, SETTINGS, slots={"after": true})
+    assert (found.status, found.measured) == ("ok", "100 % of slots right (2 of 2, 1 held-out prompts)")
+    (*_, found) = diagnose(run([6.0, 4.0]), 10.0, SETTINGS, slots={"before": true})
+    assert found.status == "not measured"
 
 
 def test_a_failure_in_the_report_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: object) -> Finding:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(health, "link_use", fails)
+    monkeypatch.setattr(communication_sign, "link_use", fails)
     found = diagnose(run([6.0]), 10.0, SETTINGS)
-    assert [f.status for f in found] == ["ok", "not measured", "ok"]
+    assert [f.status for f in found] == ["ok", "not measured", "ok", "not measured"]
     assert found[1].measured == "not measured: ZeroDivisionError: division by zero"
 
 
@@ -281,14 +395,14 @@ def test_the_report_has_remedies_for_warnings_only(markdown: bool) -> None:
     assert section.count("Remedy: ") == 1
     assert "- convergence: none of those measured" in section
     well = health_section(summary(run([6.0, 4.0])).health, markdown=markdown)
-    assert len(well.splitlines()) == 5
+    assert len(well.splitlines()) == 2 + len(SIGNS)
     assert "Remedy" not in well
 
 
 def test_the_summary_has_findings_and_measurements(tmp_path: Path) -> None:
     summary(run(STALLED)).save(tmp_path / "summary.json")
     found = json.loads((tmp_path / "summary.json").read_text())
-    assert [finding["status"] for finding in found["health"]] == ["warning", "ok", "ok"]
+    assert [finding["status"] for finding in found["health"]] == ["warning", "ok", "ok", "not measured"]
     assert found["history"][0]["aggregation"] == json.loads(json.dumps(asdict(HEALTHY)))
     assert found["history"][0]["steps"]["losses"] == list(FLAT)
 
@@ -335,6 +449,13 @@ def test_the_picture_draws_what_was_measured(tmp_path: Path) -> None:
     assert [list(line.get_ydata()) for line in lines] == [pytest.approx([1.0, 0.5, 0.25])] * 3
     assert list(rank.lines[0].get_ydata()) == pytest.approx([2.4] * 3)
     assert list(energy.lines[0].get_ydata()) == pytest.approx([70.0] * 3)
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    rounds = ["round 1", "round 2", "round 3"]
+    assert labels == [*rounds, "smallest rank of a client", "rank collapse: 95 % and more"]
+    assert not any(axes.get_legend() for axes in figure.axes)
+    assert "singular value" in left.get_xlabel()
+    assert energy.get_xlabel().startswith("round; line: mean")
     equal = replace(HEALTHY, matrices=(replace(MATRIX, smallest_rank=8),))
     (note,) = spectrum_figure(run([6.0], aggregation=equal)).axes[2].texts[:1]
     assert note.get_text() == "no matrix of unequal ranks"

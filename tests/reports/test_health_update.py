@@ -11,16 +11,13 @@ from hsplit_flwr.lora.aggregation import RULES, Contribution, Term, noise_free
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.reports.health import aggregation as aggregation_health
 from hsplit_flwr.reports.health.aggregation import (
-    KEPT_VALUES,
     MATRICES,
     adapter_coverage,
     chosen_matrices,
-    difference_norm,
     measure_aggregation,
-    singular_values,
-    update_spectrum,
 )
 from hsplit_flwr.reports.health.records import AggregationHealth
+from hsplit_flwr.reports.health.spectrum import KEPT_VALUES, difference_norm, singular_values, update_spectrum
 
 EXACT = 1e-5
 """relative, float32 factors against float64"""

@@ -1,1 +1,1 @@
-"""The health report of a run: the three known failure signs of the method, each with its cause and a remedy."""
+"""The health report of a run: known signs of trouble, each with its cause and a remedy."""

@@ -1,30 +1,28 @@
-"""Measures on one round's aggregation: what lossy rules would have lost, and the spectrum of the exact update.
+"""Sign: lossy aggregation. What lossy rules would have lost, the configured one did lose, and whether ranks collapse.
 
-Measured on a few matrices, the most important ones of those that several adapters train: where only one does, every
-rule gives the same. All sums are taken in float64, and dense (d_out, d_in) products only where they are cheaper than
-Gram matrices of the factors.
-
-Effective rank: Roy & Vetterli, "The effective rank" (EUSIPCO 2007), here of the *squared* singular values, so that it
-counts energy as the share below does. That the energy of updates of unequal ranks gathers in the smallest client's
-rank is called rank collapse (arXiv:2602.13486).
+Measured in every round on a few matrices, the most important ones of those that several adapters train: where only one
+does, every rule gives the same. Judged over the run.
 """
 
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, Contribution, Term, noise_free, terms_by_module
-from hsplit_flwr.lora.factors import LoraFactors, product_norm
-from hsplit_flwr.reports.health.records import AdapterCoverage, AggregationHealth, MatrixSpectrum
+from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.reports.health.facts import RunFacts
+from hsplit_flwr.reports.health.findings import Cause, judged, mean, not_measured, percent
+from hsplit_flwr.reports.health.records import AdapterCoverage, AggregationHealth, Finding, MatrixSpectrum
+from hsplit_flwr.reports.health.spectrum import difference_norm, update_spectrum
 
 _log = logging.getLogger("hsplit_flwr")
+SIGN = "aggregation"
 MATRICES = 4
 """Measured per round: a few show what all do, and cost little beside aggregating all of them."""
-KEPT_VALUES = 32
-"""Singular values kept per matrix: more than most adapters' ranks, and still short in summary.json."""
+LOSS = 0.01
+"""Relative error of the update that a rule may have: below it, runs with other seeds differ more."""
+COLLAPSE = 0.95
+"""Share of the update's energy in the smallest rank from which what larger ranks add is noise."""
 
 
 def measure_aggregation(
@@ -82,47 +80,6 @@ def chosen_matrices(terms: Mapping[str, Sequence[Term]], importance: Mapping[str
     return [name for name in shared if name in best]
 
 
-def update_spectrum(name: str, terms: Sequence[Term], exact: LoraFactors) -> MatrixSpectrum | None:
-    """The singular spectrum of the exact sum of `terms`; None where it is zero or not finite."""
-    values = singular_values(exact)
-    energy = values.square()
-    total = float(energy.sum())
-    if not 0 < total < math.inf:
-        return None
-    shares = energy / total
-    ranks = [term.factors.rank for term in terms]
-    return MatrixSpectrum(
-        name=name,
-        norm=math.sqrt(total),
-        singular_values=tuple(values[:KEPT_VALUES].tolist()),
-        effective_rank=math.exp(-float(torch.special.xlogy(shares, shares).sum())),
-        stacked_rank=sum(ranks),
-        smallest_rank=min(ranks),
-        largest_rank=max(ranks),
-        energy_in_smallest=min(1.0, float(shares[: min(ranks)].sum())),
-    )
-
-
-def singular_values(factors: LoraFactors) -> Tensor:
-    """Of ``scaling * B @ A``, descending, float64 (min(R, d_out, d_in),): QR of both factors, SVD of the small core."""
-    if not factors.rank:
-        return torch.zeros(0, dtype=torch.float64)
-    core_out = torch.linalg.qr(factors.B.double(), mode="r").R
-    core_in = torch.linalg.qr(factors.A.double().T, mode="r").R
-    values: Tensor = torch.linalg.svdvals(factors.scaling * (core_out @ core_in.T))
-    return values
-
-
-def difference_norm(found: LoraFactors, exact: LoraFactors) -> float:
-    """``||found - exact||_F`` of the updates that two pairs of factors stand for."""
-    A = torch.cat([found.A, exact.A]).double()
-    B = torch.cat([found.scaling * found.B.double(), -exact.scaling * exact.B.double()], dim=1)
-    d_out, d_in, rank = B.shape[0], A.shape[1], A.shape[0]
-    if d_out * d_in <= (d_out + d_in) * rank:  # one product of d_out x d_in x rank, or two of rank x rank x d
-        return float(torch.linalg.matrix_norm(B @ A))
-    return product_norm(LoraFactors(A, B, 1.0))
-
-
 def adapter_coverage(
     contributions: Sequence[Contribution],
     tail: Mapping[str, LoraFactors],
@@ -148,3 +105,56 @@ def adapter_coverage(
 
 def _rank(factors: LoraFactors | None) -> int:
     return factors.rank if factors else 0
+
+
+def find(facts: RunFacts) -> Finding:
+    """What the lossy rules would have lost, or the configured one did lose; whether the update's rank collapsed."""
+    rule = facts.settings.rule
+    rounds = [record.aggregation for record in facts.history if record.aggregation and _finite(record.aggregation)]
+    if not rounds:
+        return not_measured(SIGN, "no round's update")
+    lost = {name: mean([health.losses[name] for health in rounds]) for name in rounds[-1].losses}
+    own = lost.pop(rule, 0.0)
+    others = ", ".join(f"{name} {percent(value)}" for name, value in lost.items())
+    measured = f"{rule} loses {percent(own) if own else 'nothing'}; would have lost: {others}"
+    collapse = collapse_share(rounds[-1])
+    if collapse is not None:
+        measured += f"; the smallest rank holds {percent(collapse)} of its energy"
+    causes = [_lossy(rule, own)] if own > LOSS else []
+    value, unit = 100 * own, "% of the update's norm lost"
+    if collapse is not None and collapse >= COLLAPSE:
+        if not causes:
+            value, unit = 100 * collapse, "% of the update's energy in the smallest client's rank"
+        causes.append(_collapsed(rounds[-1]))
+    return judged(SIGN, value, unit, measured, causes)
+
+
+def _lossy(rule: str, loss: float) -> Cause:
+    why = f"{rule} changes the update of unequal adapters by {percent(loss)} of its norm"
+    return Cause(why, "use aggregation='noise_free'")
+
+
+def collapse_share(health: AggregationHealth) -> float | None:
+    """Mean share of energy in the smallest rank, over the matrices of unequal ranks; None if there are none."""
+    unequal = unequal_matrices(health)
+    return mean([matrix.energy_in_smallest for matrix in unequal]) if unequal else None
+
+
+def _collapsed(health: AggregationHealth) -> Cause:
+    unequal = unequal_matrices(health)
+    effective, stacked = mean([m.effective_rank for m in unequal]), mean([m.stacked_rank for m in unequal])
+    why = (
+        f"rank collapse: the update's energy lies in the smallest client's rank; "
+        f"effective rank {effective:.1f} of {stacked:.0f}"
+    )
+    return Cause(why, "raise the smallest ranks, or lower the largest: what they add hardly reaches the weights")
+
+
+def unequal_matrices(health: AggregationHealth) -> list[MatrixSpectrum]:
+    """Those whose adapters differ in rank: only there can one client's rank hold the update down."""
+    return [matrix for matrix in health.matrices if matrix.smallest_rank < matrix.largest_rank]
+
+
+def _finite(health: AggregationHealth) -> bool:
+    shares = [matrix.energy_in_smallest for matrix in health.matrices]
+    return bool(shares) and all(map(math.isfinite, [*health.losses.values(), *shares]))

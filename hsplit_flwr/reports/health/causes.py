@@ -1,10 +1,11 @@
-"""What explains poor convergence, as far as a run measured it: adapters, learning rate, warm-up, overfitting."""
+"""What explains poor convergence, as far as a run measured it: divergence, overfitting, adapters, learning rate."""
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from hsplit_flwr.reports.health.findings import Cause
+from hsplit_flwr.reports.health.records import AggregationHealth
 from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.config import TrainingConfig
 
@@ -24,14 +25,6 @@ TRAIN_FALL = 0.02
 """Relative fall of the train loss that is more than chance."""
 
 
-@dataclass(frozen=True)
-class Cause:
-    """A measured cause and what to do about it."""
-
-    why: str
-    remedy: str
-
-
 def convergence_causes(
     history: Sequence[RoundRecord], since: int, training: TrainingConfig, num_blocks: int
 ) -> list[Cause]:
@@ -44,6 +37,7 @@ def convergence_causes(
         num_blocks: L, of the model.
     """
     checks: list[Callable[[], Cause | None]] = [
+        lambda: _diverged(history, training),
         lambda: _overfitting(history, since),
         lambda: _bare(history),
         lambda: _small_ranks(history),
@@ -52,6 +46,17 @@ def convergence_causes(
         lambda: _short_warmup(history, training),
     ]
     return [cause for check in checks if (cause := check())]
+
+
+def _diverged(history: Sequence[RoundRecord], training: TrainingConfig) -> Cause | None:
+    measured = ((record.round, value) for record in history for value in (record.train_loss, record.perplexity))
+    first = next((number for number, value in measured if value is not None and not math.isfinite(value)), None)
+    if first is None:
+        return None
+    return Cause(
+        f"the model diverged: loss or perplexity is not a finite number from round {first} on",
+        f"lower learning-rate ({training.learning_rate:g}) or raise warmup-steps ({training.warmup_steps})",
+    )
 
 
 def _overfitting(history: Sequence[RoundRecord], since: int) -> Cause | None:
@@ -68,7 +73,7 @@ def _overfitting(history: Sequence[RoundRecord], since: int) -> Cause | None:
 
 
 def _bare(history: Sequence[RoundRecord]) -> Cause | None:
-    health = history[-1].aggregation if history else None
+    health = _last_health(history)
     if health is None or not health.coverage.bare_share >= BARE_SHARE:
         return None
     return Cause(
@@ -78,7 +83,7 @@ def _bare(history: Sequence[RoundRecord]) -> Cause | None:
 
 
 def _small_ranks(history: Sequence[RoundRecord]) -> Cause | None:
-    health = history[-1].aggregation if history else None
+    health = _last_health(history)
     if health is None:
         return None
     coverage, small = health.coverage, []
@@ -95,8 +100,8 @@ def _small_ranks(history: Sequence[RoundRecord]) -> Cause | None:
 
 
 def _small_cut(history: Sequence[RoundRecord], num_blocks: int) -> Cause | None:
-    cuts = [client.cut for client in history[-1].clients] if history else []
-    health = history[-1].aggregation if history else None
+    cuts = next(([client.cut for client in record.clients] for record in reversed(history) if record.clients), [])
+    health = _last_health(history)
     if not cuts or health is None or health.coverage.tail_rank >= health.coverage.head_rank:
         return None
     mean = sum(cuts) / len(cuts)
@@ -142,6 +147,11 @@ def early_rise(record: RoundRecord) -> float | None:
         return None
     early = losses[1 : 1 + max(2, round(EARLY_SHARE * len(losses)))]
     return statistics.fmean(early) / losses[0] - 1
+
+
+def _last_health(history: Sequence[RoundRecord]) -> AggregationHealth | None:
+    """Health of the last aggregation that was measured: a round under way, or without a client, has none."""
+    return next((record.aggregation for record in reversed(history) if record.aggregation), None)
 
 
 def _positive(value: float) -> bool:

@@ -33,7 +33,7 @@ class LinkUse:
 
     @property
     def share(self) -> float:
-        """Of the client's time in its steps."""
+        """Share of the client's time in its steps that its link took."""
         return self.link_s / (self.compute_s + self.exchange_s)
 
 

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from hsplit_flwr.common.figures import BLUE, VERMILION, new_figure, save_figure
-from hsplit_flwr.reports.health.diagnosis import COLLAPSE, unequal_matrices
+from hsplit_flwr.reports.health.aggregation import COLLAPSE, unequal_matrices
 from hsplit_flwr.reports.health.records import AggregationHealth
 from hsplit_flwr.reports.records import RoundRecord
 
 FLOOR = 1e-4
-"""Of the largest singular value: below, values are float32's noise and are not drawn."""
+"""Share of the largest singular value: below, values are float32's noise and are not drawn."""
+MOST_COLUMNS = 5
 MOST_LABELS = 8
 """Above this many rounds, only so many evenly spaced ones stand in the legend."""
 
@@ -43,6 +44,9 @@ def spectrum_figure(history: Sequence[RoundRecord]) -> Any:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.9")
         axes.set_axisbelow(True)
+    entries = [axes.get_legend_handles_labels() for axes in panels.values()]
+    handles, labels = ([entry for part in parts for entry in part] for parts in zip(*entries, strict=True))
+    figure.legend(handles, labels, loc="outside lower center", ncols=MOST_COLUMNS, frameon=False, fontsize=8)
     return figure
 
 
@@ -74,11 +78,9 @@ def _draw_spectra(axes: Any, measured: Sequence[tuple[int, AggregationHealth]]) 
     axes.plot([], [], color="0.6", linewidth=1, linestyle=":", label="smallest rank of a client")
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("singular value, by size")
-    axes.set_ylabel("relative to the largest")
+    axes.set_xlabel("singular value, by size; mean of the measured matrices, each relative to its largest", fontsize=9)
     axes.set_title("Spectrum of each round's aggregated update", loc="left", fontsize=10)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(facecolor="white", edgecolor="none", framealpha=1.0, fontsize=8)
 
 
 def _draw_course(axes: Any, values: Mapping[int, Sequence[float]], colour: str) -> None:
@@ -98,9 +100,7 @@ def _draw_course(axes: Any, values: Mapping[int, Sequence[float]], colour: str) 
 
 def _finish_energy(axes: Any) -> None:
     axes.set_ylim(0, 105)
-    axes.set_xlabel("round; line: mean of the matrices, bars: their range")
-    axes.axhline(100 * COLLAPSE, color="0.4", linewidth=1, linestyle="--")
-    place = {"xy": (1, 100 * COLLAPSE), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.set_xlabel("round; line: mean of the measured matrices, bars: smallest to largest", fontsize=9)
     label = f"rank collapse: {100 * COLLAPSE:.0f} % and more"
-    axes.annotate(label, **place, xytext=(0, -3), ha="right", va="top", fontsize=8, color="0.4")
+    axes.axhline(100 * COLLAPSE, color="0.4", linewidth=1, linestyle="--", label=label)
     axes.set_title("% of energy in the smallest client's rank", loc="left", fontsize=10)

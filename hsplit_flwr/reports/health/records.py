@@ -65,7 +65,7 @@ class AggregationHealth:
 
 @dataclass(frozen=True)
 class Finding:
-    """One of the known failure signs: whether a run shows it, why, and what to do."""
+    """One sign of trouble: whether a run shows it, why, and what to do."""
 
     sign: str
     status: Status

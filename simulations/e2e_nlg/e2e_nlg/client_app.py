@@ -1,20 +1,19 @@
-"""A client: its part of E2E NLG, its budget and the head that its plan gives it."""
+"""A client: its part of E2E NLG, its budget and the head that its plan gives it. On Flower's Message API."""
 
 from flwr.app import Context
-from flwr.client import Client
-from flwr.clientapp import ClientApp
 
 from e2e_nlg.task import FOLDER, client_data, model_name
-from hsplit_flwr.flower.client import HSplitLoRAClient
+from hsplit_flwr.flower.client_node import ClientNode
 from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, read_fleet
+from hsplit_flwr.flower.message_client import client_app
 
 
-def client_fn(context: Context) -> Client:
+def node(context: Context) -> ClientNode:
     """The clients that this SuperNode hosts."""
     run_config = context.run_config
     num_clients = count_clients(run_config, context.node_config, FOLDER)
     fleet = read_fleet(run_config, FOLDER)
-    return HSplitLoRAClient(
+    return ClientNode(
         model_name(run_config),
         lambda client: client_data(client, num_clients, run_config),
         context,
@@ -22,7 +21,7 @@ def client_fn(context: Context) -> Client:
         dtype=get(run_config, "dtype", "fp32"),
         root_certificates=get(run_config, "tail-root-certificates", "") or None,
         budgets=fleet.budget if fleet else None,
-    ).to_client()
+    )
 
 
-app = ClientApp(client_fn=client_fn)
+app = client_app(node)

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from hsplit_flwr.data.e2e import client_examples, validation_examples
-from hsplit_flwr.data.text_batches import Example, TextBatches
+from hsplit_flwr.data.text_batches import Example, TextBatches, spread
 from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.flower.client_settings import RunConfig, get
 from hsplit_flwr.models.assets import smollm2_checkpoint
@@ -43,11 +43,6 @@ def batches(examples: Sequence[Example], run_config: RunConfig, *, shuffle: bool
         seed=get(run_config, "seed", 0),
         shuffle=shuffle,
     )
-
-
-def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """`count` of `examples`, evenly spaced; all of them for 0."""
-    return list(examples[:: max(1, len(examples) // count)][:count]) if count else list(examples)
 
 
 def client_data(client: str, clients: int, run_config: RunConfig) -> ClientData:

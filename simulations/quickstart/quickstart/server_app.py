@@ -4,30 +4,35 @@ from flwr.app import Context
 from flwr.server import ServerApp, ServerAppComponents
 
 from hsplit_flwr.data.restaurants import restaurant_examples
-from hsplit_flwr.data.text_batches import prompt_text
+from hsplit_flwr.data.text_batches import prompt_text, spread
 from hsplit_flwr.federation.run_output import Sample
-from hsplit_flwr.flower.apps import server_app_components
+from hsplit_flwr.flower.apps import ServerSide, legacy_components
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.models.files import ModelFiles
 from quickstart.task import FOLDER, MODEL, batches
 
 CENTRAL_EXAMPLES = 200
-SAMPLES = 2
+SAMPLES, PROMPTS = 2, 40
+
+
+def server_side(context: Context) -> ServerSide:
+    """What the run config describes, whichever face of Flower it is for."""
+    _, held_out = restaurant_examples()
+    return ServerSide(
+        app="simulations/quickstart",
+        run_config=context.run_config,
+        settings=read_settings(context.run_config, FOLDER),
+        model_name=MODEL,
+        files=ModelFiles.resolve(MODEL),
+        eval_batches=batches(held_out[:CENTRAL_EXAMPLES], context.run_config, shuffle=False),
+        samples=[Sample(prompt_text(e.mr), e.ref) for e in spread(held_out, SAMPLES)],
+        prompts=[prompt_text(e.mr) for e in spread(held_out, PROMPTS)],
+    )
 
 
 def server_fn(context: Context) -> ServerAppComponents:
     """The run that the run config describes."""
-    _, held_out = restaurant_examples()
-    chosen = held_out[:: max(1, len(held_out) // SAMPLES)][:SAMPLES]
-    return server_app_components(
-        "simulations/quickstart",
-        context.run_config,
-        read_settings(context.run_config, FOLDER),
-        MODEL,
-        ModelFiles.resolve(MODEL),
-        eval_batches=batches(held_out[:CENTRAL_EXAMPLES], context.run_config, shuffle=False),
-        samples=[Sample(prompt_text(e.mr), e.ref) for e in chosen],
-    )
+    return legacy_components(server_side(context))
 
 
 app = ServerApp(server_fn=server_fn)

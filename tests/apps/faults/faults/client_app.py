@@ -31,9 +31,9 @@ def faulty(batches: Iterable[Batch], client: str, fault: str, stall_s: float) ->
         yield batch
 
 
-def faulty_data(client: str, run_config: RunConfig) -> ClientData:
+def faulty_data(client: str, num_clients: int, run_config: RunConfig) -> ClientData:
     """The quickstart's data, with the fault of this client in round 1."""
-    data = client_data(client, len(integers(run_config, "cuts")), run_config)
+    data = client_data(client, num_clients, run_config)
     faults = dict(pair.split(":") for pair in get(run_config, "faults", "").split())
     if client not in faults:
         return data
@@ -48,11 +48,12 @@ def faulty_data(client: str, run_config: RunConfig) -> ClientData:
 
 def client_fn(context: Context) -> Client:
     """The clients that this SuperNode hosts."""
+    num_clients = len(integers(context.run_config, "cuts"))
     return HSplitLoRAClient(
         MODEL,
-        lambda client: faulty_data(client, context.run_config),
+        lambda client: faulty_data(client, num_clients, context.run_config),
         context,
-        client_ids=hosted_clients(context.node_config, len(integers(context.run_config, "cuts"))),
+        client_ids=hosted_clients(context.node_config, num_clients),
     ).to_client()
 
 

@@ -1,0 +1,5 @@
+"""Placeholder until the transports are cut."""
+
+from typing import Any
+
+Connect = Any

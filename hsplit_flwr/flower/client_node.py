@@ -1,0 +1,161 @@
+"""The clients that one Flower node hosts: what both faces of a client do with a message."""
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from flwr.app import Context
+
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.grpc_transport import connect
+from hsplit_flwr.exchange.remote_tail import RemoteTail
+from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.federation.head_client import ClientData, HeadClient
+from hsplit_flwr.federation.roster import NodeAnswer
+from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
+from hsplit_flwr.flower.client_state import ContextDeltas, KeptBudget
+from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY
+from hsplit_flwr.models.dtypes import DTYPES
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.budgets.probe import Link, measure_link
+from hsplit_flwr.training.host_memory import return_freed_tensors
+
+Config = Mapping[str, Any]
+"""of a message: scalars and texts by key"""
+
+
+class Scored(NamedTuple):
+    """A client's held-out loss."""
+
+    client: str
+    loss: float
+    """mean per target token, nats; NaN where there was no token"""
+    tokens: int
+    """target tokens"""
+
+
+class ClientNode:
+    """The clients of a node.
+
+    Args:
+        model: hub name, local folder or GGUF file; must be the server's.
+        data: the client's data, or a function from client id to data where one node hosts several clients.
+        context: Flower's context of the node.
+        client_ids: the clients this node hosts (default: one, named by ``partition-id`` or the node id).
+        dtype: of the frozen weights: fp32, bf16 or fp16.
+        device: ``auto`` takes a GPU if this process was given one.
+        root_certificates: PEM file of the authority behind the tail's certificate; None: no TLS.
+        budgets: (client id, round) -> what that client can afford in that round; default: what the node's config
+            states, and measurements for the rest (`planning/budgets/probe.py`). A head beyond it is refused.
+
+    Raises:
+        ConfigError: an unknown dtype, no such model or no such file.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        data: ClientData | Callable[[str], ClientData],
+        context: Context,
+        *,
+        client_ids: Sequence[str] | None = None,
+        dtype: str = "fp32",
+        device: str = "auto",
+        root_certificates: str | Path | None = None,
+        budgets: Callable[[str, int], Budget] | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"Expected dtype in {sorted(DTYPES)}, found {dtype!r}.")
+        return_freed_tensors()
+        self._client_ids = [default_client_id(context)] if client_ids is None else list(client_ids)
+        self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self._budgets = budgets
+        self._kept = KeptBudget(context, self._device)
+        self._connect = partial(connect, root_certificates=_read_certificates(root_certificates))
+        self._heads = HeadClient(
+            model,
+            ModelFiles.resolve(model),
+            data if callable(data) else lambda client: data,
+            self._connect,
+            ContextDeltas(context),
+            dtype=DTYPES[dtype],
+            device=self._device,
+        )
+
+    def answer(self, config: Config) -> NodeAnswer:
+        """Who lives here, how many clients the simulation runs at a time, what they can afford.
+
+        Budgets only where the server asks for them: without stated ones, that takes a probe of about a second.
+        """
+        budgets: dict[str, Budget] = {}
+        if PROBE_KEY in config and self._budgets:
+            budgets = {client: self._budgets(client, 1) for client in self._client_ids}
+        elif PROBE_KEY in config:
+            own = self._kept.measure(lambda: self._measure_link(config))
+            budgets = dict.fromkeys(self._client_ids, own)
+        return NodeAnswer(tuple(self._client_ids), _simulation_concurrency(), budgets)
+
+    def train(self, config: Config) -> TrainedHead | Refusal:
+        """One round of training of the client that the task names (`HeadClient.train`), and its next budget.
+
+        Raises:
+            ConfigError: not a task for a client of this node, or data that does not fit.
+            ExchangeError: the tail refused a frame or could not be reached.
+        """
+        task = self._task(config, "train")
+        now = self._budget(task)
+        trained = self._heads.train(task, now)
+        return replace(trained, budget=self._budgets(task.client, task.round + 1) if self._budgets else now)
+
+    def score(self, config: Config) -> Scored:
+        """Loss of the held-out batches of the client that the task names (raises as `train`)."""
+        task = self._task(config, "evaluate")
+        score = self._heads.score(task, self._budget(task))
+        return Scored(task.client, score.loss if score.tokens else math.nan, score.tokens)
+
+    def _task(self, config: Config, mode: Mode) -> RoundTask:
+        task = RoundTask.from_json(str(config.get(TASK_KEY, "")))
+        if task.mode != mode or task.client not in self._client_ids:
+            raise ConfigError(
+                f"Expected a task to {mode} one of the clients {self._client_ids}, "
+                f"found one to {task.mode} {task.client!r}."
+            )
+        return task
+
+    def _budget(self, task: RoundTask) -> Budget | None:
+        return self._budgets(task.client, task.round) if self._budgets else self._kept.now()
+
+    def _measure_link(self, config: Config) -> Link:
+        task = RoundTask.from_json(str(config[PROBE_KEY]))
+        with RemoteTail(task, task.max_frame_bytes, self._connect) as tail:
+            return measure_link(tail.probe)
+
+
+def default_client_id(context: Context) -> str:
+    """``partition-id`` of the node's config where there is one (simulations set it), else the node id."""
+    return str(context.node_config.get("partition-id", context.node_id))
+
+
+def _read_certificates(path: str | Path | None) -> bytes | None:
+    try:
+        return Path(path).read_bytes() if path else None
+    except OSError as error:
+        raise ConfigError(
+            f"Expected a PEM file of root certificates at {path}, found: {error}. Correct tail-root-certificates."
+        ) from error
+
+
+def _simulation_concurrency() -> int:
+    """How many clients Flower's simulation runs at a time (its actor pool's size); 0 outside of a simulation."""
+    ray = sys.modules.get("ray")  # never import it here: a deployed client has no use for it
+    if ray is None or not ray.is_initialized():
+        return 0
+    mine = ray.get_runtime_context().get_assigned_resources()
+    pools = [int(total // mine[name]) for name, total in ray.cluster_resources().items() if mine.get(name)]
+    return max(1, min(pools, default=1))

@@ -1,0 +1,298 @@
+"""The Message API's face of the server: a `flwr.serverapp.strategy.Strategy` that translates messages into rounds.
+
+What a round is stands in `federation/round_server.py`.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from hsplit_flwr.common.reasons import describe_failure
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.federation.roster import NodeAnswer, Roster
+from hsplit_flwr.federation.round_server import RoundServer, StrategyConfig
+from hsplit_flwr.federation.run_output import RunOutput, run_rounds
+from hsplit_flwr.federation.trained_head import HeadReply, Refusal
+from hsplit_flwr.flower.doors import grpc_door
+from hsplit_flwr.flower.flower_log import log_through_flower
+from hsplit_flwr.flower.message_client import ARRAYS, CONFIG, config_of
+from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY, unpack_answer, unpack_each, unpack_trained
+from hsplit_flwr.flower.nodes import too_few_nodes
+from hsplit_flwr.flower.watched_grid import WatchedGrid
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.planning.plans import Plans
+from hsplit_flwr.reports.records import RoundRecord
+from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.training.loss import Batch, Score
+from hsplit_flwr.training.step import StepReport
+from hsplit_flwr.training.workload import Workload
+
+_log = logging.getLogger("hsplit_flwr")
+NODES_POLL_S = 1.0
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class HSplitLoRAMessageStrategy(Strategy):
+    """Heterogeneous split LoRA as a strategy of Flower's Message API.
+
+    Args:
+        model: the global model; the strategy merges every round's update into it.
+        plans: see `HSplitLoRAStrategy`, as are all others but `output`.
+        output: what becomes of the results; None: they stay in `rounds.history` and in the model.
+
+    Raises:
+        ConfigError: a plan's cut is not in 1..L-1, or a value is out of range.
+    """
+
+    def __init__(
+        self,
+        model: GlobalModel,
+        plans: Plans,
+        training: TrainingConfig,
+        *,
+        tail_lora: LoraSpec | None = None,
+        workload: Workload | None = None,
+        config: StrategyConfig | None = None,
+        service: ServiceConfig | None = None,
+        limits: BarrierLimits | None = None,
+        eval_batches: Iterable[Batch] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+        output: RunOutput | None = None,
+    ) -> None:
+        service = service or ServiceConfig()
+        self.rounds = RoundServer(
+            model,
+            plans,
+            training,
+            grpc_door(service, training),
+            tail_lora=tail_lora,
+            workload=workload,
+            config=config,
+            limits=limits,
+            max_frame_bytes=service.max_frame_bytes,
+            eval_batches=eval_batches,
+            on_step=on_step,
+        )
+        self._output = output
+        self._roster = Roster()
+        self._told: list[tuple[Message, str]] = []
+        """messages of the round under way, and the client that each is for"""
+        self._resent: dict[str, str] = {}
+        """id of a message that was sent again -> the client that it is for"""
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """All rounds through Flower's own loop; results are written after each, and the tail is closed in any case.
+
+        Args:
+            grid: Flower's.
+            initial_arrays: not used: every client reads the base model itself.
+            num_rounds: default and most sensible: ``training.rounds``, which the learning rate is planned for.
+            timeout: of a round's messages, seconds; default: ``StrategyConfig.round_limit_s``.
+            train_config: further entries of the clients' training messages.
+            evaluate_config: the same for evaluation.
+            evaluate_fn: called after the strategy's own central evaluation.
+
+        Raises:
+            RunFailedError: no client finished any round.
+        """
+        log_through_flower()
+
+        def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            score = self.rounds.score(server_round)
+            metrics: dict[str, Any] = dict(_metrics(score) or {})
+            metrics |= dict((evaluate_fn(server_round, arrays) if evaluate_fn else None) or {})
+            if self._output and server_round:
+                self._output.after_round(self.rounds)
+            return MetricRecord(metrics) if metrics else None
+
+        return run_rounds(
+            self.rounds,
+            self._output,
+            lambda: super(HSplitLoRAMessageStrategy, self).start(
+                WatchedGrid(grid, self._on_reply),
+                initial_arrays or ArrayRecord(),
+                num_rounds or self.rounds.training.rounds,
+                timeout or self.rounds.config.round_limit_s,
+                train_config,
+                evaluate_config,
+                evaluated,
+            ),
+        )
+
+    @property
+    def history(self) -> list[RoundRecord]:
+        """What each round was, so far."""
+        return self.rounds.history
+
+    def close(self) -> None:
+        """Stop the tail and its service. The strategy cannot be used afterwards."""
+        self.rounds.close()
+
+    def summary(self) -> None:
+        """Log what the run is."""
+        training, config = self.rounds.training, self.rounds.config
+        _log.info(
+            "\t├──> %d rounds of %d steps a client, seed %d", training.rounds, training.local_steps, training.seed
+        )
+        _log.info("\t├──> cuts and ranks: %s", "planned from budgets" if self.rounds.planning else "as configured")
+        _log.info("\t├──> aggregation: %s", config.rule)
+        _log.info(
+            "\t└──> %.0f %% of the clients a round, at least %d nodes", 100 * config.fraction_clients, config.min_nodes
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open the tail for a training round; a message with its task for every sampled client."""
+        tasks = self.rounds.open_training(server_round, self._refresh(grid))
+        return self._messages(MessageType.TRAIN, server_round, tasks, config)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Close the tail; aggregate the adapters of the clients that finished, and the tail's; merge."""
+        good, failures = self._sorted_out(replies)
+        unpacked, unreadable = unpack_each(good.items(), _unpack)
+        record = self.rounds.close_training(unpacked, [*failures, *unreadable])
+        if record.train_loss is None:
+            return None, None
+        figures: dict[str, Any] = {
+            "train_loss": record.train_loss,
+            "tokens": record.tokens,
+            "clients": len(record.clients),
+        }
+        return None, MetricRecord(figures)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open the tail for scoring; a message with its task for every sampled client."""
+        if not self.rounds.config.federated_evaluation:
+            return []
+        tasks = self.rounds.open_scoring(server_round, self._refresh(grid))
+        return self._messages(MessageType.EVALUATE, server_round, tasks, config)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Federated loss and perplexity, from what the tail itself summed over the clients that finished."""
+        if not self.rounds.config.federated_evaluation:
+            return None
+        good, failures = self._sorted_out(replies)
+        return _metrics(self.rounds.close_scoring(good.keys(), failures))
+
+    def _messages(
+        self, message_type: str, server_round: int, tasks: Mapping[str, RoundTask], config: ConfigRecord
+    ) -> list[Message]:
+        self._resent.clear()
+        self._told = []
+        for client, task in tasks.items():
+            content = RecordDict({CONFIG: ConfigRecord({**config, TASK_KEY: task.to_json()})})
+            self._told.append(
+                (self._message(content, message_type, self._roster.node_of(client), server_round), client)
+            )
+        return [message for message, _ in self._told]
+
+    def _message(self, content: RecordDict, message_type: str, node: str, server_round: int) -> Message:
+        limit_s = self.rounds.config.round_limit_s
+        return Message(content, int(node), message_type, ttl=limit_s, group_id=str(server_round))
+
+    def _on_reply(self, message: Message, reply: Message | None) -> None:
+        """What became of a client reaches the tail's gate at once."""
+        client = next((client for told, client in self._told if told is message), None)
+        if client is None:
+            return  # an answer to a question
+        if reply is not None:
+            self._resent[reply.metadata.reply_to_message_id] = client
+        self.rounds.answered(client)
+
+    def _sorted_out(self, replies: Iterable[Message]) -> tuple[dict[str, Message], list[str]]:
+        """Good replies by the client that was asked, whatever they say, and a line for every other client."""
+        clients = {message.metadata.message_id: client for message, client in self._told} | self._resent
+        good: dict[str, Message] = {}
+        failures: dict[str, str] = {}
+        for reply in replies:
+            client = clients.get(reply.metadata.reply_to_message_id)
+            if client is None:
+                _log.warning(
+                    "left out a reply to a message that was never sent, of node %s", reply.metadata.src_node_id
+                )
+            elif reply.has_error():
+                failures[client] = describe_failure(client, reply.error.reason or "no reason given")
+            else:
+                good[client] = reply
+        silent = [client for _, client in self._told if client not in good and client not in failures]
+        limit_s = self.rounds.config.round_limit_s
+        failures |= {c: describe_failure(c, f"no answer within round-limit-s = {limit_s:g} s") for c in silent}
+        return good, [failures[client] for client in sorted(failures)]
+
+    def _refresh(self, grid: Grid) -> Roster:
+        """The roster of the nodes that are connected now and answer.
+
+        Raises:
+            ConfigError: not enough nodes in time, or nobody hosts a client.
+        """
+        online = {str(node) for node in self._wait_for_nodes(grid)}
+        new = self._roster.unknown(sorted(online, key=int))
+        questions = {node: self._question(node) for node in new}
+        replies = grid.send_and_receive(list(questions.values()), timeout=self.rounds.config.wait_for_nodes_s)
+        answers = {str(reply.metadata.src_node_id): reply for reply in replies}
+        read = {node: _read_answer(node, answers.get(node), config_of(questions[node])) for node in new}
+        self._roster.update(online, {node: answer for node, answer in read.items() if answer})
+        return self._roster
+
+    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+        config = self.rounds.config
+        give_up = time.monotonic() + config.wait_for_nodes_s
+        while len(nodes := list(grid.get_node_ids())) < config.min_nodes:
+            if time.monotonic() > give_up:
+                raise too_few_nodes(config.min_nodes, config.wait_for_nodes_s, len(nodes))
+            time.sleep(NODES_POLL_S)
+        return nodes
+
+    def _question(self, node: str) -> Message:
+        task = self.rounds.probe_task(node)
+        config = ConfigRecord({PROBE_KEY: task.to_json()} if task else {})
+        return self._message(RecordDict({CONFIG: config}), MessageType.QUERY, node, 0)
+
+
+def _read_answer(node: str, reply: Message | None, question: Mapping[str, Any]) -> NodeAnswer | None:
+    try:
+        if reply is None or reply.has_error():
+            raise ValueError(reply.error.reason if reply else "no answer")
+        return unpack_answer(config_of(reply), with_budgets=PROBE_KEY in question)
+    except Exception as error:  # whatever a node answers must not stop the run
+        _log.warning("left out node %s: %r", node, error)
+        return None
+
+
+def _unpack(reply: Message) -> HeadReply | Refusal:
+    """A training reply by name.
+
+    Raises:
+        ConfigError: no figures of a trained head.
+        ValueError, TypeError: not NumPy arrays (pickled ones are not read).
+    """
+    record = reply.content.get(ARRAYS)
+    arrays = record if isinstance(record, ArrayRecord) else ArrayRecord()
+    upload_bytes = sum(len(array.data) for array in arrays.values())
+    return unpack_trained({name: array.numpy() for name, array in arrays.items()}, config_of(reply), upload_bytes)
+
+
+def _metrics(score: Score | None) -> MetricRecord | None:
+    return None if score is None else MetricRecord({"loss": score.loss, "perplexity": score.perplexity})
