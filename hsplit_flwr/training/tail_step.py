@@ -27,9 +27,7 @@ from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, Sam
 from hsplit_flwr.training.loss import target_tokens, token_losses
 from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import ScoreReply, StepReply
-from hsplit_flwr.training.step import StepReport, StepRequest, TrainedBatch, step_report
-
-__all__ = ["StepReport", "StepRequest", "TailTrainer", "TrainedBatch", "step_report"]
+from hsplit_flwr.training.step import StepRequest, TrainedBatch
 
 
 class TailTrainer:

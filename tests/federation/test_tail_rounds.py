@@ -257,7 +257,7 @@ def transformers_loss(model: GlobalModel, rounds: TailRounds, batch: Mapping[str
     """transformers' own model and loss, with dense weights that hold all that was learnt."""
     reference = copy.deepcopy(tiny_model("llama"))
     for name, weight in whole_weights(model, rounds).items():
-        reference.get_submodule(name).weight.data.copy_(weight)  # type: ignore[operator, union-attr]
+        reference.get_submodule(name).weight.data.copy_(weight)
     with torch.no_grad():
         return float(reference(**batch).loss)
 
@@ -285,8 +285,8 @@ def test_the_evaluated_model_generates_as_the_model_does(model: GlobalModel) -> 
     rounds = rounds_of(model, ClientPlan(2, LORA))
     assert rounds.evaluated_model().generation_config.repetition_penalty == 1.25
     ids = torch.tensor([[5, 6, 7]])
-    plain = model.segment.model.generate(ids, max_new_tokens=5, do_sample=False)  # type: ignore[operator]
-    assert torch.equal(rounds.evaluated_model().generate(ids, max_new_tokens=5, do_sample=False), plain)  # type: ignore[operator]
+    plain = model.segment.model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(rounds.evaluated_model().generate(ids, max_new_tokens=5, do_sample=False), plain)
 
 
 # ------------------------------------------------------------------------------------------- state

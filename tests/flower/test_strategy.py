@@ -653,7 +653,7 @@ def test_an_evaluation_set_without_targets_ends_the_run_before_its_first_round(m
     strategy = HSplitLoRAStrategy(
         GlobalModel(ModelFiles.resolve(str(model))), PLANS, TRAINING, eval_batches=without_targets(EVALUATION["0"])
     )
-    server = HSplitLoRAServer(strategy, max_workers=1)
+    server = HSplitLoRAServer(strategy)
     with pytest.raises(ConfigError, match=r"Expected batches to score, found 1 with no target tokens\. Labels must"):
         server.fit(num_rounds=1, timeout=5.0)
 
