@@ -432,10 +432,18 @@ def test_kept_modules_go_on_and_the_others_restart() -> None:
 
 
 def test_an_undone_round_is_forgotten() -> None:
-    trainer, fresh = trainer_of(), trainer_of()
-    take(trainer, request_of("a"))
+    """Also by the optimizer, of the modules that were kept: the next steps are as if that round had not been."""
+    trainer, without = trainer_of(), trainer_of()
+    keep = [name for name in trainer.adapters.module_names if block(name) == 3]
+    for one in (trainer, without):
+        take(one, request_of("a"))
+    trainer.open_round(8, keep)
+    take(trainer, request_of("b", 1))
     trainer.undo_round()
-    assert_same(trainer, fresh)
+    for one in (trainer, without):
+        one.open_round(9, keep)
+        take(one, request_of("a", 1))
+    assert_same(trainer, without)
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["one-by-one", "joint"])
