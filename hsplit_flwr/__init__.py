@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hsplit_flwr.exchange.tail_service import ServiceConfig
+    from hsplit_flwr.exchange.grpc_transport import ServiceConfig
     from hsplit_flwr.federation.global_model import GlobalModel
     from hsplit_flwr.federation.head_client import ClientData
     from hsplit_flwr.federation.round_server import StrategyConfig
@@ -40,7 +40,7 @@ _MODULE_OF = {
     "ModelFiles": "models.files",
     "PlannerConfig": "planning.planner",
     "ReplanConfig": "planning.replanning",
-    "ServiceConfig": "exchange.tail_service",
+    "ServiceConfig": "exchange.grpc_transport",
     "StrategyConfig": "flower.strategy",
     "TrainingConfig": "training.config",
     "Workload": "training.workload",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hsplit_flwr.common.seeds import derive_seed
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig, connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
-from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService
+from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
@@ -103,7 +104,7 @@ def split(name: str, batches: list[Batch], cut: int, over_grpc: bool) -> tuple[l
         token = service.open_round(1, "train", {"0": cut}, 0)["0"]
         plan = ClientPlan(cut, LORA)
         task = RoundTask("run", 1, "0", "train", service.address, token, 60.0, 1 << 22, plan, CONFIG)
-        with RemoteTail(task, 1 << 22) as session:
+        with RemoteTail(task, 1 << 22, connect) as session:
             session.fetch_delta(0)
             report = train_head(head, head_adapters, batches, session, CONFIG)
         service.stop()

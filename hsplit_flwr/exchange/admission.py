@@ -1,3 +1,134 @@
-"""Placeholder until admission is cut."""
+"""Who may take part in a round: one-time tokens, and what each client did with its own."""
 
-from hsplit_flwr.exchange.tail_service import Ticket as Ticket
+import secrets
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.exchange.task import Mode
+from hsplit_flwr.exchange.transport import Caller
+from hsplit_flwr.training.workload import Workload
+
+LONGEST_S = 366 * 24 * 3600.0
+"""a stream that says it has longer has no deadline (gRPC's books show 9e18 s)"""
+
+
+@dataclass(kw_only=True)
+class Ticket:
+    """One client's admission to one round: what it may do there, and what it did."""
+
+    client: str
+    round: int
+    mode: Mode
+    cut: int
+    first_step: int
+    max_steps: int | None = None
+    """steps of the round; None: any number"""
+    workload: Workload | None = None
+    """the largest batch that was planned; None: any"""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    delta_bytes: int = 0
+    """of `bytes_down`: the weight delta"""
+    used: bool = False
+    steps: int = 0
+    tokens: int = 0
+    """target tokens that the tail itself counted"""
+    nll: float = 0.0
+    """summed loss of those tokens, nats"""
+    errors: list[str] = field(default_factory=list)
+
+    def count(self, nll: float, tokens: int) -> None:
+        """Note a step that was answered."""
+        self.steps += 1
+        self.nll += nll
+        self.tokens += tokens
+
+
+class Admission:
+    """The tokens of the open round, and the streams that were let in with them. Safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tickets: dict[str, Ticket] = {}
+        self._callers: dict[str, Caller] = {}
+
+    def open_round(
+        self,
+        round_number: int,
+        mode: Mode,
+        cuts: Mapping[str, int],
+        first_step: int,
+        *,
+        steps: int | None = None,
+        workload: Workload | None = None,
+    ) -> dict[str, str]:
+        """Admit the clients of a round; returns each one's one-time token. Earlier tokens are void.
+
+        Args:
+            round_number: counted from 1.
+            mode: what its frames are.
+            cuts: client -> blocks of its head.
+            first_step: run step of the round's first.
+            steps: that each client may take; None: any number.
+            workload: whose batches it may send; None: any size.
+        """
+        tokens = {client: secrets.token_urlsafe(32) for client in cuts}
+        tickets = {
+            tokens[client]: Ticket(
+                client=client,
+                round=round_number,
+                mode=mode,
+                cut=cut,
+                first_step=first_step,
+                max_steps=steps,
+                workload=workload,
+            )
+            for client, cut in cuts.items()
+        }
+        with self._lock:
+            self._tickets = tickets
+        return tokens
+
+    def open_probe(self, node: str) -> str:
+        """Admit a node that measures its link, until the next round opens; returns its one-time token."""
+        token = secrets.token_urlsafe(32)
+        with self._lock:
+            self._tickets[token] = Ticket(client=node, round=0, mode="probe", cut=1, first_step=0)
+        return token
+
+    def close_round(self) -> dict[str, Ticket]:
+        """Void the tokens and end the streams that are still open; returns what each client did."""
+        with self._lock:
+            tickets, self._tickets = self._tickets, {}
+            callers = list(self._callers.values())
+        for caller in callers:
+            caller.end()
+        return {ticket.client: ticket for ticket in tickets.values()}
+
+    @contextmanager
+    def admit(self, caller: Caller) -> Iterator[Ticket]:
+        """The ticket of `caller`, whose stream is in the books until the end of the ``with`` block.
+
+        Raises:
+            ExchangeError: ``unauthenticated`` or ``no_deadline``; the latter leaves the token good.
+        """
+        token = caller.token
+        with self._lock:
+            ticket = self._tickets.get(token)
+            if ticket is None or ticket.used:
+                found = "a used one" if ticket else "an unknown one"
+                raise ExchangeError(
+                    "unauthenticated", f"Expected an unused token of the open round, found {found}. Ask for a new task."
+                )
+            if caller.seconds_left > LONGEST_S:
+                raise ExchangeError("no_deadline", "Expected a deadline on the stream, found none. Set a timeout.")
+            ticket.used = True
+            self._callers[token] = caller
+        try:
+            yield ticket
+        finally:
+            with self._lock:
+                del self._callers[token]

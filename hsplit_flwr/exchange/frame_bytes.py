@@ -1,60 +1,76 @@
-"""Bytes of the frames and arrays that travel, exact, from their shapes alone."""
+"""Bytes of the frames that travel, exact, from the shapes of a step alone."""
 
 import json
 import math
 import struct
-from collections.abc import Mapping
 
 import torch
 
+from hsplit_flwr.exchange.codecs import CODECS, Codec, Layout, Shape, batch_layout
 from hsplit_flwr.exchange.frames import Header, encode
-from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.training.workload import Workload
 
-Shape = tuple[int, ...]
 _ALIGNMENT = 8
 """safetensors pads its header with spaces to it (https://github.com/huggingface/safetensors, ``serialize``)"""
 _NAMES = {
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
     torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
-    torch.int32: "I32",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int8: "I8",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
+"""dtype -> its name in a safetensors header, in the order in which tensors lie there"""
 
 
 def step_bytes_up(workload: Workload, hidden_size: int) -> int:
-    """One ``train`` frame."""
-    tokens = (workload.batch_size, workload.sequence_length)
-    return _frame_bytes(
-        {
-            "activations": ((*tokens, hidden_size), DTYPES[workload.activation_dtype]),
-            "mask": (tokens, torch.uint8),
-            "labels": (tokens, torch.int32),
-        }
-    )
+    """Bytes of one ``train`` frame."""
+    return _frame_bytes(batch_layout(_codec(workload), _shape(workload, hidden_size)))
 
 
 def step_bytes_down(workload: Workload, hidden_size: int) -> int:
-    """One ``gradient`` frame."""
-    shape = (workload.batch_size, workload.sequence_length, hidden_size)
-    return _frame_bytes({"gradient": (shape, DTYPES[workload.activation_dtype])})
+    """Bytes of one ``gradient`` frame."""
+    return _frame_bytes(_codec(workload).layout("gradient", _shape(workload, hidden_size)))
+
+
+def payload_bytes(workload: Workload, hidden_size: int) -> int:
+    """Bytes that the activations of a step are packed into, or their gradient; no header, no mask, no labels."""
+    parts = _codec(workload).layout("activations", _shape(workload, hidden_size)).values()
+    return sum(part.nbytes for part in parts)
 
 
 def hello_bytes() -> int:
-    """One ``hello`` frame."""
+    """Bytes of one ``hello`` frame."""
     return _frame_bytes({})
 
 
-def _frame_bytes(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> int:
-    """What `wire.encode` makes of such tensors: lays out safetensors' header, without the tensors."""
+def _codec(workload: Workload) -> Codec:
+    return CODECS[workload.activation_dtype]
+
+
+def _shape(workload: Workload, hidden_size: int) -> Shape:
+    return (workload.batch_size, workload.sequence_length, hidden_size)
+
+
+def _frame_bytes(layout: Layout) -> int:
+    """Bytes of what `frames.encode` makes of such tensors: lays out safetensors' header, without the tensors."""
     empty = encode(Header("hello", "", 0, "", 0))
     (length,) = struct.unpack_from("<Q", empty)
     header = len(empty[8 : 8 + length].rstrip(b" "))
     offset = 0
-    for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
-        stop = offset + math.prod(shape) * dtype.itemsize
-        entry = {name: {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [offset, stop]}}
+    order = list(_NAMES)
+    for name, part in sorted(layout.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+        stop = offset + part.nbytes
+        entry = {name: {"dtype": _NAMES[part.dtype], "shape": part.shape, "data_offsets": [offset, stop]}}
         header += len(json.dumps(entry, separators=(",", ":"))) - 1  # one comma more, two braces less
         offset = stop
     return 8 + math.ceil(header / _ALIGNMENT) * _ALIGNMENT + offset

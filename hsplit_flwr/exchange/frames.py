@@ -1,4 +1,4 @@
-"""The contract between a head and the tail: tensors <-> verified bytes. No gRPC, no model.
+"""The contract between a head and the tail: tensors <-> verified bytes. No transport, no model.
 
 A frame is one safetensors buffer (https://huggingface.co/docs/safetensors#format). Its ``__metadata__`` holds one
 JSON header under the key ``hsplit``: protocol, kind, run, round, client, cut, step, and the kind's own numbers. It is
@@ -6,8 +6,8 @@ padded, so that a frame's size depends on the shapes of its tensors alone.
 
     head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none)
     tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come)
-    head -> tail   train     activations (B,T,H), mask (B,T) uint8, labels (B,T) int32
-    tail -> head   gradient  gradient (B,T,H) of the client's own mean loss; header `loss`, `tokens`
+    head -> tail   train     activations (B,T,H) by the run's codec, mask (B,T) uint8, labels (B,T) int32
+    tail -> head   gradient  gradient (B,T,H) of the client's own mean loss, as activations; header `loss`, `tokens`
     head -> tail   evaluate  as `train`
     tail -> head   score     no tensors; header `nll` (sum over tokens, nats), `tokens`
     head -> tail   probe     filler (n,) uint8; header `left`: bytes of filler wanted back (measures the link)
@@ -75,7 +75,7 @@ def encode(header: Header, tensors: Mapping[str, Tensor] | None = None) -> bytes
 
 
 def decode(frame: bytes, max_bytes: int) -> Frame:
-    """The frame in `frame`, checked for size and form, not yet for content (`check_batch`, `check_gradient`).
+    """The frame in `frame`, checked for size and form, not yet for content (`exchange/codecs.py`).
 
     Raises:
         ExchangeError: ``frame_too_large``, ``malformed_frame`` or ``protocol_version``.
@@ -90,7 +90,7 @@ def decode(frame: bytes, max_bytes: int) -> Frame:
         header = _header(frame)
         return Frame(header, load_tensors(frame))
     except (SafetensorError, struct.error, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ExchangeError("malformed_frame", f"Expected a frame of hsplit_flwr, found {_short(error)}.") from error
+        raise ExchangeError("malformed_frame", f"Expected a frame of hsplit_flwr, found {short(error)}.") from error
 
 
 def _header(frame: bytes) -> Header:
@@ -103,7 +103,7 @@ def _header(frame: bytes) -> Header:
     if data.get("protocol") != PROTOCOL_VERSION:
         raise ExchangeError(
             "protocol_version",
-            f"Expected protocol version {PROTOCOL_VERSION}, found {_short(data.get('protocol'))}. "
+            f"Expected protocol version {PROTOCOL_VERSION}, found {short(data.get('protocol'))}. "
             "Install the same hsplit_flwr version on server and clients.",
         )
     header = Header(**data)
@@ -127,48 +127,7 @@ def expect_header(header: Header, **expected: object) -> None:
     for name, value in expected.items():
         found = getattr(header, name)
         if found != value:
-            raise ExchangeError(f"wrong_{name}", f"Expected {name}={value!r} in the frame, found {_short(found)}.")
-
-
-def batch_tensors(activations: Tensor, attention_mask: Tensor, labels: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of a ``train`` or ``evaluate`` frame, in their wire dtypes."""
-    return {
-        "activations": activations.to(dtype),
-        "mask": attention_mask.to(torch.uint8),
-        "labels": labels.to(torch.int32),
-    }
-
-
-def check_batch(tensors: Mapping[str, Tensor], *, dtype: torch.dtype, hidden_size: int, vocab_size: int) -> None:
-    """Check the content of a ``train`` or ``evaluate`` frame.
-
-    Raises:
-        ExchangeError: ``wrong_tensors``, ``wrong_dtype``, ``wrong_shape``, ``non_finite`` or ``wrong_labels``.
-    """
-    _check_names(tensors, {"activations", "mask", "labels"})
-    activations, mask, labels = tensors["activations"], tensors["mask"], tensors["labels"]
-    for name, tensor, expected in (
-        ("activations", activations, dtype),
-        ("mask", mask, torch.uint8),
-        ("labels", labels, torch.int32),
-    ):
-        _check_dtype(name, tensor, expected)
-    if activations.dim() != 3 or activations.shape[2] != hidden_size or 0 in activations.shape:
-        raise ExchangeError(
-            "wrong_shape",
-            f"Expected activations of shape (B, T, {hidden_size}), found {tuple(activations.shape)}.",
-        )
-    for name, tensor in (("mask", mask), ("labels", labels)):
-        if tensor.shape != activations.shape[:2]:
-            raise ExchangeError(
-                "wrong_shape",
-                f"Expected {name} of shape {tuple(activations.shape[:2])}, found {tuple(tensor.shape)}.",
-            )
-    _check_finite("activations", activations)
-    if mask.max() > 1:
-        raise ExchangeError("wrong_mask", f"Expected an attention mask of 0 and 1, found {int(mask.max())}.")
-    if ((labels != -100) & ((labels < 0) | (labels >= vocab_size))).any():
-        raise ExchangeError("wrong_labels", f"Expected labels to be -100 or in 0..{vocab_size - 1}, found others.")
+            raise ExchangeError(f"wrong_{name}", f"Expected {name}={value!r} in the frame, found {short(found)}.")
 
 
 def probe_filler(size: int) -> dict[str, Tensor]:
@@ -176,39 +135,6 @@ def probe_filler(size: int) -> dict[str, Tensor]:
     return {"filler": torch.zeros(size, dtype=torch.uint8)}
 
 
-def check_gradient(tensors: Mapping[str, Tensor], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The activation gradient of a ``gradient`` frame, checked against the activations it belongs to."""
-    _check_names(tensors, {"gradient"})
-    gradient = tensors["gradient"]
-    _check_dtype("gradient", gradient, dtype)
-    if gradient.shape != like.shape:
-        raise ExchangeError(
-            "wrong_shape", f"Expected a gradient of shape {tuple(like.shape)}, found {tuple(gradient.shape)}."
-        )
-    _check_finite("gradient", gradient)
-    return gradient
-
-
-def _check_names(tensors: Mapping[str, Tensor], expected: set[str]) -> None:
-    if set(tensors) != expected:
-        raise ExchangeError(
-            "wrong_tensors", f"Expected the tensors {sorted(expected)}, found {_short(sorted(tensors))}."
-        )
-
-
-def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
-    if tensor.dtype != expected:
-        raise ExchangeError("wrong_dtype", f"Expected {name} as {expected}, found {tensor.dtype}.")
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        raise ExchangeError(
-            "non_finite",
-            f"Expected finite {name}, found NaN or Inf. Lower the learning rate, or use bf16 instead of fp16.",
-        )
-
-
-def _short(value: object) -> str:
-    """For messages: the peer decides how long its values are, and the message travels back to it."""
+def short(value: object) -> str:
+    """A value of the peer's as a message shows it: the peer decides how long it is, and gets the message back."""
     return repr(value)[:200]

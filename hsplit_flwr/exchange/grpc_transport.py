@@ -1,9 +1,305 @@
-"""Placeholder until the transports are cut."""
+"""Frames over gRPC: one bidirectional stream per client and round, raw frames as messages.
 
+Method ``/hsplit_flwr.Tail/Exchange``; the client's token travels as ``authorization: Bearer ...``. What is served and
+what is said comes as an argument: this file knows neither rounds nor frames.
+"""
+
+import errno
+import math
+import queue
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from hsplit_flwr.exchange.tail_service import ServiceConfig as ServiceConfig
+import grpc
+
+from hsplit_flwr.errors import ConfigError, ExchangeError
+from hsplit_flwr.exchange.tls_files import not_certificates, read_pair
+from hsplit_flwr.exchange.transport import Serve
+
+SERVICE, METHOD = "hsplit_flwr.Tail", "Exchange"
+SCHEME = "grpc://"
+WILDCARDS = ("0.0.0.0", "[::]", "*", "")
+"""hosts to listen on, but not to connect to"""
+MAX_STREAMS = 1024
+"""clients that may be connected at a time; each has a thread of the server's"""
+CONNECT_S = 20.0
+PATIENCE_S = 3.0
+"""after a first failure to connect, for a server that is just coming up or a link that was cut for a moment"""
+_KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 20_000)]
+_SERVER_OPTIONS = [
+    *_KEEPALIVE,
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),
+]
+_CLIENT_OPTIONS = [
+    *_KEEPALIVE,
+    ("grpc.max_send_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+_STATUS = {
+    "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
+    "frame_too_large": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "round_closed": grpc.StatusCode.FAILED_PRECONDITION,
+    "step_timeout": grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+_LONGEST_DETAILS = 1500
+"""characters: they travel in HTTP/2 trailers"""
 
 
-def connect(root_certificates: bytes | None = None) -> Any:
-    """Placeholder."""
+@dataclass(frozen=True)
+class ServiceConfig:
+    """Where the tail listens and what it accepts."""
+
+    bind: str = "127.0.0.1:0"
+    """host:port to listen on; port 0 takes a free one"""
+    advertise: str = ""
+    """address that clients are told (default: the bound one); a host without port gets the bound port"""
+    max_frame_bytes: int = 64 << 20
+    activation_dtype: str = "fp32"
+    certificate: Path | None = None
+    """PEM certificate chain; with `private_key` it turns on TLS"""
+    private_key: Path | None = None
+
+
+# ---------------------------------------------------------------------------------------------- the tail's side
+
+
+class GrpcListener:
+    """A gRPC server on ``config.bind``, not started yet. A client beyond `max_streams` is refused, not kept waiting.
+
+    Raises:
+        ConfigError: the address cannot be bound, or the TLS files cannot be used.
+    """
+
+    def __init__(self, serve: Serve, config: ServiceConfig, max_streams: int = MAX_STREAMS) -> None:
+        self._serve = serve
+        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
+        self._server = grpc.server(
+            ThreadPoolExecutor(max_streams, thread_name_prefix="tail-stream"),
+            handlers=[grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})],
+            options=[*_SERVER_OPTIONS, ("grpc.max_receive_message_length", config.max_frame_bytes)],
+            maximum_concurrent_rpcs=max_streams,
+        )
+        self.address = _bind(self._server, config)
+
+    def start(self) -> None:
+        """Accept streams."""
+        self._server.start()
+
+    def stop(self) -> None:
+        """Stop listening; open streams end at once."""
+        self._server.stop(grace=None).wait(10)
+
+    def _exchange(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
+        try:
+            yield from self._serve(_GrpcCaller(context), _until_gone(requests))
+        except ExchangeError as error:
+            status = _STATUS.get(error.code, grpc.StatusCode.INVALID_ARGUMENT)
+            context.abort(status, str(error)[:_LONGEST_DETAILS])
+
+
+listen = GrpcListener
+"""See `Transport`."""
+
+
+class _GrpcCaller:
+    """A `Caller` by gRPC's context of the stream."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self.on_gone: Callable[[Callable[[], object]], None] = context.add_callback
+        self.end: Callable[[], None] = context.cancel
+
+    @property
+    def token(self) -> str:
+        """See `Caller`."""
+        for key, value in self._context.invocation_metadata():
+            if key == "authorization" and isinstance(value, str):
+                return value.removeprefix("Bearer ")
+        return ""
+
+    @property
+    def seconds_left(self) -> float:
+        """See `Caller`."""
+        left: float | None = self._context.time_remaining()
+        return math.inf if left is None else left
+
+
+def _until_gone(requests: Iterator[bytes]) -> Iterator[bytes]:
+    try:
+        yield from requests
+    except grpc.RpcError:
+        return  # the client has vanished, which ends its frames too
+
+
+def _bind(server: Any, config: ServiceConfig) -> str:
+    """Take the address; returns what clients are told."""
+    bind = config.bind.removeprefix(SCHEME)
+    host, _, port = bind.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ConfigError(f"Expected host:port to listen on (run config: tail-bind), found {config.bind!r}.")
+    if host in WILDCARDS and not config.advertise:
+        raise ConfigError(
+            f"Expected an address that clients can reach, found only {config.bind}. "
+            "Set advertise (run config: tail-address) to this host's name or address."
+        )
+    pair = read_pair(config.certificate, config.private_key)
+    try:
+        if pair is None:
+            bound = server.add_insecure_port(bind)
+        else:
+            chain, key = pair
+            bound = server.add_secure_port(bind, grpc.ssl_server_credentials([(key, chain)]))
+    except RuntimeError as error:
+        raise ConfigError(
+            f"Expected to listen on {bind} (run config: tail-bind), found: {_why_not(host, int(port)) or error}. "
+            "Choose a free port (0 takes any) of an address of this machine."
+        ) from error
+    advertise = config.advertise or host
+    return advertise if advertise.rpartition(":")[2].isdigit() else f"{advertise}:{bound}"
+
+
+def _why_not(host: str, port: int) -> str | None:
+    """What the operating system has against listening there; gRPC keeps that to itself."""
+    try:
+        places = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, place in places:
+            with socket.socket(family, kind, protocol) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(place)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return "the address is in use, perhaps by another run on this machine that has not ended"
+        return error.strerror or str(error)
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- a head's side
+
+
+def connect(
+    address: str, token: str, time_limit_s: float, max_receive_bytes: int, root_certificates: bytes | None = None
+) -> "GrpcStream":
+    """A stream to the tail at `address`.
+
+    Args:
+        address: host:port.
+        token: this client's own for this round.
+        time_limit_s: the stream ends then.
+        max_receive_bytes: the largest frame that is accepted.
+        root_certificates: PEM bytes of the authority that signed the tail's certificate; None: no TLS.
+
+    Raises:
+        ConfigError: `root_certificates` are none.
+        ExchangeError: ``tail_unreachable``.
+    """
+    target = address.removeprefix(SCHEME)
+    options = [*_CLIENT_OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)]
+    if root_certificates is None:
+        channel = grpc.insecure_channel(target, options)
+    elif problem := not_certificates(root_certificates):
+        raise ConfigError(
+            "Expected PEM certificates of the tail's authority (root_certificates; run config: "
+            f"tail-root-certificates), found: {problem}."
+        )
+    else:
+        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(root_certificates), options)
+    try:
+        _wait_for_connection(channel, address)
+    except BaseException:
+        channel.close()
+        raise
+    return GrpcStream(channel, token, time_limit_s)
+
+
+class GrpcStream:
+    """A `FrameStream` on a channel of its own."""
+
+    def __init__(self, channel: Any, token: str, time_limit_s: float) -> None:
+        self._channel = channel
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._replies = channel.stream_stream(f"/{SERVICE}/{METHOD}")(
+            iter(self._outbox.get, None),
+            timeout=time_limit_s,
+            metadata=(("authorization", f"Bearer {token}"),),
+        )
+
+    def send(self, frame: bytes) -> None:
+        """See `FrameStream`."""
+        self._outbox.put(frame)
+
+    def receive(self) -> bytes | None:
+        """See `FrameStream`."""
+        try:
+            frame: bytes | None = next(self._replies, None)
+        except grpc.RpcError as error:
+            raise _as_exchange_error(error) from error
+        return frame
+
+    def close(self) -> None:
+        """See `FrameStream`."""
+        self._outbox.put(None)
+        self._channel.close()
+
+
+def _wait_for_connection(channel: Any, address: str) -> None:
+    states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
+    started = time.monotonic()
+    end = started + CONNECT_S
+    channel.subscribe(states.put, try_to_connect=True)
+    try:
+        while (state := states.get(timeout=max(0.0, end - time.monotonic()))) != grpc.ChannelConnectivity.READY:
+            if state == grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                end = min(end, time.monotonic() + PATIENCE_S)
+    except queue.Empty:
+        waited = time.monotonic() - started
+        raise ExchangeError(
+            "tail_unreachable",
+            f"Expected a tail at {address}, found none within {waited:.0f} s: {_why_unreachable(channel)}. Check that "
+            "this address can be reached from the client (tail-address) and that both sides agree on TLS.",
+        ) from None
+    finally:
+        channel.unsubscribe(states.put)
+
+
+def _why_unreachable(channel: Any) -> str:
+    """What gRPC knows: the name, the connection or the TLS handshake. A call on a failed channel fails at once."""
+    try:
+        next(channel.stream_stream(f"/{SERVICE}/{METHOD}")(iter(()), timeout=0.5), None)
+    except grpc.RpcError as error:
+        status: Any = error
+        if status.code() == grpc.StatusCode.UNAVAILABLE:
+            return str(status.details())
+    return "no answer"
+
+
+def _as_exchange_error(error: Any) -> ExchangeError:
+    """The tail's own error where it sent one (``[code] message``), else gRPC's status."""
+    details = error.details() or ""
+    sent = re.match(r"\[(\w+)\] (.*)", details, re.DOTALL)
+    if sent:
+        return ExchangeError(sent[1], sent[2])
+    code = error.code()
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "Concurrent RPC limit" in details:
+        return ExchangeError(
+            "tail_full",
+            "Expected a free stream at the tail, found as many clients connected as it serves at a time. "
+            "Let fewer clients train at a time (fraction-clients).",
+        )
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return ExchangeError("frame_too_large", f"{details}. Use smaller batches or raise max_frame_bytes.")
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ExchangeError("round_timeout", "The round's time limit is over. Raise the round timeout.")
+    if code == grpc.StatusCode.CANCELLED:
+        return ExchangeError("round_closed", "The server closed the round.")
+    return ExchangeError("tail_lost", f"Lost the connection to the tail: {code.name}: {details}")

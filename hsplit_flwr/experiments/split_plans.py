@@ -13,7 +13,7 @@ from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.importance_history import ImportanceHistory
 from hsplit_flwr.planning.planner import PlannerConfig
-from hsplit_flwr.planning.plans import PlanBook
+from hsplit_flwr.planning.plans import PlansInForce, plans_in_force
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.config import ClientPlan
 
@@ -41,13 +41,13 @@ class OneScalingPlanning(AdaptivePlanning):
         return LoraSpec.of_scaling(ranks, SCALING)
 
 
-def plans_of(task: Task, method: Method) -> PlanBook:
+def plans_of(task: Task, method: Method) -> PlansInForce:
     """The plans of `method` under `task`; a cut or rank that the run's spec states goes for all clients.
 
     Raises:
         ConfigError: a device that cannot hold any head.
     """
-    spec, training, blocks = task.spec, task.training, task.costs.num_blocks
+    spec, training, modules = task.spec, task.training, [matrix.name for matrix in task.costs.matrices]
     if method.planned and not (spec.cut or spec.rank):
         planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
         if not method.importance:
@@ -56,11 +56,11 @@ def plans_of(task: Task, method: Method) -> PlanBook:
         if method.deep_heads:
             config = replace(config, tail_worth=0.0, deadline_s=math.inf)
         plans = planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
-        return PlanBook(plans, None, None, training, blocks)
+        return plans_in_force(plans, None, None, training, modules)
     rank = spec.rank or common_rank(task.costs, task.devices)
     cut = spec.cut or common_cut(task.costs, task.devices, rank)
     lora = LoraSpec(rank, LORA_ALPHA)
-    return PlanBook(ClientPlan(cut, lora), lora, task.costs.workload, training, blocks)
+    return plans_in_force(ClientPlan(cut, lora), lora, task.costs.workload, training, modules)
 
 
 def common_rank(costs: ModelCosts, devices: Mapping[str, Budget]) -> int:

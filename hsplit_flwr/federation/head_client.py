@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment, linear_shapes, load_segment
 from hsplit_flwr.planning.budgets.budget import Budget
-from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.training.head import score_head, train_head
 from hsplit_flwr.training.loss import Batch, Score
 from hsplit_flwr.training.workload import Workload
+
+if TYPE_CHECKING:
+    from hsplit_flwr.planning.costs.model_costs import ModelCosts
 
 _FRAME_MARGIN_BYTES = 1 << 20
 
@@ -164,7 +166,9 @@ class HeadClient:
 
 
 @lru_cache(maxsize=4)
-def _model_costs(model: str, workload: Workload) -> ModelCosts:
+def _model_costs(model: str, workload: Workload) -> "ModelCosts":
+    from hsplit_flwr.planning.costs.model_costs import ModelCosts  # only a client with a budget needs it
+
     return ModelCosts(ModelFiles.resolve(model).config, workload)
 
 

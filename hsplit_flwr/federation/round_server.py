@@ -28,7 +28,7 @@ from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, Contribution, token_
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import block_of, linear_shapes
-from hsplit_flwr.planning.plans import PlanBook, Plans
+from hsplit_flwr.planning.plans import Plans, plans_in_force
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.report import plan_table
 from hsplit_flwr.reports.health.aggregation import measure_aggregation
@@ -160,8 +160,8 @@ class RoundServer:
             )
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._journal = Journal()
-        self._plans = PlanBook(plans, tail_lora, workload, training, model.num_blocks)
         self._shapes = linear_shapes(model.segment)
+        self._plans = plans_in_force(plans, tail_lora, workload, training, self._shapes)
         self._steps = StepNotes(on_step or log_progress(training))
         self.tail_rounds = TailRounds(model, self._plans, training, limits, self._steps)
         self._tail = self.tail_rounds.tail
@@ -185,7 +185,7 @@ class RoundServer:
 
     def probe_task(self, node: str) -> RoundTask | None:
         """How `node` measures its link to the tail; None where plans do not depend on budgets."""
-        if self._plans.adaptive is None:
+        if not self._plans.asks_budgets:
             return None
         token = self._opened_door().open_probe(node)
         return self._task(0, "probe", node, token, ClientPlan(1, LoraSpec(0)))

@@ -12,9 +12,9 @@ import torch
 from flwr.app import Context
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.transport import connect
 from hsplit_flwr.federation.head_client import ClientData, HeadClient
 from hsplit_flwr.federation.roster import NodeAnswer
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead

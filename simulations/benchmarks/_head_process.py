@@ -14,6 +14,7 @@ from _models import MODELS
 from split_overhead import Setting, random_batch
 from torch import Tensor
 
+from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
@@ -111,7 +112,7 @@ def main() -> None:
     batch = random_batch(setting, head.vocab_size)
     assert sys.stdin.readline().strip() == "ready"
     answer({})
-    with RemoteTail(task, task.max_frame_bytes) as tail:
+    with RemoteTail(task, task.max_frame_bytes, connect) as tail:
         tail.fetch_delta(0)
         timed = TimedTail(tail)
         greeting = tail.bytes_up + tail.bytes_down

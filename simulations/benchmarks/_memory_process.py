@@ -15,6 +15,7 @@ from _models import MODELS
 from flwr.common import ndarrays_to_parameters
 from torch import Tensor
 
+from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
@@ -47,7 +48,7 @@ def train_round(files: ModelFiles, task: RoundTask, workload: Workload) -> dict[
     head = load_segment(files, 0, task.plan.cut, dtype=DTYPES[workload.dtype])
     head.gradient_checkpointing = workload.gradient_checkpointing
     touch(head)
-    with RemoteTail(task, task.max_frame_bytes) as tail:
+    with RemoteTail(task, task.max_frame_bytes, connect) as tail:
         tail.fetch_delta(0)
         hello_up, delta_down = tail.bytes_up, tail.bytes_down
         adapters = SegmentAdapters(head, task.plan.lora, head.linear_modules())

@@ -35,7 +35,8 @@ from _provenance import provenance
 from _step_flops import head_flops, tail_flops
 from torch import Tensor
 
-from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec

@@ -34,7 +34,8 @@ from _models import MODELS
 from _provenance import provenance
 from torch import Tensor
 
-from hsplit_flwr.exchange.tail_service import ServiceConfig, TailService
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ import torch
 from torch import Tensor
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
-from hsplit_flwr.exchange import remote_tail as tail_client
-from hsplit_flwr.exchange import tail_service
-from hsplit_flwr.exchange.frames import Header, batch_tensors, encode
+from hsplit_flwr.exchange import grpc_transport, tail_service
+from hsplit_flwr.exchange.codecs import CODECS, batch_tensors
+from hsplit_flwr.exchange.frames import Header, encode
+from hsplit_flwr.exchange.grpc_transport import GrpcStream, ServiceConfig, connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
-from hsplit_flwr.exchange.tail_service import DeltaSource, ServiceConfig, TailService
+from hsplit_flwr.exchange.tail_service import DeltaSource, TailService
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.transport import Connect
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.dtypes import DTYPES
@@ -38,6 +41,7 @@ from hsplit_flwr.training.session import StepReply, TailSession
 from hsplit_flwr.training.step import StepReport, StepRequest
 from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.tail_step import TailTrainer
+from hsplit_flwr.training.workload import Workload
 from tests.helpers.models import HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.timeout(60)
@@ -123,11 +127,20 @@ class Served:
 
 
 class Intruder(RemoteTail):
-    """A client that can also send what it likes."""
+    """A client that can also send what it likes, with its stream at hand."""
+
+    stream: GrpcStream
+
+    def __init__(self, task: RoundTask, max_receive_bytes: int) -> None:
+        def remembered(*args: Any) -> GrpcStream:
+            self.stream = connect(*args)
+            return self.stream
+
+        super().__init__(task, max_receive_bytes, remembered)
 
     def send_raw(self, frame: bytes) -> None:
-        self._outbox.put(frame)
-        self._receive("gradient", 0)
+        self.stream.send(frame)
+        self.stream.receive()
 
 
 def no_delta(have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
@@ -145,13 +158,15 @@ def serving(
     deltas: DeltaSource = no_delta,
     on_step: Callable[[StepReport], None] | None = None,
     lora: LoraSpec = LORA,
+    steps: int | None = None,
+    workload: Workload | None = None,
     **config: Any,
 ) -> Iterator[Served]:
     tail = make_tail(architecture, limits, on_step, lora)
     settings = ServiceConfig(max_frame_bytes=MAX_FRAME, activation_dtype=activation_dtype, **config)
     service = TailService(tail, deltas, "run", settings)
     cuts = dict.fromkeys(clients, CUT)
-    tokens = service.open_round(1, mode, cuts, 0)
+    tokens = service.open_round(1, mode, cuts, 0, steps=steps, workload=workload)
     if mode == "train":
         tail.open_training(clients, concurrency, adapter_seed=7)
     served = Served(tail, service, tokens, cuts, mode, replace(CONFIG, activation_dtype=activation_dtype))
@@ -250,7 +265,7 @@ def test_who_may_not_come_in(alone: State, change: Callable[[RoundTask], RoundTa
     with serving("bad", "good") as served:
         good = served.ready("good")
         train(good, "good", range(1))
-        with RemoteTail(change(served.task("bad")), MAX_FRAME) as bad:
+        with RemoteTail(change(served.task("bad")), MAX_FRAME, connect) as bad:
             refused(lambda: bad.fetch_delta(0), code)
         train(good, "good", range(1, STEPS))
         assert_same(learned(served.tail), alone)
@@ -271,18 +286,17 @@ def test_a_token_is_good_for_one_stream(alone: State) -> None:
     with serving("good", "waiting") as served:
         good, waiting = served.ready("good"), served.ready("waiting")
         for _ in range(2):
-            with RemoteTail(served.task("good"), MAX_FRAME) as thief:
+            with RemoteTail(served.task("good"), MAX_FRAME, connect) as thief:
                 refused(lambda tail=thief: tail.fetch_delta(0), "unauthenticated")  # type: ignore[misc]
-            with RemoteTail(served.task("waiting"), MAX_FRAME) as thief:
+            with RemoteTail(served.task("waiting"), MAX_FRAME, connect) as thief:
                 refused(lambda tail=thief: tail.fetch_delta(0), "unauthenticated")  # type: ignore[misc]
         waiting.close()
         train(good, "good", range(STEPS))
         assert_same(learned(served.tail), alone)
         with ThreadPoolExecutor(1) as pool:
-            end = pool.submit(lambda: next(good._replies))
+            end = pool.submit(good.stream.receive)
             served.service.close_round()
-            with pytest.raises(grpc.RpcError):
-                end.result(SOON_S)
+            refused(lambda: end.result(SOON_S), "round_closed")
         good.close()
 
 
@@ -291,7 +305,7 @@ def test_a_finished_client_does_not_come_back() -> None:
         session = served.ready("good")
         train(session, "good", range(1))
         session.close()
-        with RemoteTail(served.task("good"), MAX_FRAME) as again:
+        with RemoteTail(served.task("good"), MAX_FRAME, connect) as again:
             refused(lambda: again.fetch_delta(0), "unauthenticated")
 
 
@@ -299,10 +313,10 @@ def test_the_token_of_a_closed_round_is_void() -> None:
     with serving("good") as served:
         old = served.task("good")
         served.service.open_round(2, "train", served.cuts, STEPS)
-        with RemoteTail(old, MAX_FRAME) as late:
+        with RemoteTail(old, MAX_FRAME, connect) as late:
             refused(lambda: late.fetch_delta(0), "unauthenticated")
         served.service.close_round()
-        with RemoteTail(old, MAX_FRAME) as late:
+        with RemoteTail(old, MAX_FRAME, connect) as late:
             refused(lambda: late.fetch_delta(0), "unauthenticated")
 
 
@@ -314,7 +328,7 @@ def header(client: str = "bad", **changes: Any) -> Header:
 
 
 def tensors(**changes: Tensor) -> dict[str, Tensor]:
-    return {**batch_tensors(*batch("bad", 0), torch.float32), **changes}
+    return {**batch_tensors(*batch("bad", 0), CODECS["fp32"]), **changes}
 
 
 def filled(name: str, value: float) -> Tensor:
@@ -381,9 +395,23 @@ def test_a_step_sent_again_is_refused(alone: State) -> None:
     with serving("good") as served:
         good = served.ready("good")
         train(good, "good", range(STEPS))
-        replayed = encode(header("good", step=1), batch_tensors(*batch("good", 1), torch.float32))
+        replayed = encode(header("good", step=1), batch_tensors(*batch("good", 1), CODECS["fp32"]))
         refused(lambda: good.send_raw(replayed), "wrong_step")
         assert_same(learned(served.tail), alone)
+
+
+def test_a_client_that_wants_more_than_was_planned_harms_nobody(alone: State) -> None:
+    """An admitted client trained the tail for 100 steps in a round of 20, and on rows of 8,000 tokens."""
+    with serving("bad", "good", steps=STEPS, workload=Workload(BATCH, LENGTH)) as served:
+        good, bad = served.ready("good"), served.ready("bad")
+        wide = (torch.zeros(BATCH, LENGTH + 1, HIDDEN_SIZE), *torch.ones(2, BATCH, LENGTH + 1))
+        refused(lambda: bad.train_step(0, *wide), "batch_too_large")
+        train(good, "good", range(STEPS))
+        refused(lambda: good.train_step(STEPS, *batch("good", STEPS)), "too_many_steps")
+        assert_same(learned(served.tail), alone)
+        tickets = served.service.close_round()
+    assert (tickets["bad"].steps, tickets["good"].steps) == (0, STEPS)
+    assert "[too_many_steps]" in tickets["good"].errors[0]
 
 
 # ---------------------------------------------------------------------------------------------- vanishing, stalling
@@ -395,7 +423,7 @@ def together(actions: Mapping[str, Callable[[], list[StepReply]]]) -> dict[str, 
         return {client: future.result(SOON_S) for client, future in futures.items()}
 
 
-def in_step(served: Served, client: str, step: int, stack: ExitStack) -> "tuple[RemoteTail, Future[StepReply]]":
+def in_step(served: Served, client: str, step: int, stack: ExitStack) -> "tuple[Intruder, Future[StepReply]]":
     """A session of `client` whose request for `step` waits for the others."""
     session = served.ready(client)
     future = stack.enter_context(ThreadPoolExecutor(1)).submit(session.train_step, step, *batch(client, step))
@@ -408,7 +436,7 @@ def test_a_client_that_vanishes_while_its_step_waits_leaves_no_trace() -> None:
     with serving("a", "b", "bad", concurrency=3) as served, ExitStack() as stack:
         sessions = {"a": served.ready("a"), "b": served.ready("b")}
         bad, step = in_step(served, "bad", 0, stack)
-        bad._channel.close()  # no goodbye
+        bad.stream._channel.close()  # no goodbye
         with pytest.raises(ExchangeError):
             step.result(SOON_S)
         found = together({c: lambda c=c, s=s: train(s, c, range(STEPS)) for c, s in sessions.items()})  # type: ignore[misc]
@@ -425,9 +453,10 @@ def test_a_client_that_vanishes_while_its_step_waits_leaves_no_trace() -> None:
 VICTIM = """
 import sys, torch
 from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 task = RoundTask.from_json(sys.stdin.readline())
-with RemoteTail(task, task.max_frame_bytes) as tail:
+with RemoteTail(task, task.max_frame_bytes, connect) as tail:
     tail.fetch_delta(0)
     ones = torch.ones({batch}, {length})
     tail.train_step(0, torch.ones({batch}, {length}, {hidden}), ones, ones)
@@ -581,7 +610,7 @@ def test_a_server_that_stops_ends_the_wait() -> None:
 def test_joining_after_the_tail_closed_its_round_is_refused() -> None:
     with serving("good") as served:
         served.tail.close_training()
-        with RemoteTail(served.task("good"), MAX_FRAME) as session:
+        with RemoteTail(served.task("good"), MAX_FRAME, connect) as session:
             session.fetch_delta(0)
             refused(lambda: session.train_step(0, *batch("good", 0)), "round_closed")
 
@@ -595,7 +624,7 @@ def test_a_step_that_takes_too_long_is_given_up() -> None:
 
 def test_the_time_limit_of_the_task_ends_the_wait() -> None:
     with serving("good", "never", concurrency=2) as served:
-        with RemoteTail(replace(served.task("good"), time_limit_s=0.5), MAX_FRAME) as session:
+        with RemoteTail(replace(served.task("good"), time_limit_s=0.5), MAX_FRAME, connect) as session:
             session.fetch_delta(0)
             with pytest.raises(ExchangeError, match=r"time limit is over\. Raise the round timeout") as refusal:
                 session.train_step(0, *batch("good", 0))
@@ -638,11 +667,11 @@ def test_deltas_that_fail_are_an_error_at_the_client() -> None:
 
 
 def test_an_unreachable_tail_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tail_client, "_CONNECT_S", 1.0)
+    monkeypatch.setattr(grpc_transport, "CONNECT_S", 1.0)
     with serving("good") as served:
         task = served.task("good")
     started = time.monotonic()
-    error = refused(lambda: RemoteTail(task, MAX_FRAME).__enter__(), "tail_unreachable")
+    error = refused(lambda: RemoteTail(task, MAX_FRAME, connect).__enter__(), "tail_unreachable")
     assert time.monotonic() - started < 1.0 + SOON_S
     assert task.address in str(error)
     assert "within 1 s" in str(error)
@@ -677,26 +706,15 @@ ANSWERS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize(("answer", "code"), ANSWERS.values(), ids=ANSWERS)
 def test_a_client_refuses_a_bad_answer(answer: bytes, code: str) -> None:
-    with imposter(answer) as task, RemoteTail(task, MAX_FRAME) as session:
+    with imposter(answer) as task, RemoteTail(task, MAX_FRAME, connect) as session:
         refused(lambda: session.train_step(0, *batch("good", 0)), code)
 
 
 # ---------------------------------------------------------------------------------------------- TLS
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, bytes]:
-    """A self-signed certificate for 127.0.0.1, its key, and the certificate of somebody else."""
-    folder = tmp_path_factory.mktemp("tls")
-    for name in ("tail", "other"):
-        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        command += ["-keyout", f"{name}.key", "-out", f"{name}.pem", "-days", "2", "-subj", f"/CN={name}"]
-        command += ["-addext", "subjectAltName=IP:127.0.0.1"]
-        try:
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=SOON_S)
-        except FileNotFoundError:
-            pytest.skip("no openssl to make a certificate with")
-    return folder / "tail.pem", folder / "tail.key", (folder / "other.pem").read_bytes()
+def trusting(roots: bytes | None) -> Connect:
+    return partial(connect, root_certificates=roots)
 
 
 def test_tls(certificates: tuple[Path, Path, bytes], alone: State, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -704,11 +722,12 @@ def test_tls(certificates: tuple[Path, Path, bytes], alone: State, monkeypatch: 
     with serving("good", certificate=certificate, private_key=key) as served:
         task = served.task("good")
         with monkeypatch.context() as patch:
-            patch.setattr(tail_client, "_CONNECT_S", 1.0)
+            patch.setattr(grpc_transport, "CONNECT_S", 1.0)
             for roots in (None, other):
-                error = refused(lambda r=roots: RemoteTail(task, MAX_FRAME, r).__enter__(), "tail_unreachable")  # type: ignore[misc]
+                stranger = RemoteTail(task, MAX_FRAME, trusting(roots))
+                error = refused(stranger.__enter__, "tail_unreachable")
                 assert "TLS" in str(error)
-        with RemoteTail(task, MAX_FRAME, certificate.read_bytes()) as session:
+        with RemoteTail(task, MAX_FRAME, trusting(certificate.read_bytes())) as session:
             session.fetch_delta(0)
             train(session, "good", range(STEPS))
         assert_same(learned(served.tail), alone)
@@ -717,29 +736,10 @@ def test_tls(certificates: tuple[Path, Path, bytes], alone: State, monkeypatch: 
 def test_a_tls_client_does_not_talk_to_a_plaintext_tail(
     certificates: tuple[Path, Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tail_client, "_CONNECT_S", 1.0)
+    monkeypatch.setattr(grpc_transport, "CONNECT_S", 1.0)
     with serving("good") as served:
         roots = certificates[0].read_bytes()
-        refused(lambda: RemoteTail(served.task("good"), MAX_FRAME, roots).__enter__(), "tail_unreachable")
-
-
-def test_bad_tls_files_are_a_clear_error(certificates: tuple[Path, Path, bytes], tmp_path: Path) -> None:
-    certificate, key, _ = certificates
-    tail = make_tail("llama")
-    for config, message in (
-        (ServiceConfig(certificate=certificate), "both a certificate and a private key"),
-        (ServiceConfig(private_key=key), "both a certificate and a private key"),
-        (ServiceConfig(certificate=certificate, private_key=tmp_path / "absent.key"), "TLS files.*absent.key"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            TailService(tail, no_delta, "run", config)
-
-
-def test_a_taken_port_is_a_clear_error() -> None:
-    with serving("good") as served:
-        taken = ServiceConfig(bind=served.service.address)
-        with pytest.raises(ConfigError, match=f"Expected to listen on {taken.bind}.*Choose a free port"):
-            TailService(served.tail, no_delta, "run", taken)
+        refused(lambda: RemoteTail(served.task("good"), MAX_FRAME, trusting(roots)).__enter__(), "tail_unreachable")
 
 
 @pytest.mark.parametrize(
@@ -758,11 +758,11 @@ def test_the_address_that_clients_are_told(advertise: str, expected: str) -> Non
 def traffic(name: str) -> tuple[int, int]:
     """Bytes up and down of hello, delta and three steps, as both sides count them."""
     with serving("good", activation_dtype=name) as served:
-        with RemoteTail(served.task("good"), MAX_FRAME) as session:
+        with RemoteTail(served.task("good"), MAX_FRAME, connect) as session:
             session.fetch_delta(0)
             replies = train(session, "good", range(STEPS))
-            wait_until(lambda: served.service._tickets[served.tokens["good"]].steps == STEPS, "the tail to count")
             ticket = served.service.close_round()["good"]
+        assert ticket.steps == STEPS
         assert (session.bytes_up, session.bytes_down) == (ticket.bytes_up, ticket.bytes_down)
         assert all(reply.gradient.dtype == DTYPES[name] for reply in replies)
         assert all(reply.gradient.abs().max() > 0 for reply in replies)
@@ -812,7 +812,7 @@ def test_the_delta_comes_in_frames_of_bounded_size(monkeypatch: pytest.MonkeyPat
         return 9, False, sent
 
     frames: list[list[str]] = []
-    with serving("good", deltas=deltas) as served, RemoteTail(served.task("good"), MAX_FRAME) as session:
+    with serving("good", deltas=deltas) as served, RemoteTail(served.task("good"), MAX_FRAME, connect) as session:
         receive = session._receive
 
         def watch(kind: str, step: int) -> Any:
@@ -824,8 +824,7 @@ def test_the_delta_comes_in_frames_of_bounded_size(monkeypatch: pytest.MonkeyPat
         version, whole, tensors = session.fetch_delta(4)
         received, frames_of_delta = session.bytes_down, list(frames)
         train(session, "good", range(1))  # the stream goes on with the steps
-        ticket = served.service._tickets[served.tokens["good"]]
-        assert ticket.delta_bytes == received
+        assert served.service.close_round()["good"].delta_bytes == received
     assert (version, whole, asked_for) == (9, False, [(4, CUT)])
     assert tensors.keys() == sent.keys()
     assert all(torch.equal(tensors[name], sent[name]) for name in sent)

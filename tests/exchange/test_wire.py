@@ -15,19 +15,16 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.exchange.codecs import CODECS, Codec, batch_tensors, check_batch, check_gradient
 from hsplit_flwr.exchange.frames import (
     KINDS,
     MAX_HEADER_BYTES,
     Header,
-    batch_tensors,
-    check_batch,
-    check_gradient,
     decode,
     encode,
     expect_header,
 )
 from hsplit_flwr.exchange.task import PROTOCOL_VERSION
-from hsplit_flwr.models.dtypes import DTYPES
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -114,7 +111,7 @@ def test_views_that_require_grad_are_sent_as_values() -> None:
 def test_overhead_of_a_training_frame() -> None:
     batch, length, hidden = 8, 64, 576
     mask = torch.ones(batch, length, dtype=torch.int64)
-    tensors = batch_tensors(torch.randn(batch, length, hidden), mask, mask, torch.float32)
+    tensors = batch_tensors(torch.randn(batch, length, hidden), mask, mask, CODECS["fp32"])
     activation_bytes = batch * length * hidden * 4
     assert len(encode(HEADER, tensors)) <= activation_bytes * (1 + MAX_OVERHEAD)
 
@@ -123,7 +120,7 @@ def test_overhead_of_a_training_frame() -> None:
 def test_half_precision_halves_the_activation_bytes(name: str) -> None:
     activations, mask = torch.randn(4, 16, 64), torch.ones(4, 16)
     sizes = {
-        key: sum(t.nbytes for n, t in batch_tensors(activations, mask, mask, DTYPES[key]).items() if n == "activations")
+        key: sum(t.nbytes for n, t in batch_tensors(activations, mask, mask, CODECS[key]).items() if n == "activations")
         for key in ("fp32", name)
     }
     assert sizes[name] * 2 == sizes["fp32"] == activations.nbytes
@@ -284,20 +281,20 @@ def test_a_refusal_does_not_repeat_a_huge_value() -> None:
 
 def good_batch() -> dict[str, Tensor]:
     labels = torch.tensor([[-100, 0, VOCAB - 1], [1, -100, 2]])
-    return batch_tensors(torch.randn(2, 3, HIDDEN), torch.tensor([[1, 1, 0], [0, 1, 1]]), labels, torch.bfloat16)
+    return batch_tensors(torch.randn(2, 3, HIDDEN), torch.tensor([[1, 1, 0], [0, 1, 1]]), labels, CODECS["bf16"])
 
 
 def check(tensors: Mapping[str, Tensor]) -> None:
-    check_batch(tensors, dtype=torch.bfloat16, hidden_size=HIDDEN, vocab_size=VOCAB)
+    check_batch(tensors, codec=CODECS["bf16"], hidden_size=HIDDEN, vocab_size=VOCAB)
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_a_good_batch_passes(dtype: torch.dtype, length: int) -> None:
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_a_good_batch_passes(codec: Codec, length: int) -> None:
     mask = torch.ones(2, length, dtype=torch.bool)
     labels = torch.full((2, length), -100)
-    tensors = decode(encode(HEADER, batch_tensors(torch.randn(2, length, HIDDEN), mask, labels, dtype)), LIMIT).tensors
-    check_batch(tensors, dtype=dtype, hidden_size=HIDDEN, vocab_size=VOCAB)
+    tensors = decode(encode(HEADER, batch_tensors(torch.randn(2, length, HIDDEN), mask, labels, codec)), LIMIT).tensors
+    check_batch(tensors, codec=codec, hidden_size=HIDDEN, vocab_size=VOCAB)
     check(good_batch())
 
 
@@ -368,13 +365,13 @@ def test_many_strange_tensor_names_make_a_short_refusal() -> None:
 )
 def test_bad_gradients_are_refused(tensors: dict[str, Tensor], code: str) -> None:
     with pytest.raises(ExchangeError, match=r"Expected .* found") as refusal:
-        check_gradient(tensors, like=torch.zeros(2, 3, HIDDEN), dtype=torch.float32)
+        check_gradient(tensors, like=torch.zeros(2, 3, HIDDEN), codec=CODECS["fp32"])
     assert refusal.value.code == code
 
 
 def test_a_good_gradient_passes_unchanged() -> None:
     gradient = torch.randn(2, 3, HIDDEN, dtype=torch.float16)
-    assert check_gradient({"gradient": gradient}, torch.zeros(2, 3, HIDDEN), torch.float16) is gradient
+    assert check_gradient({"gradient": gradient}, torch.zeros(2, 3, HIDDEN), CODECS["fp16"]) is gradient
 
 
 def test_the_numbers_of_a_header_do_not_change_the_size_of_a_frame() -> None:

@@ -23,7 +23,7 @@ from hsplit_flwr.flower.local_federation import LocalNode, run_federation
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.planning.planner import PlannerConfig, plan
-from hsplit_flwr.planning.plans import PlanBook
+from hsplit_flwr.planning.plans import PlansInForce
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.training.barrier import BarrierLimits
@@ -44,11 +44,11 @@ def task() -> Task:
 
 
 def run_with_plans(spec: RunSpec) -> RunWithPlans:
-    books: list[PlanBook] = []
+    books: list[PlansInForce] = []
     plans: list[RoundPlan] = []
-    original: Callable[..., PlanBook] = vars(split_model)["plans_of"]
+    original: Callable[..., PlansInForce] = vars(split_model)["plans_of"]
 
-    def note(*arguments: Any) -> PlanBook:
+    def note(*arguments: Any) -> PlansInForce:
         books.append(original(*arguments))
         return books[0]
 

@@ -18,8 +18,8 @@ from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.segments import block_of, segment_from_model
-from hsplit_flwr.planning.plans import PlanBook
+from hsplit_flwr.models.segments import block_of, linear_shapes, segment_from_model
+from hsplit_flwr.planning.configured_plans import ConfiguredPlans
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import train_head
 from tests.helpers.federation import random_batches
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> GlobalModel:
 
 
 def rounds_of(model: GlobalModel, plans: ClientPlan | Mapping[str, ClientPlan]) -> TailRounds:
-    book = PlanBook(plans, LORA, None, TRAINING, model.num_blocks)
+    book = ConfiguredPlans(plans, LORA, None, linear_shapes(model.segment))
     return TailRounds(model, book, TRAINING)
 
 
@@ -146,22 +146,22 @@ def test_what_some_plan_gives_to_a_head_is_merged_though_its_client_is_away(mode
     assert not any(pair.B.any() for pair in idle.values())
 
 
-def deeper_head(book: PlanBook) -> None:
-    book._plans = ClientPlan(3, LORA)
+def deeper_head(book: ConfiguredPlans) -> None:
+    book.plans = ClientPlan(3, LORA)
 
 
-def other_rank(book: PlanBook) -> None:
+def other_rank(book: ConfiguredPlans) -> None:
     book.tail_lora = LoraSpec(4, 8.0, rank_pattern={r"layers\.2\..*": 2})
 
 
-def other_scaling(book: PlanBook) -> None:
+def other_scaling(book: ConfiguredPlans) -> None:
     book.tail_lora = LoraSpec(4, 8.0, alpha_pattern={r"layers\.2\..*": 3.0})
 
 
 @pytest.mark.parametrize("change", [deeper_head, other_rank, other_scaling])
-def test_a_new_plan_merges_what_cannot_go_on(model: GlobalModel, change: Callable[[PlanBook], None]) -> None:
+def test_a_new_plan_merges_what_cannot_go_on(model: GlobalModel, change: Callable[[ConfiguredPlans], None]) -> None:
     """Block 2 goes to a head, or gets another rank or scaling; block 3 goes on."""
-    book = PlanBook(ClientPlan(2, LORA), LORA, None, TRAINING, model.num_blocks)
+    book = ConfiguredPlans(ClientPlan(2, LORA), LORA, None, linear_shapes(model.segment))
     rounds = TailRounds(model, book, TRAINING)
     play_round(rounds, model, 1, 2)
     before, kept = whole_weights(model, rounds), rounds.unmerged()

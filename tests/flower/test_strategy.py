@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import socket
 import threading
@@ -23,6 +24,7 @@ from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.errors import ConfigError, RunFailedError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.remote_tail import DeltaTensors, RemoteTail
+from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation import head_client as client_module
 from hsplit_flwr.federation.global_model import GlobalModel
@@ -291,6 +293,24 @@ def test_a_client_without_its_state_gets_the_whole(
 
 
 # --- bad clients ---
+
+
+def test_the_tail_takes_no_more_of_a_client_than_the_plan(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An admitted client may send neither more steps than the round has nor larger batches than were planned."""
+    opened: list[dict[str, Any]] = []
+    open_round = TailService.open_round
+
+    def spy(service: TailService, *args: Any, **limits: Any) -> dict[str, str]:
+        opened.append(limits)
+        return open_round(service, *args, **limits)
+
+    monkeypatch.setattr(TailService, "open_round", spy)
+    workload = Workload(8, 32, local_steps=STEPS)
+    files = ModelFiles.resolve(str(model))
+    strategy = HSplitLoRAStrategy(GlobalModel(files), PLANS, TRAINING, tail_lora=TAIL, workload=workload)
+    play_round(strategy, manager_of(*node_per_client(model)), 1)
+    strategy.close()
+    assert opened == [{"steps": STEPS, "workload": workload}, {"steps": None, "workload": workload}]
 
 
 def stored(array: Array, **how: Any) -> bytes:
@@ -771,9 +791,21 @@ def test_fraction_clients(model: Path) -> None:
     assert {client for clients in chosen[0] for client in clients} == set(PLANS)
 
 
-def test_an_unplanned_client_is_refused(strategy: HSplitLoRAStrategy) -> None:
+def test_an_unplanned_client_is_left_out_by_name(
+    strategy: HSplitLoRAStrategy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended the run for everybody."""
     manager = manager_of(StubNode("1", hosts("0", "stranger")))
-    with pytest.raises(ConfigError, match=r"Expected a client among the planned .*found 'stranger'"):
+    with caplog.at_level(logging.WARNING, "hsplit_flwr"):
+        told = strategy.configure_fit(server_round=1, parameters=NOTHING, client_manager=manager)
+    assert [json.loads(str(ins.config[TASK_KEY]))["client"] for _, ins in told] == ["0"]
+    assert "client stranger is left out: planned are ['0', '1', '2']" in caplog.text
+
+
+def test_only_unplanned_clients_are_an_error_that_lists_both_sides(strategy: HSplitLoRAStrategy) -> None:
+    manager = manager_of(StubNode("1", hosts("stranger", "other")))
+    expected = r"Expected a client among the planned \['0', '1', '2'\], found \['other', 'stranger'\]"
+    with pytest.raises(ConfigError, match=expected):
         strategy.configure_fit(server_round=1, parameters=NOTHING, client_manager=manager)
 
 

@@ -131,8 +131,3 @@ def test_a_foreign_state_is_refused(change: Callable[[dict[str, object]], dict[s
     optimizer = Optimizer(parameters(*SHAPES), CONFIG)
     with pytest.raises(ConfigError, match=rf"Expected .*{message}.*Resume with the"):
         optimizer.load_state(change(optimizer.state()))
-
-
-def test_an_unknown_optimizer_is_refused_by_its_key() -> None:
-    with pytest.raises(ConfigError, match=r"Expected optimizer in \('adamw',.*\), found optimizer='adam'\."):
-        TrainingConfig(optimizer="adam")

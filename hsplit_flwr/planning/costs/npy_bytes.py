@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from hsplit_flwr.exchange.frame_bytes import Shape
+from hsplit_flwr.exchange.codecs import Shape
 
 
 def array_bytes(shapes: Iterable[Shape]) -> int:

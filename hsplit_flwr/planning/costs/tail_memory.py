@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from hsplit_flwr.exchange.frame_bytes import payload_bytes
 from hsplit_flwr.models.dtypes import DTYPES
-from hsplit_flwr.planning.costs.memory import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate
+from hsplit_flwr.planning.costs.memory import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate, tile_bytes
 from hsplit_flwr.planning.costs.shapes import Matrix
 from hsplit_flwr.planning.costs.step_trace import StepTrace
-from hsplit_flwr.training.importance import TILE_BYTES
 from hsplit_flwr.training.workload import Workload
 
 Floats = NDArray[np.float64]
@@ -39,7 +39,7 @@ class TailMemory:
         self._matrices = matrices
         self._tokens = workload.batch_size * workload.sequence_length
         self._hidden_bytes = self._tokens * hidden_size * DTYPES[workload.dtype].itemsize
-        frame_bytes = self._tokens * hidden_size * DTYPES[workload.activation_dtype].itemsize
+        frame_bytes = payload_bytes(workload, hidden_size)
         self._queued = 2 * self._hidden_bytes + FRAME_COPIES * frame_bytes + self._tokens * TOKEN_BYTES
         grown = np.array([block.grown for block in trace.blocks], np.int64)
         np.subtract.at(grown, [matrix.block for matrix in matrices], 4 * self._tokens)
@@ -47,7 +47,7 @@ class TailMemory:
         """by blocks cut..L-1, for every cut; adapters of rank near 0"""
         end, last = trace.postlude, trace.blocks[-1]
         self._above = max(end.forward_peak, end.grown + end.backward_peak, last.backward_peak, 0)
-        self._tile = min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))
+        self._tile = tile_bytes(matrices, workload)
 
     def estimate(self, cuts: Sequence[int], ranks: Mapping[str, int]) -> MemoryEstimate:
         """With adapters of these ranks, in one step of clients with these cuts."""

@@ -1,0 +1,370 @@
+"""What the tail says to one client, with lists of frames: no transport, no thread, no model."""
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.exchange import frame_bytes, tail_service
+from hsplit_flwr.exchange.admission import Ticket
+from hsplit_flwr.exchange.codecs import CODECS, batch_tensors, check_gradient
+from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, probe_filler
+from hsplit_flwr.exchange.remote_tail import RemoteTail
+from hsplit_flwr.exchange.tail_service import MAX_PROBE_BYTES, MAX_PROBES, DeltaSource, TailProtocol
+from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
+from hsplit_flwr.training.session import ScoreReply, StepReply
+from hsplit_flwr.training.workload import Workload
+
+pytestmark = pytest.mark.timeout(20)
+
+LIMIT = 1 << 20
+ROWS, WIDTH, HIDDEN, VOCAB = 2, 4, 6, 11
+CUT = 2
+LOSS = 0.5
+
+
+@dataclass
+class Session:
+    """Doubles activations and calls that their gradient; every position is a target of loss `LOSS`."""
+
+    joined: tuple[Any, ...]
+    steps: list[tuple[str, int]] = field(default_factory=list)
+    closed: int = 0
+
+    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
+        self.steps.append(("train", step))
+        return StepReply(2 * activations.float(), LOSS, labels.numel())
+
+    def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
+        self.steps.append(("evaluate", step))
+        return ScoreReply(LOSS * labels.numel(), labels.numel())
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@dataclass
+class Sizes:
+    hidden_size: int = HIDDEN
+    vocab_size: int = VOCAB
+
+
+class Tail:
+    """A tail without a model, and the sessions that were opened at it."""
+
+    def __init__(self) -> None:
+        self.segment = Sizes()
+        self.sessions: list[Session] = []
+
+    def join(self, client: str, cut: int, first_step: int) -> Session:
+        self.sessions.append(Session((client, cut, first_step)))
+        return self.sessions[-1]
+
+    def scorer(self, client: str, cut: int) -> Session:
+        self.sessions.append(Session((client, cut)))
+        return self.sessions[-1]
+
+
+def no_delta(have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
+    return 7, False, {}
+
+
+def protocol(tail: Tail, deltas: DeltaSource = no_delta, codec: str = "fp32") -> TailProtocol:
+    return TailProtocol(tail, deltas, "run", codec=CODECS[codec], max_frame_bytes=LIMIT)
+
+
+def ticket(mode: Mode = "train", **limits: Any) -> Ticket:
+    return Ticket(client="me", round=3, mode=mode, cut=CUT, first_step=40, **limits)
+
+
+def head(kind: str, **fields: Any) -> Header:
+    return Header(kind, "run", 3, "me", CUT, **fields)
+
+
+def batch(rows: int = ROWS, width: int = WIDTH) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(rows, width, HIDDEN), torch.ones(rows, width), torch.ones(rows, width, dtype=torch.int64)
+
+
+def step(number: int, kind: str = "train", codec: str = "fp32", rows: int = ROWS, width: int = WIDTH) -> bytes:
+    return encode(head(kind, step=number), batch_tensors(*batch(rows, width), CODECS[codec]))
+
+
+def there_and_back(values: Tensor, codec: str) -> Tensor:
+    """What arrives of `values`."""
+    return CODECS[codec].decode("x", CODECS[codec].encode("x", values))
+
+
+HELLO = encode(head("hello", have=5))
+
+
+def served(tail: Tail, own: Ticket, *frames: bytes, **settings: Any) -> list[Frame]:
+    return [decode(frame, LIMIT) for frame in protocol(tail, **settings).serve(list(frames), own)]
+
+
+def refusal(tail: Tail, own: Ticket, *frames: bytes) -> ExchangeError:
+    """Of the last frame; those before it are answered."""
+    answers = protocol(tail).serve(list(frames), own)
+    for _ in frames[:-1]:
+        next(answers)
+    with pytest.raises(ExchangeError, match=r"Expected .*found") as error:
+        next(answers)
+    return error.value
+
+
+# ---------------------------------------------------------------------------------------------- a round
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_training_round(codec: str) -> None:
+    tail, own = Tail(), ticket()
+    sent = [HELLO, *(step(number, codec=codec) for number in range(3))]
+    answers = list(protocol(tail, codec=codec).serve(sent, own))
+    delta, *gradients = (decode(answer, LIMIT) for answer in answers)
+    assert delta == (head("delta", version=7), {})
+    for number, (frame, gradient) in enumerate(zip(sent[1:], gradients, strict=True)):
+        assert gradient.header == head("gradient", step=number, loss=LOSS, tokens=ROWS * WIDTH)
+        activations = CODECS[codec].decode("activations", decode(frame, LIMIT).tensors)
+        found = check_gradient(gradient.tensors, activations, CODECS[codec])
+        assert torch.equal(found, there_and_back(2 * activations, codec))
+    (session,) = tail.sessions
+    assert session.joined == ("me", CUT, 40)
+    assert session.steps == [("train", number) for number in range(3)]
+    assert session.closed == 1
+    assert (own.bytes_up, own.bytes_down) == (sum(map(len, sent)), sum(map(len, answers)))
+    assert (own.steps, own.tokens, own.nll) == (3, 3 * ROWS * WIDTH, 3 * ROWS * WIDTH * LOSS)
+    assert own.delta_bytes == len(answers[0])
+    workload = Workload(ROWS, WIDTH, activation_dtype=codec)
+    assert {len(frame) for frame in sent[1:]} == {frame_bytes.step_bytes_up(workload, HIDDEN)}
+    assert {len(answer) for answer in answers[1:]} == {frame_bytes.step_bytes_down(workload, HIDDEN)}
+    assert len(HELLO) == frame_bytes.hello_bytes()
+
+
+def test_an_evaluation() -> None:
+    tail, own = Tail(), ticket("evaluate")
+    delta, score = served(tail, own, HELLO, step(0, "evaluate"))
+    assert delta.header.kind == "delta"
+    assert score == (head("score", nll=LOSS * ROWS * WIDTH, tokens=ROWS * WIDTH), {})
+    (session,) = tail.sessions
+    assert (session.joined, session.steps, session.closed) == (("me", CUT), [("evaluate", 0)], 1)
+    assert (own.steps, own.tokens, own.nll) == (1, ROWS * WIDTH, LOSS * ROWS * WIDTH)
+
+
+def test_an_answer_comes_before_the_next_frame_is_looked_at() -> None:
+    tail = Tail()
+    read = []
+
+    def frames() -> Iterator[bytes]:
+        for name, frame in (("hello", HELLO), ("0", step(0)), ("1", step(1))):
+            read.append(name)
+            yield frame
+
+    answers = protocol(tail).serve(frames(), ticket())
+    seen = [list(read) for _ in answers]
+    assert seen == [["hello"], ["hello", "0"], ["hello", "0", "1"]]
+
+
+@pytest.mark.parametrize("heard", [0, 1, 2])
+def test_a_client_may_leave_at_any_time(heard: int) -> None:
+    tail, own = Tail(), ticket()
+    frames = [HELLO, step(0)][:heard]
+    assert len(served(tail, own, *frames)) == heard
+    assert [session.closed for session in tail.sessions] == [1] * min(1, heard)
+    assert own.steps == max(0, heard - 1)
+
+
+def test_a_client_that_vanishes_leaves_the_round() -> None:
+    """Two ways: the transport calls `on_gone` while a step waits, or drops the answers."""
+    tail = Tail()
+    actions: list[Callable[[], None]] = []
+    answers = protocol(tail).serve([HELLO, step(0)], ticket(), actions.append)
+    next(answers)
+    assert actions == []  # nothing to leave yet
+    next(answers)
+    (session,) = tail.sessions
+    actions[0]()
+    assert session.closed == 1
+    answers.close()  # type: ignore[attr-defined]
+    assert session.closed == 2
+
+
+def test_the_delta_goes_in_frames_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tail_service, "DELTA_FRAME_BYTES", 1000)
+    tensors = {f"t{i}": torch.randn(size) for i, size in enumerate([100, 100, 100, 5000, 1])}
+    asked_for = []
+
+    def deltas(have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
+        asked_for.append((have, cut))
+        return 9, True, tensors
+
+    own = ticket()
+    found = served(Tail(), own, HELLO, deltas=deltas)
+    assert asked_for == [(5, CUT)]
+    assert [sorted(frame.tensors) for frame in found] == [["t0", "t1"], ["t2"], ["t3"], ["t4"]]
+    assert [frame.header for frame in found] == [head("delta", version=9, whole=True, left=3 - i) for i in range(4)]
+    assert own.delta_bytes == own.bytes_down
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (step(0), "wrong_kind"),
+        (encode(replace(head("hello"), run="other")), "wrong_run"),
+        (encode(replace(head("hello"), round=4)), "wrong_round"),
+        (encode(replace(head("hello"), client="you")), "wrong_client"),
+        (encode(replace(head("hello"), cut=1)), "wrong_cut"),
+        (b"noise", "malformed_frame"),
+        (bytes(LIMIT + 1), "frame_too_large"),
+    ],
+)
+def test_a_bad_hello_never_joins(frame: bytes, code: str) -> None:
+    tail, own = Tail(), ticket()
+    assert refusal(tail, own, frame).code == code
+    assert tail.sessions == []
+    assert (own.bytes_up, own.bytes_down) == (len(frame), 0)
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (HELLO, "wrong_kind"),
+        (step(1, "evaluate"), "wrong_kind"),
+        (encode(head("train", step=1)), "wrong_tensors"),
+        (step(1, codec="bf16"), "wrong_dtype"),
+        (b"noise", "malformed_frame"),
+    ],
+)
+def test_a_bad_step_ends_the_round_of_its_client(frame: bytes, code: str) -> None:
+    tail, own = Tail(), ticket()
+    assert refusal(tail, own, HELLO, step(0), frame).code == code
+    (session,) = tail.sessions
+    assert (session.steps, session.closed) == ([("train", 0)], 1)
+    assert own.steps == 1
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_more_steps_than_the_round_has_are_refused_before_anything_is_computed(mode: Mode) -> None:
+    """An admitted client trained the tail for 100 steps in a round of 20."""
+    tail, own = Tail(), ticket(mode, max_steps=2)
+    error = refusal(tail, own, HELLO, step(0, mode), step(1, mode), step(2, mode))
+    assert error.code == "too_many_steps"
+    assert "at most 2 steps in this round, found a frame of step 2" in str(error)
+    (session,) = tail.sessions
+    assert session.steps == [(mode, 0), (mode, 1)]
+    assert own.steps == 2
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize(("rows", "width"), [(ROWS + 1, 1), (1, WIDTH + 1)])
+def test_batches_larger_than_planned_are_refused_before_anything_is_computed(mode: Mode, rows: int, width: int) -> None:
+    tail, own = Tail(), ticket(mode, workload=Workload(ROWS, WIDTH))
+    error = refusal(tail, own, HELLO, step(0, mode), step(1, mode, rows=rows, width=width))
+    assert error.code == "batch_too_large"
+    assert tail.sessions[0].steps == [(mode, 0)]
+    assert own.steps == 1
+
+
+def test_without_limits_there_are_none() -> None:
+    own = ticket()
+    found = served(Tail(), own, HELLO, step(0, rows=50, width=50), step(10**6))
+    assert len(found) == 3
+
+
+# ---------------------------------------------------------------------------------------------- probes
+
+
+def probe(up: int, down: int) -> bytes:
+    return encode(Header("probe", "run", 0, "node", 1, left=down), probe_filler(up))
+
+
+def prober() -> Ticket:
+    return Ticket(client="node", round=0, mode="probe", cut=1, first_step=0)
+
+
+def test_a_probe_is_echoed_as_large_as_it_asks() -> None:
+    tail, own = Tail(), prober()
+    frames = [probe(10, 1000), probe(5000, 0)]
+    answers = list(protocol(tail).serve(frames, own))
+    assert [decode(answer, LIMIT).tensors["filler"].numel() for answer in answers] == [1000, 0]
+    assert (own.bytes_up, own.bytes_down) == (sum(map(len, frames)), sum(map(len, answers)))
+    assert tail.sessions == []
+
+
+def test_a_probe_has_its_limits() -> None:
+    answers = list(protocol(Tail()).serve([probe(0, 1)] * (MAX_PROBES + 5), prober()))
+    assert len(answers) == MAX_PROBES
+    (answer,) = protocol(Tail()).serve([probe(0, 1 << 60)], prober())
+    assert decode(answer, 2 * MAX_PROBE_BYTES).tensors["filler"].numel() == MAX_PROBE_BYTES
+    assert refusal(Tail(), prober(), HELLO).code == "wrong_kind"
+
+
+# ---------------------------------------------------------------------------------------------- both ends
+
+
+class Direct:
+    """A transport in a few lines: a `FrameStream` that runs the protocol when an answer is asked for."""
+
+    def __init__(self, serving: TailProtocol, own: Ticket) -> None:
+        self._sent: deque[bytes] = deque()
+        self._answers = serving.serve(iter(lambda: self._sent.popleft() if self._sent else b"", b""), own)
+
+    def send(self, frame: bytes) -> None:
+        self._sent.append(frame)
+
+    def receive(self) -> bytes | None:
+        return next(self._answers, None)
+
+    def close(self) -> None:
+        list(self._answers)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_remote_tail_over_any_transport(codec: str) -> None:
+    tail, own = Tail(), ticket()
+    weights = {"w": torch.randn(3)}
+    task = RoundTask(
+        run="run",
+        round=3,
+        client="me",
+        mode="train",
+        address="nowhere",
+        token="t0k3n",
+        time_limit_s=60.0,
+        max_frame_bytes=LIMIT,
+        plan=ClientPlan(CUT, LoraSpec()),
+        training=TrainingConfig(activation_dtype=codec),
+    )
+    asked = []
+
+    def connect(*args: object) -> Direct:
+        asked.append(args)
+        return Direct(protocol(tail, lambda have, cut: (8, True, weights), codec), own)
+
+    with RemoteTail(task, LIMIT, connect) as remote:
+        version, whole, tensors = remote.fetch_delta(0)
+        activations, mask, labels = batch()
+        reply = remote.train_step(0, activations, mask, labels)
+    assert asked == [("nowhere", "t0k3n", 60.0, LIMIT)]
+    assert (version, whole, json.dumps(tensors["w"].tolist())) == (8, True, json.dumps(weights["w"].tolist()))
+    assert torch.equal(reply.gradient, there_and_back(2 * there_and_back(activations, codec), codec))
+    assert (reply.loss, reply.tokens) == (LOSS, ROWS * WIDTH)
+    assert (remote.bytes_up, remote.bytes_down) == (own.bytes_up, own.bytes_down)
+    assert [session.closed for session in tail.sessions] == [1]
+
+
+def test_a_remote_tail_that_is_not_connected_says_so() -> None:
+    task = RoundTask("run", 3, "me", "train", "a", "t", 1.0, LIMIT, ClientPlan(CUT, LoraSpec()), TrainingConfig())
+    remote = RemoteTail(task, LIMIT, lambda *args: Direct(protocol(Tail()), ticket()))
+    with pytest.raises(ExchangeError, match=r"Use `with RemoteTail"):
+        remote.fetch_delta(0)
+    remote.close()
