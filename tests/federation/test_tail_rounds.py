@@ -320,7 +320,7 @@ def test_rounds_go_on_from_their_state_bit_for_bit(model: GlobalModel, tmp_path:
 
 def test_a_state_under_other_plans_is_refused(model: GlobalModel) -> None:
     saved = rounds_of(model, ClientPlan(2, LORA)).state()
-    book = PlanBook(ClientPlan(2, LORA), LoraSpec(2, 4.0), None, TRAINING, model.num_blocks)
+    book = ConfiguredPlans(ClientPlan(2, LORA), LoraSpec(2, 4.0), None, linear_shapes(model.segment))
     with pytest.raises(ConfigError, match=r"Expected the state of adapters .*Resume with the plans"):
         TailRounds(model, book, TRAINING).load_state(saved)
 
