@@ -664,6 +664,35 @@ def test_perplexities_equal_transformers_own_loss(model: Path, strategy: HSplitL
     assert played.federated_loss == pytest.approx(math.log(perplexity), rel=RELATIVE)
 
 
+def without_targets(batches: list[Batch]) -> list[Batch]:
+    return [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in batches]
+
+
+def test_an_evaluation_set_without_targets_ends_the_run_before_its_first_round(model: Path) -> None:
+    """The story: its perplexity was 1.0."""
+    strategy = HSplitLoRAStrategy(
+        GlobalModel(ModelFiles.resolve(str(model))), PLANS, TRAINING, eval_batches=without_targets(EVALUATION["0"])
+    )
+    server = HSplitLoRAServer(strategy)
+    with pytest.raises(ConfigError, match=r"Expected batches to score, found 1 with no target tokens\. Labels must"):
+        server.fit(num_rounds=1, timeout=5.0)
+
+
+def test_clients_without_targets_are_not_measured(model: Path, strategy: HSplitLoRAStrategy) -> None:
+    """Alone they give no federated perplexity; beside others they weigh nothing."""
+
+    def untargeted(client: str) -> ClientData:
+        return ClientData(train=DATA[client], evaluate=without_targets(EVALUATION[client]))
+
+    nodes = [Node(f"{100 + int(c)}", [c], model, untargeted) for c in PLANS]
+    played = play_round(strategy, manager_of(*nodes), 1)
+    assert played.federated_loss is None
+    assert strategy.history[0].federated_perplexity is None
+    played = play_round(strategy, manager_of(Node("100", ["0"], model, data), *nodes[1:]), 2)
+    assert played.federated_loss is not None
+    assert played.federated_loss > 1.0
+
+
 # --- who takes part ---
 
 
