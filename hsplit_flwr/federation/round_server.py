@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.common.progress import describe_participants
 from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.common.seeds import derive_seed
@@ -102,8 +103,9 @@ class StrategyConfig:
             raise ConfigError(f"Expected an aggregation rule among {sorted(RULES)}, found {self.rule!r}.")
         if not 0 < self.fraction_clients <= 1:
             raise ConfigError(f"Expected 0 < fraction_clients <= 1, found {self.fraction_clients}.")
-        if self.min_nodes < 1 or not min(self.round_limit_s, self.wait_for_nodes_s) > 0:
-            raise ConfigError(f"Expected min_nodes >= 1 and limits > 0 s, found {self}.")
+        require_whole("min_nodes", self.min_nodes, 1)
+        require(self.round_limit_s > 0, "round_limit_s", "> 0 s", self.round_limit_s)
+        require(self.wait_for_nodes_s > 0, "wait_for_nodes_s", "> 0 s", self.wait_for_nodes_s)
 
 
 class _Accepted(NamedTuple):

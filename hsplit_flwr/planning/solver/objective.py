@@ -19,12 +19,12 @@ def gain(rank: float) -> float:
 
 
 def gains(ranks: Sequence[float] | Ints) -> Floats:
-    """g of every one of `ranks`."""
+    """Worth g of every one of `ranks`."""
     return np.array([gain(rank) for rank in ranks])
 
 
 def tail_values(importance: Floats, block: Ints, ranks: Ints, worth: float, cuts: int) -> Floats:
-    """(C,) what the tail's training of the blocks behind each cut is worth for one client.
+    """Worth (C,): what the tail's training of the blocks behind each cut is worth for one client.
 
     Args:
         importance: (M,).
