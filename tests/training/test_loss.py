@@ -99,11 +99,12 @@ def test_what_is_no_tensor_may_stay(use: Callable[[Segment, Any], object]) -> No
 
 
 def test_a_missing_tensor_and_unlike_shapes_are_refused() -> None:
+    whole = segment_from_model(tiny_model("llama"))
     lacking = {key: tensor for key, tensor in batch().items() if key != "labels"}
     with pytest.raises(ConfigError, match=r"Expected batches with input_ids, .*found none for \['labels'\]"):
-        tensors_of(lacking, torch.device("cpu"))
+        tensors_of(lacking, whole)
     with pytest.raises(ConfigError, match=r"of one shape \(B, T\), found \(2, 8\), \(2, 8\), \(2, 7\)"):
-        tensors_of(batch(labels=PACKED[:, :7]), torch.device("cpu"))
+        tensors_of(batch(labels=PACKED[:, :7]), whole)
 
 
 # ------------------------------------------------------------------------------------------- no targets
