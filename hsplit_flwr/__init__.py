@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hsplit_flwr.exchange.grpc_transport import ServiceConfig
     from hsplit_flwr.federation.client_data import ClientData
     from hsplit_flwr.federation.global_model import GlobalModel
-    from hsplit_flwr.federation.round_server import StrategyConfig
+    from hsplit_flwr.federation.round_config import StrategyConfig
     from hsplit_flwr.flower.client import HSplitLoRAClient
     from hsplit_flwr.flower.server import server_components
     from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
