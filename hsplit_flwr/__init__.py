@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+    from hsplit_flwr.federation.client_data import ClientData
     from hsplit_flwr.federation.global_model import GlobalModel
-    from hsplit_flwr.federation.head_client import ClientData
     from hsplit_flwr.federation.round_server import StrategyConfig
     from hsplit_flwr.flower.client import HSplitLoRAClient
     from hsplit_flwr.flower.server import server_components
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "AdaptivePlanning": "planning.replanning",
     "Budget": "planning.budgets.budget",
-    "ClientData": "flower.client",
+    "ClientData": "federation.client_data",
     "ClientPlan": "training.config",
     "DEVICES": "planning.budgets.devices",
     "Fleet": "planning.budgets.fleet",

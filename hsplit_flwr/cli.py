@@ -13,16 +13,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError, HSplitError
+from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.training.workload import Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
-    from hsplit_flwr.planning.planner import PlannerConfig
+    from hsplit_flwr.planning.round_plan import RoundPlan
 
 PROGRAM = "hsplit-flwr"
+NOBODY = 1
+"""exit code: the plan leaves every client out"""
 USER_ERROR = 2
+"""exit code: what the user gave cannot be planned for"""
 UNIFORM = "uniform (nothing measured yet: every matrix counts the same)"
 
 
@@ -41,14 +48,21 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, or 2 for what the user can mend (one line on stderr)."""
+    """Run the command; returns the exit code: 0, `NOBODY` or `USER_ERROR`, both with one line on stderr."""
     options = _parser().parse_args(arguments)
     try:
-        _plan(options)
+        made = _plan(options)
     except HSplitError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+        return _fail(USER_ERROR, str(error))
+    if not made.clients:
+        client, reason = next(iter(made.left_out.items()))
+        return _fail(NOBODY, f"none of {len(made.left_out)} clients can take part; client {client}: {reason}")
     return 0
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,25 +78,37 @@ def _parser() -> argparse.ArgumentParser:
     required.add_argument("--model", required=True, help="name on the hub, folder, .gguf file or path of a config.json")
     required.add_argument("--profiles", required=True, type=Path, metavar="FILE", help="TOML file of the devices")
     work = plan.add_argument_group("what a step is")
-    work.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows per client and step")
-    work.add_argument("--sequence-length", type=int, default=64, metavar="N", help="tokens per row, padding included")
-    work.add_argument("--local-steps", type=int, default=20, metavar="N", help="steps per round")
-    work.add_argument("--dtype", default="fp32", help="of the frozen weights: fp32, bf16 or fp16")
-    work.add_argument("--activation-dtype", default="fp32", metavar="DTYPE", help="on the wire: fp32, bf16 or fp16")
+    _number(work, "--batch-size", Workload.batch_size, "rows per client and step")
+    _number(work, "--sequence-length", Workload.sequence_length, "tokens per row, padding included")
+    _number(work, "--local-steps", TrainingConfig.local_steps, "steps per round")
+    work.add_argument("--dtype", default=Workload.dtype, help="of the frozen weights: fp32, bf16 or fp16")
+    wire = "on the wire: fp32, bf16 or fp16"
+    work.add_argument("--activation-dtype", default=TrainingConfig.activation_dtype, metavar="DTYPE", help=wire)
     work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
+    measured = "first steps of a round that measure importance, too; 0: none"
+    _number(work, "--importance-steps", TrainingConfig.importance_steps, measured)
+    _number(work, "--importance-rows", TrainingConfig.importance_rows, "rows of a batch it is measured on; 0: all")
     choice = plan.add_argument_group("how to plan")
-    choice.add_argument("--ranks", type=_whole_numbers, default="2,4,8,16", help="candidate ranks, besides 0")
-    choice.add_argument("--tail-rank", type=int, default=16, metavar="N", help="mean rank of the tail's adapters")
+    ranks = ",".join(map(str, PlannerConfig.ranks))
+    choice.add_argument("--ranks", type=_whole_numbers, default=ranks, help="candidate ranks, besides 0")
+    _number(choice, "--tail-rank", PlannerConfig.tail_rank, "mean rank of the tail's adapters")
     worth = "of a matrix that the tail trains, against one in a head; 0: as many blocks in heads as they afford"
-    choice.add_argument("--tail-worth", type=float, default=2.0, metavar="W", help=f"{worth} (default: %(default)s)")
+    worth, default = f"{worth} (default: %(default)s)", PlannerConfig.tail_worth
+    choice.add_argument("--tail-worth", type=float, default=default, metavar="W", help=worth)
+    targets = f"endings of the linear layers that may get an adapter (default: {PlannerConfig.target_modules})"
+    choice.add_argument("--target-modules", nargs="+", metavar="NAME", help=targets)
     deadline = "the longest a round may take; inf: any (default: what the slowest client needs for one block)"
     choice.add_argument("--deadline-s", type=float, metavar="S", help=deadline)
     choice.add_argument("--importance", type=Path, metavar="FILE", help="summary.json of a run, or JSON by module")
     choice.add_argument("--exact", action="store_true", help="the exact optimum by integer programming; slow for many")
-    choice.add_argument("--round", type=int, default=1, metavar="N", help="the round whose budgets hold")
-    choice.add_argument("--seed", type=int, default=0, metavar="N", help="of the budgets' fluctuations")
+    _number(choice, "--round", 1, "the round whose budgets hold")
+    _number(choice, "--seed", TrainingConfig.seed, "of the budgets' fluctuations")
     plan.add_argument("--output", type=Path, metavar="DIR", help="also write plan.json, importance.png and budgets.png")
     return parser
+
+
+def _number(group: argparse._ArgumentGroup, option: str, default: int, meaning: str) -> None:
+    group.add_argument(option, type=int, default=default, metavar="N", help=meaning)
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -92,29 +118,23 @@ def _whole_numbers(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"expected whole numbers such as 2,4,8, found {text!r}") from None
 
 
-def _plan(options: argparse.Namespace) -> None:
+def _plan(options: argparse.Namespace) -> "RoundPlan":
     # Imports here, not above: --help should not wait for torch, nor a misspelt profile file for transformers.
     from hsplit_flwr.planning.budgets.fleet import Fleet
 
-    if options.round < 1:
-        raise ConfigError(f"Expected --round as a whole number >= 1, found {options.round}.")
+    require_whole("--round", options.round, 1, key="--round")
     fleet = Fleet.from_toml(options.profiles, seed=options.seed)
     budgets = fleet.budgets(options.round)
 
-    from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
-    from hsplit_flwr.planning.planner import PlannerConfig, plan, plan_exact
+    from hsplit_flwr.models.equality import require_cuttable
+    from hsplit_flwr.planning.costs.model_costs import ModelCosts
+    from hsplit_flwr.planning.planner import plan, plan_exact
     from hsplit_flwr.planning.report import plan_table
 
-    workload = Workload(
-        batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
-        local_steps=options.local_steps,
-        dtype=options.dtype,
-        activation_dtype=options.activation_dtype,
-        gradient_checkpointing=options.gradient_checkpointing,
-    )
-    config = PlannerConfig(options.ranks, options.tail_rank, options.tail_worth, options.deadline_s)
-    costs = ModelCosts(read_config(options.model), workload)
+    workload, config = _workload(options), _planner_config(options)
+    model_config = read_config(options.model)
+    require_cuttable(model_config)  # as a run does
+    costs = ModelCosts(model_config, workload)
     importance, source = _importance(options.importance, costs)
     made = (plan_exact if options.exact else plan)(costs, importance, budgets, fleet.server, config)
 
@@ -140,17 +160,45 @@ def _plan(options: argparse.Namespace) -> None:
         plot_importance(importance, cuts, written / "importance.png", source.split(" (")[0])
         plot_budgets(made, costs, budgets, written / "budgets.png")
         print(f"\nWritten to {written}: plan.json, importance.png, budgets.png")
+    return made
 
 
-def _heading(options: argparse.Namespace, costs: "ModelCosts", config: "PlannerConfig", source: str) -> str:
+def _workload(options: argparse.Namespace) -> Workload:
+    training = TrainingConfig(
+        local_steps=options.local_steps,
+        activation_dtype=options.activation_dtype,
+        importance_steps=options.importance_steps,
+        importance_rows=options.importance_rows,
+    )
+    return Workload.of(
+        training,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        dtype=options.dtype,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+
+
+def _planner_config(options: argparse.Namespace) -> PlannerConfig:
+    return PlannerConfig(
+        ranks=options.ranks,
+        tail_rank=options.tail_rank,
+        tail_worth=options.tail_worth,
+        deadline_s=options.deadline_s,
+        target_modules=tuple(options.target_modules or ()) or PlannerConfig.target_modules,
+    )
+
+
+def _heading(options: argparse.Namespace, costs: "ModelCosts", config: PlannerConfig, source: str) -> str:
     work = costs.workload
+    targets = f", on {' '.join(options.target_modules)}" if options.target_modules else ""
     deadline = f"deadline {config.deadline_s:g} s" if config.deadline_s else "no longer than the slowest client needs"
     checkpointing = ", gradient checkpointing" if work.gradient_checkpointing else ""
     lines = {
         "model": f"{options.model}, {costs.num_blocks} blocks, {len(costs.matrices)} matrices in them, {work.dtype}",
         "step": f"{work.batch_size} x {work.sequence_length} tokens per client, {work.activation_dtype} on the wire"
         f"{checkpointing}; {work.local_steps} steps a round",
-        "ranks": f"0, {', '.join(map(str, config.ranks))}; tail {config.tail_rank} on average; {deadline}",
+        "ranks": f"0, {', '.join(map(str, config.ranks))}; tail {config.tail_rank} on average{targets}; {deadline}",
         "planner": "exact (integer programming)" if options.exact else "greedy",
         "importance": source,
         "budgets": f"{options.profiles}, round {options.round}",
@@ -162,11 +210,14 @@ def read_config(name: str) -> "PretrainedConfig":
     """The config of a model of the hub, a folder, a ``.gguf`` file or a ``config.json``; no weights are read.
 
     Raises:
-        ConfigError: none is found there.
+        ConfigError: none is found there, or an adapter lies beside it.
     """
     from transformers import AutoConfig
 
+    from hsplit_flwr.models.files import refuse_adapter
+
     path = Path(name).expanduser()
+    refuse_adapter(path)
     where: dict[str, Any] = {"pretrained_model_name_or_path": path if path.exists() else name}
     if path.suffix == ".gguf":
         where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}

@@ -63,6 +63,18 @@ def validation_examples(source: str) -> list[Example]:
     return [_example(mr, ref) for mr, ref in _pairs(source, "valid")]
 
 
+def check_partitions(
+    source: str, *, num_partitions: int, partition_by: str = "food", alpha: float = 0.3, seed: int = 0
+) -> None:
+    """Read both parts of the data and make all clients' parts once, so that a server finds out before its clients do.
+
+    Raises:
+        ConfigError: as `client_examples` or `validation_examples` would in every client.
+    """
+    _partitioner(source, num_partitions, partition_by, alpha, seed)
+    validation_examples(source)
+
+
 def parse_mr(mr: str) -> dict[str, str]:
     """``name[The Eagle], food[French]`` -> ``{"name": "The Eagle", "food": "French"}``."""
     fields, end = {}, 0
@@ -110,7 +122,7 @@ def _partitioner(source: str, num_partitions: int, partition_by: str, alpha: flo
     except ValueError as error:
         raise ConfigError(
             f"Expected {num_partitions} parts of at least {MIN_EXAMPLES} examples by {partition_by!r} with "
-            f"alpha={alpha}, found none: {error} Lower num_partitions or raise alpha."
+            f"alpha={alpha}, found none: {error} Lower num_partitions or raise alpha (dirichlet-alpha)."
         ) from error
     return partitioner
 

@@ -14,7 +14,7 @@ import numpy as np
 from hsplit_flwr.data.text_batches import Example
 from hsplit_flwr.errors import ConfigError
 
-__all__ = ["Example", "partition_by_slot", "restaurant_examples"]
+__all__ = ["Example", "check_partitions", "partition_by_slot", "restaurant_examples"]
 
 NUM_TRAIN, NUM_HELD_OUT, REFS_PER_MR = 400, 80, 4
 """Meaning representations in each part, and different sentences for each of them"""
@@ -211,5 +211,16 @@ def partition_by_slot(
             return [[examples[i] for i in part] for part in parts]
     raise ConfigError(
         f"Expected {num_clients} parts of at least {min_examples} examples each, found no such partition of "
-        f"{len(examples)} examples with alpha={alpha}. Lower num_clients or min_examples, or raise alpha."
+        f"{len(examples)} examples with alpha={alpha}. Lower num_clients or min_examples, or raise alpha "
+        "(dirichlet-alpha)."
     )
+
+
+def check_partitions(num_clients: int, *, slot: str = "food", alpha: float = 0.3, seed: int = 0) -> None:
+    """Make the parts of the train examples once, so that a server finds out before its clients do.
+
+    Raises:
+        ConfigError: as `partition_by_slot` would in every client.
+    """
+    train, _ = restaurant_examples()
+    partition_by_slot(train, slot, num_clients, alpha, seed)

@@ -3,10 +3,11 @@
 The form is that of GPT-2 on E2E NLG in LoRA (Hu et al. 2021, arXiv:2106.09685, section 5.4): ``<mr> =>
 <ref><eos>``, with the loss on the reference and the end token only. A *batch* maps ``input_ids`` (B, T)
 int64, ``attention_mask`` (B, T) int64 and ``labels`` (B, T) int64, -100 on the prompt and the padding. Labels
-are not
-shifted: the loss shifts them, as in transformers. Padding is on the right.
+are not shifted: the loss shifts
+them, as in transformers. Padding is on the right.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 """The label of a position that has no loss."""
+SHOWN = 60
+"""Characters of a prompt in a message"""
 SEPARATOR = " =>"
 """Ends the prompt; the target follows after one space."""
+
+_log = logging.getLogger("hsplit_flwr")
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,14 @@ class TextBatches:
         examples: at least one.
         tokenizer: a transformers tokenizer with an end token.
         batch_size: examples per batch.
-        max_length: tokens of prompt, target and end token together; a target too long is cut (see ``truncated``).
+        max_length: tokens of prompt, target and end token together. A target too long is cut (see ``truncated``); an
+            example whose prompt alone is as long has nothing to learn from, and is left out (see ``dropped``).
         seed: of the shuffling.
         shuffle: False keeps the given order in every epoch (evaluation).
         pad_to_max_length: pad every batch to ``max_length`` instead of to its longest example.
 
     Raises:
-        ConfigError: no example, a size below 1, no end token, or a prompt that leaves no room for a target.
+        ConfigError: no example, a size below 1, no end token, or no prompt that leaves room for a target.
     """
 
     def __init__(
@@ -96,6 +102,8 @@ class TextBatches:
         self.max_length = max_length
         self.truncated = 0
         """How many examples had their target cut to fit ``max_length``"""
+        self.dropped = 0
+        """How many examples are left out because their prompt fills ``max_length``"""
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
         self._pad_to = max_length if pad_to_max_length else None
         self._passes = 0
@@ -141,18 +149,30 @@ class TextBatches:
         # Tokenised apart, so that a merge across the border cannot make the prompt depend on its target.
         prompts = tokenizer([prompt_text(example.mr) for example in examples])["input_ids"]
         targets = tokenizer([" " + example.ref for example in examples], add_special_tokens=False)["input_ids"]
-        longest = max(map(len, prompts))
-        if longest >= self.max_length:
-            raise ConfigError(
-                f"Expected every prompt to leave room for its target in max_length={self.max_length} tokens, "
-                f"found a prompt of {longest} tokens. Raise max_length or leave such examples out."
-            )
         whole = [
             _Encoded([*prompt, *target, tokenizer.eos_token_id], len(prompt))
             for prompt, target in zip(prompts, targets, strict=True)
         ]
+        too_long = [row for row, encoded in enumerate(whole) if encoded.prompt_length >= self.max_length]
+        self._report_dropped(examples, whole, too_long)
+        whole = [encoded for encoded in whole if encoded.prompt_length < self.max_length]
         self.truncated = sum(len(encoded.ids) > self.max_length for encoded in whole)
         return [_Encoded(encoded.ids[: self.max_length], encoded.prompt_length) for encoded in whole]
+
+    def _report_dropped(self, examples: Sequence[Example], whole: Sequence[_Encoded], rows: Sequence[int]) -> None:
+        self.dropped = len(rows)
+        if not rows:
+            return
+        found = (
+            f"{len(rows)} of {len(examples)} examples with longer prompts, the first of {whole[rows[0]].prompt_length} "
+            f"tokens in row {rows[0]}: {examples[rows[0]].mr[:SHOWN]!r}"
+        )
+        if len(rows) == len(examples):
+            raise ConfigError(
+                f"Expected a prompt that leaves room for its target in max-length={self.max_length} tokens, found "
+                f"{found}. Raise max-length or shorten the prompts."
+            )
+        _log.warning("Left out what has no room for a target in max-length=%d tokens: %s", self.max_length, found)
 
 
 def collate(examples: Sequence[tuple[list[int], int]], pad_id: int, pad_to: int | None) -> dict[str, Tensor]:

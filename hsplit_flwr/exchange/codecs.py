@@ -80,7 +80,7 @@ CODECS: Mapping[str, Codec] = {
     "bf16": Cast(torch.bfloat16),
     "fp16": Cast(torch.float16),
 }
-"""The codecs by the names that people type; `training.workload.ACTIVATION_DTYPES` repeats them."""
+"""The codecs by the names that people type; `training.config.ACTIVATION_DTYPES` repeats them."""
 
 
 def batch_layout(codec: Codec, shape: Shape) -> Layout:

@@ -10,7 +10,7 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 Mode = Literal["train", "evaluate", "probe"]
 
 

@@ -19,6 +19,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -49,8 +50,7 @@ class ClientWork:
     """bytes it sends after its last step"""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise ConfigError(f"Expected steps of client {self.client!r} as a whole number >= 1, found {self.steps!r}.")
+        require_whole(what := f"steps of client {self.client!r}", self.steps, 1, key=what)
         amounts = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
         if bad := {name: value for name, value in amounts.items() if not 0 <= value < math.inf}:
             raise ConfigError(f"Expected finite FLOPs and bytes >= 0 for client {self.client!r}, found {bad}.")

@@ -12,8 +12,8 @@ Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_arm
 Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's proposal:
 
 * ``splitlora_16``: SplitLoRA at the largest rank that HSplitLoRA's planner may give, 16 instead of 8. Where the planner
-  gives one block at rank 16, what is left of the difference is how adapters are aggregated and kept. Of unequal
-  devices the smallest lacks 0.25 % of the memory of that head; it trains all the same and counts as too large.
+  gives one block at rank 16, what is left of the difference is how adapters are aggregated and kept. Unequal devices:
+  the smallest lacks 0.25 % of the memory of that head; it trains all the same and counts as too large.
 * ``splitlora_4_passes``: the same with four tail passes, as ``hsplitlora_4_passes`` has.
 * ``frozen_head`` and ``frozen_head_4_passes``: HSplitLoRA's tail behind one block per client that trains nothing, so
   that clients only send activations. What HSplitLoRA ends lower than it is what training on clients brings. The wire

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 
+from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
 
 
@@ -48,9 +49,7 @@ class RunSpec:
         least = {"seed": 0, "rounds": 1, "local_steps": 1, "batch_size": 1, "max_length": 2, "warmup_steps": 0}
         least |= {"eval_examples": 1, "text_prompts": 0, "cut": 0, "rank": 0}
         for name, minimum in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ConfigError(f"Expected {name} as a whole number >= {minimum}, found {value!r}.")
+            require_whole(name, getattr(self, name), minimum, key=name)
         for name, allowed in {"partition": ("iid", "dirichlet"), "held_out": ("test", "validation")}.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"Expected {name} as one of {allowed}, found {getattr(self, name)!r}.")

@@ -12,9 +12,9 @@ from hsplit_flwr.federation.trained_head import HeadReply, TrainedHead
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, segment_from_model
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import ClientPlan
 from hsplit_flwr.training.head import train_head
-from hsplit_flwr.training.loss import Batch
 from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import TailSession
 

@@ -17,8 +17,8 @@ from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.loss import Batch
 from hsplit_flwr.training.workload import Workload
 
 Item = TypeVar("Item")
@@ -67,7 +67,15 @@ class Task:
             raise ConfigError(f"Expected a setting among {sorted(SETTINGS)}, found {spec.setting!r}.")
         setting = SETTINGS[spec.setting]
         files = ModelFiles.resolve(str(MODELS[spec.model]()) if spec.model in MODELS else spec.model)
-        costs = ModelCosts(files.config, Workload(spec.batch_size, spec.max_length, spec.local_steps))
+        training = TrainingConfig(
+            rounds=spec.rounds,
+            local_steps=spec.local_steps,
+            learning_rate=spec.learning_rate,
+            warmup_steps=spec.warmup_steps,
+            seed=spec.seed,
+        )
+        workload = Workload.of(training, batch_size=spec.batch_size, sequence_length=spec.max_length)
+        costs = ModelCosts(files.config, workload)
         devices = setting.devices(costs)
         parts, unseen = _data(spec, len(devices))
         held_out = _half(unseen, spec.held_out)
@@ -90,13 +98,7 @@ class Task:
             setting=setting,
             devices=devices,
             server=setting.server(costs),
-            training=TrainingConfig(
-                rounds=spec.rounds,
-                local_steps=spec.local_steps,
-                learning_rate=spec.learning_rate,
-                warmup_steps=spec.warmup_steps,
-                seed=spec.seed,
-            ),
+            training=training,
             streams={
                 client: batches(part, spec.batch_size, shuffle=True).stream
                 for client, part in zip(devices, parts, strict=True)

@@ -12,7 +12,7 @@ from hsplit_flwr.experiments.clock import ClientWork
 from hsplit_flwr.lora import factors as lora_factors
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
-from hsplit_flwr.training.loss import Batch
+from hsplit_flwr.training.batch import Batch
 
 Ranks = Mapping[str, int]
 BatchShape = tuple[int, int]

@@ -10,9 +10,11 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.delta_log import DeltaLog
 from hsplit_flwr.lora.factors import Increment
 from hsplit_flwr.lora.merge import merge_delta
+from hsplit_flwr.models.equality import require_cuttable
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
-from hsplit_flwr.training.loss import Batch, Score, score_segment
+from hsplit_flwr.training.batch import Batch
+from hsplit_flwr.training.loss import Score, score_segment
 
 
 class GlobalModel:
@@ -24,9 +26,13 @@ class GlobalModel:
         files: the base model.
         dtype: of the weights that train and serve; the delta itself is float32.
         device: where the model lives.
+
+    Raises:
+        UnsupportedModelError: head and tail would not compute what the model computes.
     """
 
     def __init__(self, files: ModelFiles, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+        require_cuttable(files.config)
         self.files = files
         self.segment = load_segment(files, dtype=dtype, device=device)
         self.log = DeltaLog()

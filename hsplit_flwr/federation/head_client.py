@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,46 +13,23 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import Connect
-from hsplit_flwr.federation.trained_head import Refusal, Shapes, TrainedHead
-from hsplit_flwr.lora.delta_log import DeltaReplica, DeltaUpdate
+from hsplit_flwr.federation.client_data import ClientData, DeltaStore
+from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
+from hsplit_flwr.lora.delta_log import DeltaUpdate
 from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment, linear_shapes, load_segment
 from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.head import score_head, train_head
-from hsplit_flwr.training.loss import Batch, Score
+from hsplit_flwr.training.loss import Score
 from hsplit_flwr.training.workload import Workload
 
 if TYPE_CHECKING:
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
 
 _FRAME_MARGIN_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """One client's data: batches of `input_ids`, `attention_mask`, `labels` (B, T), labels -100 where no loss."""
-
-    train: Callable[[int], Iterable[Batch]] | Iterable[Batch]
-    """At least ``local_steps`` batches per round. A callable gets the run step to start from, so that a client which is
-    built anew every round goes on where it stopped; an iterable starts again every round."""
-    evaluate: Iterable[Batch] = ()
-    """Held-out batches for the federated evaluation"""
-
-    def training_batches(self, first_step: int) -> Iterable[Batch]:
-        """Batches from run step `first_step` on."""
-        return self.train(first_step) if callable(self.train) else self.train
-
-
-class DeltaStore(Protocol):
-    """Where a client keeps its copy of the weight delta between rounds. Losing it costs bytes, not the run."""
-
-    def load(self, run: str, client: str, shapes: Shapes) -> DeltaReplica:
-        """The kept copy; an empty one where there is none, or it is of another run or another head."""
-
-    def save(self, run: str, client: str, replica: DeltaReplica) -> None:
-        """Keep `replica` for the next round."""
 
 
 class HeadClient:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.common.progress import describe_participants
 from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.common.seeds import derive_seed
@@ -28,7 +29,7 @@ from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, Contribution, token_
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import block_of, linear_shapes
-from hsplit_flwr.planning.plans import PlanBook, Plans
+from hsplit_flwr.planning.plans import Plans, plans_in_force
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.report import plan_table
 from hsplit_flwr.reports.health.aggregation import measure_aggregation
@@ -36,8 +37,9 @@ from hsplit_flwr.reports.health.steps import StepNotes
 from hsplit_flwr.reports.records import CLIENT_PHASES, ClientRecord, Journal, RoundRecord
 from hsplit_flwr.reports.step_log import log_progress
 from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
-from hsplit_flwr.training.loss import Batch, Score
+from hsplit_flwr.training.loss import Score
 from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.workload import Workload
@@ -101,8 +103,9 @@ class StrategyConfig:
             raise ConfigError(f"Expected an aggregation rule among {sorted(RULES)}, found {self.rule!r}.")
         if not 0 < self.fraction_clients <= 1:
             raise ConfigError(f"Expected 0 < fraction_clients <= 1, found {self.fraction_clients}.")
-        if self.min_nodes < 1 or not min(self.round_limit_s, self.wait_for_nodes_s) > 0:
-            raise ConfigError(f"Expected min_nodes >= 1 and limits > 0 s, found {self}.")
+        require_whole("min_nodes", self.min_nodes, 1)
+        require(self.round_limit_s > 0, "round_limit_s", "> 0 s", self.round_limit_s)
+        require(self.wait_for_nodes_s > 0, "wait_for_nodes_s", "> 0 s", self.wait_for_nodes_s)
 
 
 class _Accepted(NamedTuple):
@@ -160,8 +163,8 @@ class RoundServer:
             )
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._journal = Journal()
-        self._plans = PlanBook(plans, tail_lora, workload, training, model.num_blocks)
         self._shapes = linear_shapes(model.segment)
+        self._plans = plans_in_force(plans, tail_lora, workload, training, self._shapes)
         self._steps = StepNotes(on_step or log_progress(training))
         self.tail_rounds = TailRounds(model, self._plans, training, limits, self._steps)
         self._tail = self.tail_rounds.tail
@@ -185,7 +188,7 @@ class RoundServer:
 
     def probe_task(self, node: str) -> RoundTask | None:
         """How `node` measures its link to the tail; None where plans do not depend on budgets."""
-        if self._plans.adaptive is None:
+        if not self._plans.asks_budgets:
             return None
         token = self._opened_door().open_probe(node)
         return self._task(0, "probe", node, token, ClientPlan(1, LoraSpec(0)))

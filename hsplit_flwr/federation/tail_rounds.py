@@ -18,10 +18,11 @@ from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, block_of, segment_from_model
-from hsplit_flwr.planning.plans import PlanBook
+from hsplit_flwr.planning.plans import PlansInForce
 from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.loss import Batch, Score, score_segment
+from hsplit_flwr.training.loss import Score, score_segment
 from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.tail import SharedTail
 
@@ -40,7 +41,7 @@ class TailRounds:
     def __init__(
         self,
         model: GlobalModel,
-        plans: PlanBook,
+        plans: PlansInForce,
         training: TrainingConfig,
         limits: BarrierLimits | None = None,
         on_step: Callable[[StepReport], None] | None = None,

@@ -10,6 +10,7 @@ import torch
 from flwr.server import ServerAppComponents
 
 from hsplit_flwr.common.device import describe_device
+from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.run_output import RunOutput, Sample
 from hsplit_flwr.flower.flower_log import log_through_flower
@@ -22,7 +23,7 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.probe import Link, own_budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.replanning import AdaptivePlanning
-from hsplit_flwr.training.loss import Batch
+from hsplit_flwr.training.batch import Batch
 
 _SERVER_LINK = {"uplink-mbps": 1000.0, "downlink-mbps": 1000.0, "latency-ms": 0.0}
 """of no consequence: plans count the clients' links"""
@@ -77,6 +78,7 @@ def _prepared(side: ServerSide) -> tuple[GlobalModel, Any, dict[str, Any]]:
     """Model, plans and the strategy's options."""
     log_through_flower()
     settings = side.settings
+    _check_rows(settings, side.files)
     side.check_data()
     if settings.server_threads:
         torch.set_num_threads(settings.server_threads)
@@ -93,6 +95,16 @@ def _prepared(side: ServerSide) -> tuple[GlobalModel, Any, dict[str, Any]]:
         "eval_batches": side.eval_batches,
     }
     return model, plans, options
+
+
+def _check_rows(settings: Settings, files: ModelFiles) -> None:
+    """Rows that no client could train on are said once, before the first round."""
+    longest, width = files.max_positions, settings.workload.sequence_length
+    if longest is not None and width > longest:
+        raise ConfigError(
+            f"Expected max-length of at most {longest}, the positions of {files.config.model_type!r}, found {width}. "
+            "Lower max-length."
+        )
 
 
 def _output(side: ServerSide, model: GlobalModel) -> RunOutput:

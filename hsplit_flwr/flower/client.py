@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.client import NumPyClient
 
-from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.trained_head import Refusal
 from hsplit_flwr.flower.client_node import ClientNode
 from hsplit_flwr.flower.messages import ARRAYS_KEY, CLIENT_KEY, pack_answer, pack_trained

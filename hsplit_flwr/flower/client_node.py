@@ -4,9 +4,9 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from flwr.app import Context
@@ -15,16 +15,18 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.exchange.transport import connect
-from hsplit_flwr.federation.head_client import ClientData, HeadClient
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.roster import NodeAnswer
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
 from hsplit_flwr.flower.client_state import ContextDeltas, KeptBudget
 from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY
 from hsplit_flwr.models.dtypes import DTYPES
-from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import Link, measure_link
 from hsplit_flwr.training.host_memory import return_freed_tensors
+
+if TYPE_CHECKING:
+    from hsplit_flwr.federation.head_client import HeadClient
 
 Config = Mapping[str, Any]
 """of a message: scalars and texts by key"""
@@ -55,7 +57,7 @@ class ClientNode:
             states, and measurements for the rest (`planning/budgets/probe.py`). A head beyond it is refused.
 
     Raises:
-        ConfigError: an unknown dtype, no such model or no such file.
+        ConfigError: an unknown dtype, or no such file of certificates.
     """
 
     def __init__(
@@ -78,15 +80,10 @@ class ClientNode:
         self._budgets = budgets
         self._kept = KeptBudget(context, self._device)
         self._connect = partial(connect, root_certificates=_read_certificates(root_certificates))
-        self._heads = HeadClient(
-            model,
-            ModelFiles.resolve(model),
-            data if callable(data) else lambda client: data,
-            self._connect,
-            ContextDeltas(context),
-            dtype=DTYPES[dtype],
-            device=self._device,
-        )
+        self._model = model
+        self._data = data if callable(data) else lambda client: data
+        self._deltas = ContextDeltas(context)
+        self._dtype = DTYPES[dtype]
 
     def answer(self, config: Config) -> NodeAnswer:
         """Who lives here, how many clients the simulation runs at a time, what they can afford.
@@ -118,6 +115,22 @@ class ClientNode:
         task = self._task(config, "evaluate")
         score = self._heads.score(task, self._budget(task))
         return Scored(task.client, score.loss if score.tokens else math.nan, score.tokens)
+
+    @cached_property
+    def _heads(self) -> "HeadClient":
+        # transformers takes seconds to import: a node that is asked who it hosts does not owe them.
+        from hsplit_flwr.federation.head_client import HeadClient
+        from hsplit_flwr.models.files import ModelFiles
+
+        return HeadClient(
+            self._model,
+            ModelFiles.resolve(self._model),
+            self._data,
+            self._connect,
+            self._deltas,
+            dtype=self._dtype,
+            device=self._device,
+        )
 
     def _task(self, config: Config, mode: Mode) -> RoundTask:
         task = RoundTask.from_json(str(config.get(TASK_KEY, "")))

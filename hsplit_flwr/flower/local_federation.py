@@ -26,7 +26,7 @@ from flwr.common import (
 )
 from flwr.server.client_proxy import ClientProxy
 
-from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.flower.client import HSplitLoRAClient
 from hsplit_flwr.flower.server import HSplitLoRAServer
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy

@@ -62,12 +62,11 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         raise ConfigError(f"Expected adapter-rank >= 0 (0: as much as exactness takes), found {adapter_rank}.")
     return Settings(
         training=training,
-        workload=Workload(
+        workload=Workload.of(
+            training,
             batch_size=get(run_config, "batch-size", Workload.batch_size),
             sequence_length=get(run_config, "max-length", 96),
-            local_steps=training.local_steps,
             dtype=get(run_config, "dtype", Workload.dtype),
-            activation_dtype=training.activation_dtype,
             gradient_checkpointing=get(run_config, "gradient-checkpointing", Workload.gradient_checkpointing),
         ),
         plans=_configured_plans(run_config, lora_alpha, targets),
@@ -77,6 +76,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             tail_rank=tail_rank,
             tail_worth=get(run_config, "tail-worth", PlannerConfig.tail_worth),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
+            target_modules=spec,
         ),
         replan=ReplanConfig(**of_fields(run_config, ReplanConfig)),
         lora_alpha=lora_alpha,

@@ -24,8 +24,8 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.planning.plans import Plans
 from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.barrier import BarrierLimits
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.loss import Batch
 from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.workload import Workload
 

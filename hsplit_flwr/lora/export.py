@@ -4,9 +4,15 @@ Both load with the stock readers: ``AutoModelForCausalLM.from_pretrained`` and `
 The adapter is exact where its rank may be as large as that of the cumulative delta, else it is the best
 approximation of the rank asked for (Eckart and Young, 1936), and its relative error is returned.
 
+The modules' ranks differ. Readers that take alpha over the rank of each tensor for its scaling, and know no patterns,
+would misread that (logits 3.49 off where training had changed them by 2.67), so A and B are padded with zeros to one
+rank, which equals alpha: everybody reads a scaling of 1. Where that would take more than `MAX_PADDING` times the
+bytes, the ranks stay apart, PEFT's patterns say so, and a warning does.
+
 Shapes: d_out and d_in of the linear layer (``nn.Linear`` orientation throughout), R rank of stacked factors.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.lora.factors import LoraFactors
@@ -25,6 +32,10 @@ if TYPE_CHECKING:
 
 EXACT_TOLERANCE = 1e-6
 """Relative Frobenius error up to which an adapter counts as exact: what sums in float32 leave as noise."""
+MAX_PADDING = 2.0
+"""How many times larger an adapter may become by zeros that give all of its modules one rank."""
+
+_log = logging.getLogger("hsplit_flwr")
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class AdapterExport:
     """
 
     ranks: Mapping[str, int]
-    """Rank by module name; modules that did not change are left out."""
+    """Rank by module name, without padding; modules that did not change are left out."""
     module_errors: Mapping[str, float]
     """Relative error by module name."""
     relative_error: float
@@ -65,6 +76,8 @@ class AdapterExport:
 def save_merged(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path) -> None:
     """Write a whole model, whose increments are already merged, and its tokenizer to `folder`.
 
+    The base's generation config (end tokens, penalties) and the tokenizer's chat template go with it.
+
     Raises:
         ConfigError: the model still holds adapters, so its weights are not the merged ones.
     """
@@ -74,7 +87,15 @@ def save_merged(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | 
             f"Expected a merged model without adapters, found {len(adapters)} adapter or wrapped parameters "
             f"({adapters[0]}, ...). Merge the increments and unload the adapters before saving."
         )
-    model.save_pretrained(folder)
+    generation = model.generation_config
+    model.generation_config = type(generation)()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = generation
+    # As the base came: transformers itself refuses to write what many published ones say (a temperature without
+    # sampling), and a run must not fail at that after its last round.
+    generation.to_json_file(Path(folder) / "generation_config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -104,18 +125,16 @@ def save_peft_adapter(
     """
     if max_rank is not None and max_rank < 1:
         raise ConfigError(f"Expected max_rank >= 1 or None (exact), found {max_rank}.")
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
     lost: dict[str, float] = {}
     total: dict[str, float] = {}
     for name, delta in deltas.items():
         best = _best_factors(name, delta, max_rank)
         if best is None:
             continue
-        key = f"base_model.model.{name}"
-        tensors[f"{key}.lora_A.weight"] = best.A.to("cpu", torch.float32).contiguous()
-        tensors[f"{key}.lora_B.weight"] = best.B.to("cpu", torch.float32).contiguous()
-        ranks[name], lost[name], total[name] = best.A.shape[0], best.lost, best.total
+        factors[name] = best.A.to("cpu", torch.float32), best.B.to("cpu", torch.float32)
+        lost[name], total[name] = best.lost, best.total
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
     if not ranks:
         raise AggregationError(
             f"Expected a delta that is not zero, found none in {len(deltas)} modules. "
@@ -123,13 +142,38 @@ def save_peft_adapter(
         )
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    _write_config(path, base_model_name, ranks, fan_in_fan_out)
+    written = _padded(factors)
+    _write_config(path, base_model_name, {name: A.shape[0] for name, (A, _) in written.items()}, fan_in_fan_out)
+    tensors = {
+        f"base_model.model.{name}.lora_{side}.weight": factor.contiguous()
+        for name, pair in written.items()
+        for side, factor in zip("AB", pair, strict=True)
+    }
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     return AdapterExport(
         ranks=ranks,
         module_errors={name: (lost[name] / total[name]) ** 0.5 for name in ranks},
         relative_error=(sum(lost.values()) / sum(total.values())) ** 0.5,
     )
+
+
+def _padded(factors: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """A (r, d_in) and B (d_out, r) of one rank r for all modules, or as they are if that takes too many zeros."""
+    rank = max(A.shape[0] for A, _ in factors.values())
+    smallest = sum(A.numel() + B.numel() for A, B in factors.values())
+    largest = sum(rank * (A.shape[1] + B.shape[0]) for A, B in factors.values())
+    if largest > MAX_PADDING * smallest:
+        _log.warning(
+            "The adapter keeps ranks up to %d that differ by module, since one rank would make it %.1f times larger. "
+            "PEFT reads it; a reader that knows no rank_pattern and alpha_pattern does not: check it there.",
+            rank,
+            largest / smallest,
+        )
+        return factors
+    return {
+        name: (F.pad(A, (0, 0, 0, rank - A.shape[0])), F.pad(B, (0, rank - B.shape[1])))
+        for name, (A, B) in factors.items()
+    }
 
 
 def _write_config(folder: Path, base_model_name: str, ranks: Mapping[str, int], fan_in_fan_out: bool) -> None:

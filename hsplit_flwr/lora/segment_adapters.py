@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.state import State
-from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.block_layout import PATCHING
@@ -26,6 +26,7 @@ class SegmentAdapters:
 
     Raises:
         ConfigError: a target matches nothing, or a rank is above what its matrix can use.
+        UnsupportedModelError: PEFT knows that adapters do not work in this architecture (Mamba).
     """
 
     def __init__(self, segment: Segment, spec: LoraSpec, module_names: Iterable[str] | None = None) -> None:
@@ -126,8 +127,14 @@ def _inject(segment: Segment, spec: LoraSpec, names: list[str]) -> dict[str, nn.
         alpha_pattern={f"^{_literal(key)}": spec.scaling(name) * spec.rank(name) for key, name in local.items()},
         fan_in_fan_out=not all(isinstance(layer, nn.Linear) for layer in segment.linear_modules().values()),
     )
-    with PATCHING:
-        peft.inject_adapter_in_model(config, segment.model, adapter_name=ADAPTER)
+    try:
+        with PATCHING:
+            peft.inject_adapter_in_model(config, segment.model, adapter_name=ADAPTER)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"Expected linear layers of {segment.config.model_type!r} that can carry adapters, found that PEFT refuses "
+            f"them: {error} Choose another architecture."
+        ) from error
     layers = {name: segment.model.get_submodule(key) for key, name in local.items()}
     for layer in layers.values():
         for parameter in _pair(layer):

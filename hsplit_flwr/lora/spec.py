@@ -70,6 +70,26 @@ class LoraSpec:
                 )
         return [n for n in chosen if self.rank(n) > 0]
 
+    def check(self, module_names: Iterable[str]) -> None:
+        """Refuse a spec that names what the model does not have.
+
+        Args:
+            module_names: every linear layer of the whole model's blocks: a pattern for a late block matches nothing in
+                a head, and is right there.
+
+        Raises:
+            ConfigError: a target or a pattern matches no module.
+        """
+        names = list(module_names)
+        self.targets(names)
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field_name):
+                if not any(_ending(key).fullmatch(name) for name in names):
+                    raise ConfigError(
+                        f"Expected {field_name} to match a linear layer of the model, found {key!r} that matches none "
+                        f"of {len(names)}, such as {names[0]!r}. It is a regular expression for the end of a name."
+                    )
+
     def rank(self, module_name: str) -> int:
         """The rank of the adapter on `module_name` (0: none)."""
         return _first_match(self.rank_pattern, module_name, self.r)

@@ -77,6 +77,13 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 def _require_causal_lm(config: PretrainedConfig) -> None:
     kind = config.model_type
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        raise UnsupportedModelError(
+            f"Expected weights in fp32, bf16 or fp16, found a {kind!r} checkpoint quantised by {method} "
+            "(quantization_config in config.json). Take the checkpoint that it was made from, or dequantise it with "
+            "transformers and write it with save_pretrained."
+        )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"Expected a decoder-only causal language model, found the encoder-decoder model {kind!r}. "
@@ -86,6 +93,11 @@ def _require_causal_lm(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(
             f"Expected a model that AutoModelForCausalLM knows, found the model type {kind!r}. "
             "Choose a decoder-only causal language model."
+        )
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(
+            f"Expected a language model, found {kind!r}, which has parts for other inputs beside it. "
+            "Choose a checkpoint of its text model alone."
         )
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise UnsupportedModelError(

@@ -5,7 +5,6 @@ tokenizer files. Tensors go by the names of the model's own ``state_dict``, what
 them.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +15,25 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from hsplit_flwr.errors import ConfigError, UnsupportedModelError
+from hsplit_flwr.errors import ConfigError, HSplitError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import build_skeleton
 from hsplit_flwr.models.gguf_cache import convert_once
+from hsplit_flwr.models.tensor_files import stored_tensors
+from hsplit_flwr.models.token_limits import TokenLimits
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+GENERATION_CONFIG = "generation_config.json"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CHUNK_ELEMENTS = 2**21
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -38,7 +46,7 @@ class ModelFiles:
     Replace the file rather than overwrite it while such a view lives.
 
     Raises:
-        ConfigError: no such folder, or no config in it.
+        ConfigError: no such folder, no config in it, an adapter beside the model, or broken files.
         UnsupportedModelError: no safetensors in it.
     """
 
@@ -49,7 +57,8 @@ class ModelFiles:
                 f"Expected a folder with config.json, found none in {folder}. "
                 "Name a folder written by save_pretrained, a .gguf file or a model of the hub."
             )
-        self._file_of = _tensor_files(folder)
+        refuse_adapter(folder)
+        self._stored = stored_tensors(folder)
         self._mapped: dict[Path, Any] = {}
 
     @classmethod
@@ -75,6 +84,13 @@ class ModelFiles:
         config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
         return config
 
+    def generation_config(self) -> GenerationConfig | None:
+        """How the checkpoint says that texts are written (end tokens, penalties); None if it says nothing."""
+        if not (self.folder / GENERATION_CONFIG).is_file():
+            return None
+        generation: GenerationConfig = GenerationConfig.from_pretrained(self.folder)
+        return generation
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
@@ -92,6 +108,11 @@ class ModelFiles:
         return skeleton
 
     @cached_property
+    def max_positions(self) -> int | None:
+        """The longest row of tokens that the model takes; None where nothing ends (rotary embeddings, ALiBi)."""
+        return TokenLimits.of(self.skeleton()).positions
+
+    @cached_property
     def stored_names(self) -> dict[str, str]:
         """State-dict name -> name in the checkpoint, of the tensors found there; tied ones by each name."""
         return self._match(self.skeleton())
@@ -104,13 +125,14 @@ class ModelFiles:
         return list(once.values())
 
     def _match(self, skeleton: PreTrainedModel) -> dict[str, str]:
-        names = list(skeleton.state_dict())
+        names = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         found: dict[str, str] = {}
-        for stored, renamed in _renamed_keys(skeleton, self._file_of):
+        for stored, renamed in _renamed_keys(skeleton, self._stored):
             # A checkpoint of the bare model lacks the prefix.
             prefix = f"{skeleton.base_model_prefix}."
             for name in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
                 if name in names:
+                    self._require_shape(name, stored, names[name])
                     found[name] = stored
                     break
         ties: Mapping[str, str] = skeleton.all_tied_weights_keys
@@ -124,8 +146,16 @@ class ModelFiles:
                 found[alias] = found[source]
         return {name: found[name] for name in names if name in found}
 
+    def _require_shape(self, name: str, stored: str, expected: tuple[int, ...]) -> None:
+        tensor = self._stored[stored]
+        if tensor.shape != expected:
+            raise ConfigError(
+                f"Expected {name} of the shape {expected}, as config.json makes the model, found {tensor.shape} in "
+                f"{tensor.file}. Take config.json and weights of one checkpoint (its vocab_size and widths)."
+            )
+
     def _require_equal(self, alias: str, stored_alias: str, source: str, stored_source: str) -> None:
-        first, second = self._file_of[stored_alias], self._file_of[stored_source]
+        first, second = self._stored[stored_alias].file, self._stored[stored_source].file
         with safe_open(first, framework="pt") as one, safe_open(second, framework="pt") as other:
             if not torch.equal(one.get_tensor(stored_alias), other.get_tensor(stored_source)):
                 raise UnsupportedModelError(
@@ -147,7 +177,7 @@ class ModelFiles:
                 f"Expected a tensor for {name!r} in {self.folder}, found none of that name. "
                 "Use a checkpoint of this model class whose tensors transformers loads one to one, not a quantised one."
             )
-        path = self._file_of[stored]
+        path = self._stored[stored].file
         mapped = self._open(path)
         stored_dtype = _TORCH_DTYPES.get(mapped.get_slice(stored).get_dtype())
         if dtype is None or stored_dtype in (None, dtype):
@@ -185,24 +215,14 @@ def _read_converted(path: Path, stored: str, dtype: torch.dtype) -> Tensor:
     return converted
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Name in the checkpoint -> the file with that tensor."""
-    if (folder / INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-        missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
-        if missing:
-            raise UnsupportedModelError(
-                f"Expected every shard that {INDEX} lists in {folder}, found {missing} missing. Download them again."
-            )
-        return {name: folder / file for name, file in weight_map.items()}
-    if (folder / WEIGHTS).is_file():
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / WEIGHTS)
-    others = sorted(path.name for path in folder.glob("*") if path.suffix in {".bin", ".pt", ".pth", ".safetensors"})
-    raise UnsupportedModelError(
-        f"Expected {WEIGHTS} or {INDEX} in {folder}, found weights {others}. "
-        "Load the model with transformers and write it with save_pretrained."
-    )
+def refuse_adapter(folder: Path) -> None:
+    """Raises ConfigError if `folder` holds an adapter beside its model: transformers would apply it, we would not."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"Expected a model alone in {folder}, found the adapter of {ADAPTER_CONFIG} beside it. Merge it first "
+            "(PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)), or remove its files to train "
+            "the model without it."
+        )
 
 
 def _from_hub(name: str) -> Path:
@@ -224,8 +244,8 @@ def _from_hub(name: str) -> Path:
 
 def _is_complete(folder: Path) -> bool:
     try:
-        _tensor_files(folder)
-    except UnsupportedModelError:
+        stored_tensors(folder)
+    except HSplitError:
         return False
     return (folder / "config.json").is_file()
 

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.block_layout import BlockLayout, block_of, build_skeleton, find_layout
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.token_limits import TokenLimits
 from hsplit_flwr.models.views import (
     Absent,
     CheckpointedBlock,
@@ -27,6 +28,7 @@ from hsplit_flwr.models.views import (
     LastBlockDone,
     graft,
     set_view_config,
+    stand_in,
 )
 
 __all__ = ["Segment", "block_of", "load_segment", "segment_from_model"]
@@ -50,6 +52,7 @@ class Segment(nn.Module):
         self.gradient_checkpointing = False
         """compute each block's activations again in the backward pass instead of keeping them"""
         self._layout = layout
+        self._limits = TokenLimits.of(model)
         self._linear_names = [
             self.global_name(name)
             for name, module in model.named_modules()
@@ -63,15 +66,17 @@ class Segment(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """H"""
+        """The hidden size H."""
         return int(self.config.get_text_config().hidden_size)
 
     @property
     def vocab_size(self) -> int:
-        """V"""
+        """The vocabulary size V."""
         return int(self.config.get_text_config().vocab_size)
 
-    def forward(self, inputs: Tensor, attention_mask: Tensor, *, entry: int | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, attention_mask: Tensor, *, entry: int | None = None, until: int | None = None
+    ) -> Tensor:
         """Runs the blocks from `entry` on.
 
         Args:
@@ -80,20 +85,21 @@ class Segment(nn.Module):
                 dtype.
             attention_mask: (B, T), 1 for tokens and 0 for padding.
             entry: a block of the segment; its first one by default.
+            until: the block before which the pass ends; ``stop`` by default.
 
         Returns:
-            The hidden states (B, T, H) after block ``stop - 1``, or the logits (B, T, V) if the segment has
-            the LM head.
+            The hidden states (B, T, H) after block ``until - 1``, or the logits (B, T, V) if that is the
+            model's last one.
 
         Raises:
-            ConfigError: `entry` outside the segment, or `inputs` of the wrong shape for it.
+            ConfigError: `entry` or `until` outside the segment, or `inputs` of the wrong shape for it.
         """
         embed = self.start == 0 and entry is None
         first = self.start if entry is None else entry
-        self._check(inputs, first, embed)
-        view = self._view(first, None if embed else inputs)
-        # Entering later, the prelude is stubbed: what it gets serves only for its shape, dtype and device.
-        tokens = {"input_ids": inputs} if embed else {"inputs_embeds": inputs.detach()}
+        end = self.stop if until is None else until
+        self._check(inputs, first, end, embed)
+        view = self._view(first, end, None if embed else inputs)
+        tokens = {"input_ids": inputs} if embed else {"inputs_embeds": stand_in(inputs)}
         try:
             outputs = view(**tokens, attention_mask=attention_mask, use_cache=False)
         except LastBlockDone as done:
@@ -101,12 +107,22 @@ class Segment(nn.Module):
         logits_BTV: Tensor = outputs.logits
         return logits_BTV
 
-    def _check(self, inputs: Tensor, first: int, embed: bool) -> None:
+    def check_tokens(self, input_ids: Tensor, labels: Tensor | None = None) -> None:
+        """Looks at a batch (B, T) before the embeddings do; for segments that hold them. See `TokenLimits.check`.
+
+        Raises:
+            ConfigError: a row is longer than the model's positions, or an id or a label is none of its vocabulary.
+        """
+        self._limits.check(input_ids, labels)
+
+    def _check(self, inputs: Tensor, first: int, end: int, embed: bool) -> None:
         if not self.start <= first < self.stop:
             raise ConfigError(
                 f"Expected an entry in this segment's blocks {self.start}..{self.stop - 1}, "
                 f"found {first}. Load a segment that holds that block."
             )
+        if not first < end <= self.stop:
+            raise ConfigError(f"Expected a pass that ends in {first + 1}..{self.stop}, found until={end}.")
         if embed and (inputs.ndim != 2 or inputs.is_floating_point()):
             raise ConfigError(
                 f"Expected input_ids (B, T) of integers, found {tuple(inputs.shape)} {inputs.dtype}. "
@@ -118,20 +134,20 @@ class Segment(nn.Module):
                 f"found {tuple(inputs.shape)}. Only a segment with the embeddings takes input_ids."
             )
 
-    def _view(self, first: int, smashed_BTH: Tensor | None) -> nn.Module:
-        """The model with blocks first..stop-1 only, fed from `smashed_BTH` and ended after the last one."""
+    def _view(self, first: int, end: int, smashed_BTH: Tensor | None) -> nn.Module:
+        """The model with blocks first..end-1 only, fed from `smashed_BTH` and ended after the last one."""
         held = self.model.get_submodule(self._layout.blocks)
-        blocks: list[nn.Module] = list(held.children())[first - self.start :]
+        blocks: list[nn.Module] = list(held.children())[first - self.start : end - self.start]
         if self.gradient_checkpointing:
             blocks = [CheckpointedBlock(block) for block in blocks]
         replacements: dict[str, nn.Module] = {}
         if smashed_BTH is not None:
             blocks[0] = EntryBlock(blocks[0], smashed_BTH)
             replacements |= {name: Absent() for name in self._layout.prelude}
-        if self.stop < self.num_blocks:
+        if end < self.num_blocks:
             blocks[-1] = ExitBlock(blocks[-1])
         view = graft(self.model, {**replacements, self._layout.blocks: nn.ModuleList(blocks)})
-        set_view_config(view, self._layout.blocks, first, self.stop)
+        set_view_config(view, self._layout.blocks, first, end)
         return view
 
     def linear_modules(self) -> dict[str, nn.Module]:
@@ -190,6 +206,8 @@ def load_segment(
         UnsupportedModelError: the model cannot be cut, or a tensor is missing.
     """
     skeleton = source.skeleton(dtype)
+    if (generation := source.generation_config()) is not None:
+        skeleton.generation_config = generation  # the merged model is written with it
     names = source.stored_names
     return _cut(skeleton, start, stop, names, lambda name: source.read(name, dtype).to(device), device)
 
@@ -203,6 +221,7 @@ def segment_from_model(model: PreTrainedModel, start: int = 0, stop: int | None 
     """
     weights = model.state_dict()
     skeleton = build_skeleton(model.config, model.dtype)
+    skeleton.generation_config = model.generation_config
     return _cut(skeleton, start, stop, weights, weights.__getitem__, model.device)
 
 

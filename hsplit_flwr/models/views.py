@@ -62,6 +62,14 @@ def set_view_config(view: nn.Module, blocks: str, start: int, stop: int) -> None
             module.config = cut
 
 
+def stand_in(activations: Tensor) -> Tensor:
+    """What the prelude's stubs are fed where `activations` enter later: of their shape, dtype and device, all zeros.
+
+    It shares no memory with them, because a model may write into its embeddings (CTRL scales them in place).
+    """
+    return torch.zeros_like(activations, requires_grad=False)
+
+
 class LastBlockDone(Exception):  # noqa: N818  (a signal, not an error)
     """Ends a pass early: a hook would still run the final norm, the LM head and what else follows."""
 

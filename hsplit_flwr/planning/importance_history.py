@@ -6,9 +6,12 @@ fluctuates. The paper's exact expressions are not public to us; names and formul
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+from hsplit_flwr.common.checks import is_at_least, require, require_whole
+from hsplit_flwr.common.dataclass_state import from_state, to_state
+from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError
 
 LEAST_BALANCE = 0.1
@@ -109,24 +112,65 @@ class ImportanceHistory:
         rest = 1 - math.fsum(missing.values())
         return {name: rest * share for name, share in normalize(profile).items()} | missing
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form; `from_dict` takes it back."""
-        return {"profile": dict(self.profile), "updates": self.updates, "beta": self.beta}
+    def update_from_round(
+        self,
+        heads: Mapping[str, Profile],
+        tail: Mapping[str, Profile],
+        shares: Mapping[str, float],
+        modules: Iterable[str],
+    ) -> None:
+        """Take in what a round measured.
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The history that `to_dict` wrote.
+        Args:
+            heads: client -> what its head measured.
+            tail: client -> what the tail measured of that client's batches.
+            shares: client -> p_i, its share of the trained tokens.
+            modules: every linear layer of the model; a client that did not measure all of them does not count.
 
         Raises:
-            ConfigError: unknown or missing keys, or values out of range.
+            ConfigError: see `merge`.
         """
-        expected = {"profile", "updates", "beta"}
-        if set(data) != expected:
-            raise ConfigError(f"Expected an importance history with the keys {sorted(expected)}, found {sorted(data)}.")
-        history = cls()
-        history.profile = normalize(data["profile"]) if data["profile"] else {}
-        history.updates, history.beta = int(data["updates"]), float(data["beta"])
-        return history
+        names = set(modules)
+        whole = {client: {**tail.get(client, {}), **measured} for client, measured in heads.items()}
+        complete = {client: profile for client, profile in whole.items() if shares[client] and profile.keys() == names}
+        if complete:
+            self.update(merge(complete, {client: shares[client] for client in complete}))
+
+    def record(self) -> "HistoryRecord":
+        """The history as it is now."""
+        return HistoryRecord(dict(self.profile), self.updates, self.beta)
+
+    def resume(self, record: "HistoryRecord") -> None:
+        """Go on from a `record`, bit by bit."""
+        self.profile, self.updates, self.beta = dict(record.profile), record.updates, record.beta
+
+    def state(self) -> State:
+        """The history as values that JSON knows; `load_state` takes it back."""
+        state: State = to_state(self.record())
+        return state
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave, bit by bit.
+
+        Raises:
+            ConfigError: not such a state; the message names the field.
+        """
+        self.resume(from_state(HistoryRecord, state))
+
+
+@dataclass(frozen=True)
+class HistoryRecord:
+    """What an `ImportanceHistory` knows: see its fields."""
+
+    profile: Profile
+    updates: int
+    beta: float
+
+    def __post_init__(self) -> None:
+        if self.profile:
+            normalize(self.profile)  # refuses what is no profile; its rounding is not wanted
+        require_whole("updates", self.updates, 0)
+        require(is_at_least(self.beta, 0), "beta", ">= 0 and finite", self.beta)
 
 
 def _checked(profile: Profile) -> Profile:

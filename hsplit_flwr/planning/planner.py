@@ -4,7 +4,7 @@ Choose, for every client i, a cut s_i in 1..L-1 and, for the matrices m of block
 candidate, to
 
     maximize    sum_i ( sum_{m in head(s_i)} I_m g(r_im) + w sum_{m in tail(s_i)} I_m g(r_m) )
-                I: importance, sum 1; g: `ranks.gain`; w: `tail_worth`; r_m: the tail's rank
+                I: importance, sum 1; g: `objective.gain`; w: `tail_worth`; r_m: the tail's rank
 
     subject to  head_base_bytes(s_i) + sum_m r_im rank_bytes_m  <=  memory_i                                 every i
                 steps * (head_flops(s_i, r_i) / compute_i + up / uplink_i + down / downlink_i + 2 latency_i + t)
@@ -28,21 +28,25 @@ paper's own formulation is not public text to us; this one is ours.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hsplit_flwr.common.checks import is_at_least, is_whole, require, require_whole
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.lora.spec import ALL_LINEAR, LoraSpec
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
-from hsplit_flwr.planning.solver import exact, greedy
+from hsplit_flwr.planning.solver import greedy
 from hsplit_flwr.planning.solver.balance import balanced_deadline
 from hsplit_flwr.planning.solver.limits import limits
+from hsplit_flwr.planning.solver.model_problem import problem_of
 from hsplit_flwr.planning.solver.objective import Ints
 from hsplit_flwr.planning.solver.participants import participants
-from hsplit_flwr.planning.solver.problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
+from hsplit_flwr.planning.solver.problem import Problem
+from hsplit_flwr.planning.solver.solution import Solution, needed_bytes, own_seconds, tail_blocks, values
 
 if TYPE_CHECKING:
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
@@ -64,19 +68,27 @@ class PlannerConfig:
     deadline_s: float | None = None
     """for a round: download, all steps and the adapters' upload; inf: no deadline; None: what the slowest client needs
     for the shallowest head (`balance.balanced_deadline`)"""
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """which linear layers may get an adapter, as in `LoraSpec`; all others have rank 0, in heads and tail"""
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1 for rank in self.ranks)
-        if not (self.ranks and whole and len(set(self.ranks)) == len(self.ranks)):
-            raise ConfigError(
-                f"Expected at least one candidate rank, whole, >= 1 and no two equal, found {self.ranks}."
-            )
-        if not (isinstance(self.tail_rank, int) and self.tail_rank >= 0):
-            raise ConfigError(f"Expected tail_rank as a whole number >= 0, found {self.tail_rank!r}.")
-        if not 0 <= self.tail_worth < math.inf:
-            raise ConfigError(f"Expected a finite tail_worth >= 0, found {self.tail_worth!r}.")
-        if self.deadline_s is not None and not self.deadline_s > 0:
-            raise ConfigError(f"Expected deadline_s > 0 (inf: none), or None, found {self.deadline_s!r}.")
+        whole = all(is_whole(rank, 1) for rank in self.ranks)
+        distinct = len(set(self.ranks)) == len(self.ranks)
+        expected = "as whole numbers >= 1, at least one candidate and no two equal"
+        require(bool(self.ranks) and whole and distinct, "ranks", expected, self.ranks, key="candidate-ranks")
+        require_whole("tail_rank", self.tail_rank, 0)
+        require(is_at_least(self.tail_worth, 0), "tail_worth", ">= 0 and finite", self.tail_worth)
+        good = self.deadline_s is None or self.deadline_s > 0
+        require(good, "deadline_s", "> 0 (inf: none), or None", self.deadline_s)
+        LoraSpec(target_modules=self.target_modules)  # refuses none at all
+
+    def targets(self, module_names: Iterable[str]) -> list[str]:
+        """Those linear layers of a model that may get an adapter, in the given order.
+
+        Raises:
+            ConfigError: a target matches none of them.
+        """
+        return LoraSpec(target_modules=self.target_modules).targets(module_names)
 
 
 def plan(
@@ -93,10 +105,11 @@ def plan(
         importance: whole-model module name -> I_m >= 0, for all of `costs.matrices`; any scale.
         clients: client id -> budget.
         server: its memory and compute; its links are not looked at.
-        config: candidates, tail rank, deadline.
+        config: candidates, target modules, tail rank, deadline.
 
     Raises:
-        ConfigError: no clients, importance that is not complete, finite and >= 0, or a server with too little memory.
+        ConfigError: no clients, importance that is not complete, finite and >= 0, a target module that matches nothing,
+            or a server with too little memory.
     """
     return plan_problem(_problem(costs, importance, clients, server, config), greedy.solve)
 
@@ -121,7 +134,9 @@ def plan_exact(
 
 
 def exact_solver(*, time_limit_s: float = 60.0, gap: float = 1e-4) -> Solver:
-    """For `plan_problem`."""
+    """The exact planner as a solver for `plan_problem`."""
+    from hsplit_flwr.planning.solver import exact  # scipy: only who asks for the optimum waits for it
+
     return lambda problem, _: exact.solve(problem, time_limit_s=time_limit_s, gap=gap)
 
 
@@ -136,7 +151,7 @@ def plan_problem(problem: Problem, solver: Solver) -> RoundPlan:
     if len(stay):
         solution = solver(served, least_load)
     else:
-        solution = Solution(np.zeros(0, int), np.zeros((0, len(problem.names)), np.int8))
+        solution = Solution(np.zeros(0, int), np.zeros((0, len(problem.matrices.names)), np.int8))
     return _round_plan(served, solution, left_out)
 
 
@@ -149,7 +164,7 @@ def _problem(
 ) -> Problem:
     if not clients:
         raise ConfigError("Expected at least one client's budget, found none. Wait for clients to report theirs.")
-    problem = Problem.from_costs(
+    problem = problem_of(
         costs,
         importance,
         clients,
@@ -157,6 +172,7 @@ def _problem(
         ranks=config.ranks,
         tail_rank=config.tail_rank,
         tail_worth=config.tail_worth,
+        trained=config.targets(matrix.name for matrix in costs.matrices),
         deadline_s=config.deadline_s or math.inf,
     )
     return problem if config.deadline_s else replace(problem, deadline_s=balanced_deadline(problem))
@@ -175,23 +191,29 @@ def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str
             cut=int(solution.cuts[i]),
             ranks=ranks.of(solution, i),
             memory_bytes=round(memory[i]),
-            memory_budget_bytes=round(problem.memory[i]),
+            memory_budget_bytes=round(problem.devices.memory[i]),
             step_s=float((whole[i] - exchange[i]) / steps + server_step),
             round_s=float(whole[i] + steps * server_step),
             limited_by=found[i],
             value=float(value[i]),
         )
-        for i, name in enumerate(problem.clients)
+        for i, name in enumerate(problem.devices.clients)
     }
-    tail_ranks = zip(problem.names, problem.tail_ranks.tolist(), problem.block, strict=True)
+    tail_ranks = zip(problem.matrices.names, problem.tail.ranks.tolist(), problem.matrices.block, strict=True)
     tail = PlannedTail(
         ranks={name: rank for name, rank, block in tail_ranks if block >= 1},
         memory_bytes=round(problem.server_bytes(blocks, problem.num_clients)),
-        memory_budget_bytes=round(problem.server_memory),
+        memory_budget_bytes=round(problem.devices.server_memory),
         step_s=server_step,
     )
     slowest = max((client.round_s for client in clients.values()), default=0.0)
-    return RoundPlan(clients, dict(left_out), tail, sum(client.value for client in clients.values()), slowest)
+    return RoundPlan(
+        clients=clients,
+        left_out=dict(left_out),
+        tail=tail,
+        value=sum(client.value for client in clients.values()),
+        round_s=slowest,
+    )
 
 
 class _RankTables:
@@ -202,11 +224,11 @@ class _RankTables:
         self._known: dict[bytes, dict[str, int]] = {}
 
     def of(self, solution: Solution, client: int) -> dict[str, int]:
-        """Of one client, for all matrices of its head."""
+        """Ranks of one client, for all matrices of its head."""
         problem, cut, levels = self._problem, solution.cuts[client], solution.levels[client]
         key = bytes([*int(cut).to_bytes(4, "little"), *levels.tobytes()])
         if key not in self._known:
-            held = int(np.searchsorted(problem.block, cut))
+            held = int(np.searchsorted(problem.matrices.block, cut))
             ranks = problem.levels[levels[:held]].astype(int).tolist()
-            self._known[key] = dict(zip(problem.names[:held], ranks, strict=True))
+            self._known[key] = dict(zip(problem.matrices.names[:held], ranks, strict=True))
         return self._known[key]

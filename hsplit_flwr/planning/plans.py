@@ -1,50 +1,48 @@
 """Who trains what, round by round: plans that are configured once, or planned from budgets and importance."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Protocol
 
-from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.common.state import State
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.planning.adaptive_plans import AdaptivePlans
 from hsplit_flwr.planning.budgets.budget import Budget
-from hsplit_flwr.planning.importance_history import ImportanceHistory, merge
+from hsplit_flwr.planning.configured_plans import ConfiguredPlans
+from hsplit_flwr.planning.importance_history import ImportanceHistory
 from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
 Plans = AdaptivePlanning | Mapping[str, ClientPlan] | ClientPlan
+"""what users give: a planner, or configured plans: client id -> its cut and adapters, or one plan for all"""
 Profile = Mapping[str, float]
 
 
-class PlanBook:
-    """The plans in force of heads and tail.
+class PlansInForce(Protocol):
+    """The plans in force of heads and tail."""
 
-    Args:
-        plans: see `HSplitLoRAStrategy`.
-        tail_lora: the tail's adapters where plans are configured.
-        workload: the largest batches where plans are configured; None: any.
-        training: what heads and tail train by.
-        num_blocks: L, of the model.
+    tail_lora: LoraSpec
+    """the tail's adapters"""
 
-    Raises:
-        ConfigError: a plan's cut is not in 1..L-1, or planning is for other steps or dtypes than `training`.
-    """
+    @property
+    def adaptive(self) -> AdaptivePlanning | None:
+        """What plans; None where plans are configured."""
 
-    def __init__(
-        self,
-        plans: Plans,
-        tail_lora: LoraSpec | None,
-        workload: Workload | None,
-        training: TrainingConfig,
-        num_blocks: int,
-    ) -> None:
-        self.adaptive = plans if isinstance(plans, AdaptivePlanning) else None
-        self.tail_lora = LoraSpec(0) if self.adaptive else tail_lora or LoraSpec()
-        self.workload = self.adaptive.costs.workload if self.adaptive else workload
-        self.history = self.adaptive.history if self.adaptive else ImportanceHistory()
-        self._plans: Mapping[str, ClientPlan] | ClientPlan = {} if isinstance(plans, AdaptivePlanning) else plans
-        for plan in self._plans.values() if isinstance(self._plans, Mapping) else [self._plans]:
-            _check_cut(plan.cut, num_blocks)
-        if self.workload:
-            _check_workload(self.workload, training)
+    @property
+    def asks_budgets(self) -> bool:
+        """Whether clients must say what they can afford."""
+
+    @property
+    def workload(self) -> Workload | None:
+        """The largest batches that the plans are good for; None: any."""
+
+    @property
+    def history(self) -> ImportanceHistory:
+        """The importance measured so far."""
+
+    @property
+    def deepest_cut(self) -> int:
+        """The largest cut of all plans in force; 1 where there are none yet."""
 
     def settle(self, known: Iterable[str], new_budgets: Mapping[str, Budget]) -> PlanDecision | None:
         """The plan of a round with the clients `known`; None where plans are configured.
@@ -52,26 +50,9 @@ class PlanBook:
         Raises:
             ConfigError: nobody can take part, or see `AdaptivePlanning.decide`.
         """
-        if self.adaptive is None:
-            return None
-        for client, budget in new_budgets.items():
-            self.adaptive.observe_budget(client, budget)
-        decision = self.adaptive.decide(known)
-        if not decision.plan.clients:
-            reasons = "; ".join(decision.plan.left_out.values())
-            raise ConfigError(f"Expected a client that can take part, found none: {reasons}")
-        if not decision.reasons:
-            return decision
-        self._plans = {
-            client: ClientPlan(planned.cut, self.adaptive.lora(planned.ranks))
-            for client, planned in decision.plan.clients.items()
-        }
-        self.tail_lora = self.adaptive.lora(decision.plan.tail.ranks)
-        return decision
 
     def takes_part(self, client: str) -> bool:
-        """False for whom the plan leaves out, and who came after it was made."""
-        return self.adaptive is None or (isinstance(self._plans, Mapping) and client in self._plans)
+        """Whether `client` has a plan in force."""
 
     def plan(self, client: str) -> ClientPlan:
         """The plan in force of `client`.
@@ -79,25 +60,9 @@ class PlanBook:
         Raises:
             ConfigError: there is none.
         """
-        if isinstance(self._plans, ClientPlan):
-            return self._plans
-        if client not in self._plans:
-            raise ConfigError(
-                f"Expected a client among the planned {sorted(self._plans)}, found {client!r}. "
-                "Add a plan for it, or give one plan for all."
-            )
-        return self._plans[client]
-
-    @property
-    def deepest_cut(self) -> int:
-        """The largest cut of all plans in force; 1 where there are none yet."""
-        plans = [self._plans] if isinstance(self._plans, ClientPlan) else self._plans.values()
-        return max((plan.cut for plan in plans), default=1)
 
     def observe_budget(self, client: str, budget: Budget | None) -> None:
         """`client` says what it can afford from the next round on, if it says anything."""
-        if self.adaptive and budget:
-            self.adaptive.observe_budget(client, budget)
 
     def observe_importance(
         self,
@@ -106,31 +71,42 @@ class PlanBook:
         shares: Mapping[str, float],
         modules: Iterable[str],
     ) -> None:
-        """Merge a round's measurements of importance into the history.
+        """Learn from a round's measurements of importance: see `ImportanceHistory.update_from_round`."""
 
-        Args:
-            heads: client -> what its head measured.
-            tail: client -> what the tail measured of that client's batches.
-            shares: client -> p_i, its share of the trained tokens.
-            modules: every linear layer of the model; a client that did not measure all of them does not count.
+    def state(self) -> State:
+        """All that changes from round to round, as values that JSON knows; `load_state` takes it back."""
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave, with the same plans or planner.
+
+        Raises:
+            ConfigError: not such a state.
         """
-        names = set(modules)
-        whole = {client: {**tail.get(client, {}), **measured} for client, measured in heads.items()}
-        complete = {client: profile for client, profile in whole.items() if shares[client] and profile.keys() == names}
-        if complete:
-            self.history.update(merge(complete, {client: shares[client] for client in complete}))
 
 
-def _check_cut(cut: int, num_blocks: int) -> None:
-    if not 1 <= cut < num_blocks:
-        raise ConfigError(f"Expected a cut in 1..{num_blocks - 1} for this model of {num_blocks} blocks, found {cut}.")
+def plans_in_force(
+    plans: Plans,
+    tail_lora: LoraSpec | None,
+    workload: Workload | None,
+    training: TrainingConfig,
+    modules: Collection[str],
+) -> PlansInForce:
+    """The plans in force for what users give.
 
+    Args:
+        plans: see `Plans`.
+        tail_lora: the tail's adapters where plans are configured; default: rank 8 on every linear layer.
+        workload: the largest batches where plans are configured; None: any. A planner has its own.
+        training: what heads and tail train by.
+        modules: every linear layer of the model's blocks, by whole-model name.
 
-def _check_workload(workload: Workload, training: TrainingConfig) -> None:
-    expected = (training.local_steps, training.activation_dtype)
-    found = (workload.local_steps, workload.activation_dtype)
-    if expected != found:
-        raise ConfigError(
-            f"Expected a workload of local_steps={expected[0]} and activation_dtype={expected[1]!r} as in training, "
-            f"found {found[0]} and {found[1]!r}. Give both the same."
-        )
+    Raises:
+        ConfigError: a plan's cut is not in 1..L-1, a target or pattern matches no module, or the costs are predicted
+            for other steps or dtypes than those of `training`.
+    """
+    if isinstance(plans, AdaptivePlanning):
+        plans.costs.workload.check(training)
+        return AdaptivePlans(plans)
+    if workload:
+        workload.check(training)
+    return ConfiguredPlans(plans, tail_lora or LoraSpec(), workload, modules)

@@ -8,7 +8,7 @@ Limit = Literal["memory", "deadline", "server", "none"]
 """what keeps a client from more: its memory, the round's deadline, the server's budget, or nothing"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannedClient:
     """One client's share of a round and what it is predicted to cost."""
 
@@ -40,7 +40,7 @@ class PlannedTail:
     """its compute for all clients of a step"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RoundPlan:
     """A whole plan."""
 

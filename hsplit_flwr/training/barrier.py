@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from hsplit_flwr.errors import ConfigError, ExchangeError
+from hsplit_flwr.common.checks import require
+from hsplit_flwr.errors import ExchangeError
 
 Request = TypeVar("Request")
 _POLL_S = 1.0
@@ -28,8 +29,8 @@ class BarrierLimits:
     """how long a client's request may wait for its answer at all"""
 
     def __post_init__(self) -> None:
-        if not all(limit > 0 for limit in (self.start_gate_s, self.straggler_limit_s, self.step_limit_s)):
-            raise ConfigError(f"Expected waiting times > 0 s, found {self}.")
+        for name in ("start_gate_s", "straggler_limit_s", "step_limit_s"):
+            require(getattr(self, name) > 0, name, "> 0 s", getattr(self, name))
 
 
 class StepBarrier(Generic[Request]):

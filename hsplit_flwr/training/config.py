@@ -3,11 +3,11 @@
 import math
 from dataclasses import dataclass
 
-from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.common.checks import is_above, is_at_least, is_whole, require, require_whole
 from hsplit_flwr.lora.spec import LoraSpec
-from hsplit_flwr.training.optimizer import OPTIMIZERS
-from hsplit_flwr.training.workload import ACTIVATION_DTYPES
 
+ACTIVATION_DTYPES = ("fp32", "bf16", "fp16")
+"""the wire codecs: keys of `exchange.codecs.CODECS`, which lies above and is not imported here"""
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -41,17 +41,19 @@ class TrainingConfig:
     """one of `optimizer.OPTIMIZERS`, of heads and tail alike"""
 
     def __post_init__(self) -> None:
-        _require(_whole(self.rounds, 1) and _whole(self.local_steps, 1), "rounds and local_steps >= 1", self)
-        _require(_whole(self.warmup_steps, 0), "warmup_steps >= 0", self)
-        _require(_whole(self.tail_passes, 1), "tail_passes >= 1", self)
-        importance = _whole(self.importance_steps, 0) and _whole(self.importance_rows, 0)
-        _require(importance, "importance_steps and importance_rows >= 0", self)
-        _require(0 < self.learning_rate < math.inf, "learning_rate > 0", self)
-        _require(0 <= self.weight_decay < math.inf, "weight_decay >= 0", self)
-        _require(0 <= self.max_grad_norm < math.inf, "max_grad_norm >= 0 (0: no clipping)", self)
-        _require(self.schedule in SCHEDULES, f"schedule in {SCHEDULES}", self)
-        _require(self.optimizer in OPTIMIZERS, f"optimizer in {tuple(OPTIMIZERS)}", self)
-        _require(self.activation_dtype in ACTIVATION_DTYPES, f"activation_dtype in {ACTIVATION_DTYPES}", self)
+        from hsplit_flwr.training.optimizer import OPTIMIZERS  # torch: who only reads the defaults need not wait for it
+
+        for name in ("rounds", "local_steps", "tail_passes"):
+            require_whole(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "importance_steps", "importance_rows"):
+            require_whole(name, getattr(self, name), 0)
+        require(is_above(self.learning_rate, 0), "learning_rate", "> 0", self.learning_rate)
+        require(is_at_least(self.weight_decay, 0), "weight_decay", ">= 0", self.weight_decay)
+        require(is_at_least(self.max_grad_norm, 0), "max_grad_norm", ">= 0 (0: no clipping)", self.max_grad_norm)
+        require(self.schedule in SCHEDULES, "schedule", f"as one of {SCHEDULES}", self.schedule)
+        require(self.optimizer in OPTIMIZERS, "optimizer", f"as one of {tuple(OPTIMIZERS)}", self.optimizer)
+        known = self.activation_dtype in ACTIVATION_DTYPES
+        require(known, "activation_dtype", f"as one of {ACTIVATION_DTYPES}", self.activation_dtype)
 
     @property
     def total_steps(self) -> int:
@@ -81,13 +83,4 @@ class ClientPlan:
     lora: LoraSpec
 
     def __post_init__(self) -> None:
-        _require(_whole(self.cut, 1), "a cut >= 1 (blocks held by the client)", self.cut)
-
-
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _require(condition: bool, expected: str, found: object) -> None:
-    if not condition:
-        raise ConfigError(f"Expected {expected}, found {found}.")
+        require(is_whole(self.cut, 1), "a cut", ">= 1 (blocks held by the client)", self.cut, key="cuts")

@@ -11,10 +11,11 @@ from torch import Tensor
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.host_memory import trim_heap
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
-from hsplit_flwr.training.loss import Batch, tensors_of
+from hsplit_flwr.training.loss import tensors_of
 from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import ScoreReply, TailSession
 
@@ -63,7 +64,7 @@ def train_head(
     exchange_s = 0.0
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, config.local_steps)):
-        input_ids, mask, labels = tensors_of(batch, _device(head))
+        input_ids, mask, labels = tensors_of(batch, head)
         optimizer.zero_grad()
         with _probe(head, labels, step, config) as probe:
             hidden = head(input_ids, mask)
@@ -104,12 +105,8 @@ def score_head(head: Segment, batches: Iterable[Batch], session: TailSession) ->
     nll, tokens = 0.0, 0
     with torch.no_grad():
         for step, batch in enumerate(batches):
-            input_ids, mask, labels = tensors_of(batch, _device(head))
+            input_ids, mask, labels = tensors_of(batch, head)
             reply = session.score_step(step, head(input_ids, mask), mask, labels)
             nll += reply.nll
             tokens += reply.tokens
     return ScoreReply(nll, tokens)
-
-
-def _device(head: Segment) -> torch.device:
-    return next(head.parameters()).device

@@ -1,7 +1,7 @@
 """Next-token loss: what batches are, how they are scored."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.training.batch import Batch
 
-Batch = Mapping[str, Tensor]
-"""``input_ids``, ``attention_mask`` (1: token, 0: padding) and ``labels`` (-100: no loss), each (B, T)"""
 PARTS = ("input_ids", "attention_mask", "labels")
 NO_TARGETS = (
     "no target tokens. Labels must hold token ids, not only -100, after the first position of a row; "
@@ -25,12 +24,13 @@ def target_tokens(labels: Tensor) -> int:
     return int((labels[:, 1:] != -100).sum())
 
 
-def tensors_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """``input_ids`` and ``attention_mask`` on `device`, and ``labels`` where they are.
+def tensors_of(batch: Batch, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
+    """``input_ids`` and ``attention_mask`` where `segment` is, which holds the embeddings, and ``labels`` as they are.
 
     Raises:
         ConfigError: one is missing, they are not of one shape (B, T), the mask has other values than 0 and 1, or the
-            batch holds another tensor, which a model might use and nothing here does. Other things in it may stay.
+            batch holds another tensor, which a model might use and nothing here does (other things in it may stay), or
+            see `Segment.check_tokens`.
     """
     if missing := [name for name in PARTS if name not in batch]:
         raise ConfigError(f"Expected batches with {', '.join(PARTS)}, found none for {missing}.")
@@ -50,6 +50,8 @@ def tensors_of(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tens
             f"Expected an attention_mask of 1 (token) and 0 (padding), found values {torch.unique(mask).tolist()[:5]}. "
             "Put one document in a row, padded."
         )
+    segment.check_tokens(input_ids, labels)
+    device = next(segment.parameters()).device
     return input_ids.to(device), mask.to(device), labels
 
 
@@ -95,12 +97,11 @@ def score_segment(segment: Segment, batches: Iterable[Batch]) -> Score:
     Raises:
         ConfigError: no target tokens in all of `batches`, or see `tensors_of`.
     """
-    device = next(segment.parameters()).device
     nll, tokens, count = 0.0, 0, 0
     with torch.no_grad():
         for batch in batches:
-            input_ids, mask, labels = tensors_of(batch, device)
-            nll += float(token_losses(segment(input_ids, mask), labels.to(device)).double().sum())
+            input_ids, mask, labels = tensors_of(batch, segment)
+            nll += float(token_losses(segment(input_ids, mask), labels.to(input_ids.device)).double().sum())
             tokens += target_tokens(labels)
             count += 1
     if not tokens:

@@ -120,7 +120,7 @@ class SharedTail:
         return dropped
 
     def undo_training(self) -> None:
-        """Make the adapters what they were when the round was opened; the optimizer restarts."""
+        """See `TailTrainer.undo_round`; of the round that `close_training` ended."""
         self._trainer.undo_round()
 
     def replace_adapters(self, adapters: SegmentAdapters, keep: Iterable[str] = ()) -> None:

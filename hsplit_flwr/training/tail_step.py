@@ -19,7 +19,6 @@ from torch import Tensor
 from hsplit_flwr.common.optional_work import OptionalWork
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ExchangeError
-from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.config import TrainingConfig
@@ -27,9 +26,7 @@ from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, Sam
 from hsplit_flwr.training.loss import target_tokens, token_losses
 from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import ScoreReply, StepReply
-from hsplit_flwr.training.step import StepReport, StepRequest, TrainedBatch, step_report
-
-__all__ = ["StepReport", "StepRequest", "TailTrainer", "TrainedBatch", "step_report"]
+from hsplit_flwr.training.step import StepRequest, TrainedBatch
 
 
 class TailTrainer:
@@ -46,8 +43,8 @@ class TailTrainer:
         self.adapters = adapters
         self._config = config
         self._optimizer = Optimizer(adapters.parameters(), config)
-        self._at_open: dict[str, LoraFactors] = {}
-        """the adapters when the round was opened"""
+        self._at_open: State = {}
+        """what `state` gave when the round was opened"""
         self._importance: dict[str, MeanImportance] = {}
         self._further_passes = OptionalWork("the tail leaves out further passes of this step")
         self._measuring = OptionalWork("the tail does not measure importance in this step")
@@ -62,7 +59,7 @@ class TailTrainer:
         fresh = [name for name in self.adapters.module_names if name not in keep]
         self.adapters.reset(adapter_seed, fresh)
         self._optimizer.restart(self.adapters.parameters(fresh))
-        self._at_open = self.adapters.factors()
+        self._at_open = self.state()
         self._importance = defaultdict(MeanImportance)
 
     def close_round(self) -> None:
@@ -71,9 +68,8 @@ class TailTrainer:
         self._measuring.close()
 
     def undo_round(self) -> None:
-        """Make the adapters what they were when the round was opened; the optimizer restarts."""
-        self.adapters.set(self._at_open)
-        self._optimizer = Optimizer(self.adapters.parameters(), self._config)
+        """Make the adapters, and what the optimizer knows of them, what they were when the round was opened."""
+        self.load_state(self._at_open)
 
     def replace_adapters(self, adapters: SegmentAdapters, keep: Iterable[str] = ()) -> None:
         """Train `adapters` from now on, which are in the segment already.

@@ -1,37 +1,94 @@
 """What a step of training is, as far as its costs are concerned."""
 
 from dataclasses import dataclass
+from typing import Self
 
+from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.training.config import ACTIVATION_DTYPES, TrainingConfig
 
 WEIGHT_DTYPES = ("fp32", "bf16", "fp16")
 """keys of `models.dtypes.DTYPES`"""
-ACTIVATION_DTYPES = ("fp32", "bf16", "fp16")
-"""the wire codecs: keys of `exchange.codecs.CODECS`, which lies above and is not imported here"""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The batches that costs are predicted for, and how they are trained on. Larger ones than these are refused."""
+    """The batches that costs are predicted for, and how they are trained on. Larger ones than these are refused.
+
+    What `TrainingConfig` says, too, comes from there: see `of`.
+    """
 
     batch_size: int = 8
     """rows"""
     sequence_length: int = 64
     """tokens of a row, padding included"""
-    local_steps: int = 20
+    local_steps: int = TrainingConfig.local_steps
     """steps of a round"""
     dtype: str = "fp32"
     """of the frozen weights, and so of the activations inside a segment"""
-    activation_dtype: str = "fp32"
+    activation_dtype: str = TrainingConfig.activation_dtype
     """on the wire"""
     gradient_checkpointing: bool = False
     """heads compute the activations of a block again in the backward pass instead of keeping them"""
+    importance_steps: int = TrainingConfig.importance_steps
+    """steps of a round that also measure importance; 0: none"""
+    importance_rows: int = TrainingConfig.importance_rows
+    """rows of a batch that it is measured on; 0: all"""
 
     def __post_init__(self) -> None:
-        counts = (self.batch_size, self.sequence_length, self.local_steps)
-        if not all(isinstance(count, int) and count >= 1 for count in counts):
-            raise ConfigError(f"Expected batch_size, sequence_length and local_steps >= 1, found {counts}.")
-        if self.dtype not in WEIGHT_DTYPES:
-            raise ConfigError(f"Expected dtype in {WEIGHT_DTYPES}, found {self.dtype!r}.")
-        if self.activation_dtype not in ACTIVATION_DTYPES:
-            raise ConfigError(f"Expected activation_dtype in {ACTIVATION_DTYPES}, found {self.activation_dtype!r}.")
+        require_whole("batch_size", self.batch_size, 1)
+        require_whole("sequence_length", self.sequence_length, 1, key="max-length")
+        require_whole("local_steps", self.local_steps, 1)
+        require_whole("importance_steps", self.importance_steps, 0)
+        require_whole("importance_rows", self.importance_rows, 0)
+        require(self.dtype in WEIGHT_DTYPES, "dtype", f"as one of {WEIGHT_DTYPES}", self.dtype)
+        known = self.activation_dtype in ACTIVATION_DTYPES
+        require(known, "activation_dtype", f"as one of {ACTIVATION_DTYPES}", self.activation_dtype)
+
+    @classmethod
+    def of(
+        cls,
+        training: TrainingConfig,
+        *,
+        batch_size: int = batch_size,
+        sequence_length: int = sequence_length,
+        dtype: str = dtype,
+        gradient_checkpointing: bool = gradient_checkpointing,
+    ) -> Self:
+        """The workload of a run that trains by `training`, on batches of at most this size.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        return cls(
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            local_steps=training.local_steps,
+            dtype=dtype,
+            activation_dtype=training.activation_dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            importance_steps=training.importance_steps,
+            importance_rows=training.importance_rows,
+        )
+
+    @property
+    def measured_rows(self) -> int:
+        """Rows of a batch on which weight importance is measured; 0: it is not measured."""
+        if not self.importance_steps:
+            return 0
+        return min(self.importance_rows or self.batch_size, self.batch_size)
+
+    def check(self, training: TrainingConfig) -> None:
+        """Refuse a run that trains otherwise than the costs are predicted for.
+
+        Raises:
+            ConfigError: other steps or dtypes, or importance that is measured on other rows.
+        """
+        trained = type(self).of(training, batch_size=self.batch_size)
+        for name in ("local_steps", "activation_dtype", "measured_rows"):
+            expected, found = getattr(trained, name), getattr(self, name)
+            if expected != found:
+                raise ConfigError(
+                    f"Expected a workload of {name}={expected!r} as in training, found {found!r}. "
+                    "Make it from the training settings: Workload.of(training, ...)."
+                )

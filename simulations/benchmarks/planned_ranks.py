@@ -19,7 +19,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,11 @@ from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.flower.local_federation import LocalNode, run_federation
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.fleet import Fleet
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.planner import PlannerConfig
-from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
+from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.workload import Workload
@@ -67,10 +68,9 @@ def uniform_ranks(ranks: Mapping[str, int], unit_bytes: Mapping[str, float]) -> 
 class UniformPlanning(AdaptivePlanning):
     """The planner's cuts and memory, with one rank for all matrices of a head, and for all of the tail."""
 
-    def decide(self, clients: Iterable[str]) -> PlanDecision:
-        """As the planner decides, levelled."""
-        decision = super().decide(clients)
-        return replace(decision, plan=self._levelled(decision.plan))
+    def make(self, budgets: Mapping[str, Budget]) -> RoundPlan:
+        """The planner's plan, levelled."""
+        return self._levelled(super().make(budgets))
 
     def _levelled(self, plan: RoundPlan) -> RoundPlan:
         names = [matrix.name for matrix in self.costs.matrices]
@@ -94,7 +94,7 @@ def run(arm: str, seed: int, training: TrainingConfig, planner: PlannerConfig) -
     """One federated run; perplexity after every round, cuts, mean ranks and adapter bytes of the last plan."""
     run_config = {"batch-size": BATCH, "max-length": LENGTH, "seed": seed}
     files = ModelFiles.resolve(MODEL)
-    workload = Workload(batch_size=BATCH, sequence_length=LENGTH, local_steps=training.local_steps)
+    workload = Workload.of(training, batch_size=BATCH, sequence_length=LENGTH)
     fleet = Fleet.from_toml(FOLDER / "devices.toml", seed=seed)
     costs = ModelCosts(files.config, workload)
     _, held_out = restaurant_examples()

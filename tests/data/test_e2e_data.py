@@ -103,7 +103,7 @@ def test_arguments_alone_decide_the_parts(folder: str) -> None:
 
 def test_validation_alone_imports_neither_datasets_nor_flwr_datasets(folder: str) -> None:
     code = (
-        "import sys; from hsplit_flwr import e2e_data\n"
+        "import sys; from hsplit_flwr.data import e2e as e2e_data\n"
         "assert len(e2e_data.validation_examples(sys.argv[1])) == 10\n"
         "assert not {'datasets', 'flwr_datasets', 'peft', 'transformers'} & set(sys.modules)"
     )
@@ -130,6 +130,23 @@ def test_validation_alone_imports_neither_datasets_nor_flwr_datasets(folder: str
 def test_partitions_that_cannot_be_made_are_refused(folder: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         e2e_data.client_examples(folder, **({"partition_id": 0, "num_partitions": 4} | options))
+
+
+@pytest.mark.parametrize("options", [{"num_partitions": 150}, {"partition_by": "colour"}, {"source": "no//folder"}])
+def test_a_server_can_find_out_what_every_client_would(folder: str, options: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"source": folder, "num_partitions": 4} | options
+    with pytest.raises(ConfigError) as of_a_client:
+        e2e_data.client_examples(**given, partition_id=0)
+    with pytest.raises(ConfigError) as of_the_server:
+        e2e_data.check_partitions(**given)
+    assert str(of_the_server.value) == str(of_a_client.value)
+    e2e_data.check_partitions(folder, num_partitions=4)
+
+
+def test_a_server_finds_out_about_missing_validation_rows(folder: str) -> None:
+    (Path(folder) / "valid.csv").unlink()
+    with pytest.raises(ConfigError, match=r"Expected the file valid\.csv"):
+        e2e_data.check_partitions(folder, num_partitions=4)
 
 
 def test_missing_files_columns_and_rows_are_refused(tmp_path: Path) -> None:

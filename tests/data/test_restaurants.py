@@ -1,10 +1,11 @@
 import hashlib
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 
-from hsplit_flwr.data.restaurants import VALUES, Example, partition_by_slot, restaurant_examples
+from hsplit_flwr.data.restaurants import VALUES, Example, check_partitions, partition_by_slot, restaurant_examples
 from hsplit_flwr.errors import ConfigError
 
 TRAIN, HELD_OUT = restaurant_examples()
@@ -116,3 +117,15 @@ def test_impossible_or_unknown_partitions_are_refused() -> None:
         partition_by_slot(TRAIN[:30])
     with pytest.raises(ConfigError, match=r"alpha > 0 .* found 5, 8, 0 and 0"):
         partition_by_slot(TRAIN, alpha=0)
+
+
+@pytest.mark.parametrize("options", [{"num_clients": 100, "alpha": 0.3}, {"num_clients": 3, "slot": "colour"}])
+def test_a_server_can_find_out_what_every_client_would(options: dict[str, Any]) -> None:
+    """100 SuperNodes with dirichlet-alpha 0.3 each found out by themselves, in every round: 173 s, 'completed'."""
+    with pytest.raises(ConfigError) as of_a_client:
+        partition_by_slot(TRAIN, **options)
+    with pytest.raises(ConfigError) as of_the_server:
+        check_partitions(**options)
+    assert str(of_the_server.value) == str(of_a_client.value)
+    check_partitions(5)
+    check_partitions(100, alpha=100.0)

@@ -128,10 +128,29 @@ def test_long_targets_are_cut_and_counted(tokenizer: Any) -> None:
     assert build(tokenizer, max_length=11).truncated == 0
 
 
-def test_prompt_that_leaves_no_room_is_refused(tokenizer: Any) -> None:
-    build(tokenizer, max_length=6)
-    with pytest.raises(ConfigError, match=r"max_length=5 tokens, found a prompt of 5 tokens\. Raise"):
-        build(tokenizer, max_length=5)
+def test_an_example_whose_prompt_leaves_no_room_is_left_out_and_reported(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One prompt of 901 tokens among a client's rows made that client fail in every round, the row unnamed."""
+    assert build(tokenizer, max_length=6).dropped == 0
+    assert not caplog.records
+    batches = build(tokenizer, max_length=5, shuffle=False)
+    assert batches.dropped == 1
+    assert (
+        "max-length=5 tokens: 1 of 5 examples with longer prompts, the first of 5 tokens in row 2: 'name Fox and Owl'"
+    ) in caplog.text
+    texts = [text for batch in batches for text in sentences(batch)]
+    assert texts == ["name Fox => Fox is", "name Owl => Owl is", "name Owl bar => a", "cafe => here <eos>"]
+
+
+def test_a_long_prompt_is_named_by_its_start_alone(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    build(tokenizer, [*EXAMPLES, Example("Fox " * 900, "a bar")])
+    assert f"the first of 901 tokens in row 5: {('Fox ' * 15)!r}" in caplog.text
+
+
+def test_nothing_but_prompts_without_room_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"max-length=2 tokens, found 5 of 5 examples .* 3 tokens in row 0: 'name F"):
+        build(tokenizer, max_length=2)
 
 
 @pytest.mark.parametrize(

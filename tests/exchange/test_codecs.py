@@ -24,7 +24,8 @@ from hsplit_flwr.exchange.codecs import (
 )
 from hsplit_flwr.exchange.frames import Header, encode
 from hsplit_flwr.models.dtypes import DTYPES
-from hsplit_flwr.training.workload import ACTIVATION_DTYPES, WEIGHT_DTYPES, Workload
+from hsplit_flwr.training.config import ACTIVATION_DTYPES
+from hsplit_flwr.training.workload import WEIGHT_DTYPES, Workload
 
 pytestmark = pytest.mark.timeout(30)
 

@@ -16,8 +16,8 @@ from hsplit_flwr.experiments.split_model import SplitTrainer
 from hsplit_flwr.experiments.split_plans import SplitPlans, plans_of
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.federation import tail_rounds
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.flower.local_federation import LocalNode, run_federation
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy

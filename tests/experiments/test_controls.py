@@ -11,7 +11,7 @@ from hsplit_flwr.experiments.methods import METHODS, Method
 from hsplit_flwr.experiments.split_model import SplitTrainer
 from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.planning.plans import PlanBook
+from hsplit_flwr.planning.plans import PlansInForce, plans_in_force
 from tests.helpers.references import SPEC, Floats, linear_weights
 
 CLIENTS = ("0", "1", "2", "3", "4")
@@ -22,15 +22,16 @@ def task_of(setting: str) -> Task:
     return Task.of(replace(SPEC, setting=setting, local_steps=8))
 
 
-def book_of(task: Task, method: str) -> PlanBook:
+def book_of(task: Task, method: str) -> PlansInForce:
     """The plans of the first round."""
     found = plans_of(task, METHODS[method])
-    book = PlanBook(found.plans, found.tail_lora, found.workload, task.training, task.costs.num_blocks)
+    modules = [matrix.name for matrix in task.costs.matrices]
+    book = plans_in_force(found.plans, found.tail_lora, found.workload, task.training, modules)
     book.settle(CLIENTS, task.devices)
     return book
 
 
-def head_ranks(task: Task, book: PlanBook, client: str) -> dict[str, int]:
+def head_ranks(task: Task, book: PlansInForce, client: str) -> dict[str, int]:
     plan = book.plan(client)
     return {m.name: plan.lora.rank(m.name) for m in task.costs.matrices if m.block < plan.cut}
 

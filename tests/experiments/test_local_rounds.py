@@ -16,7 +16,7 @@ from hsplit_flwr.experiments.split_head import SplitHead
 from hsplit_flwr.experiments.split_model import SplitTrainer
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.loss import Batch
+from hsplit_flwr.training.batch import Batch
 from tests.helpers.references import SPEC
 
 CLIENTS = ("0", "1", "2", "3", "4")

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation import run_output
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.run_output import MAX_NEW_TOKENS, RunOutput, Sample
 from hsplit_flwr.flower.server import HSplitLoRAServer
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy

@@ -1,6 +1,8 @@
-"""The tail from round to round: what goes on goes on as if there were no rounds, and is merged when it must be."""
+"""The tail from round to round: what is kept trains on as if there were no rounds, and is merged when it must be."""
 
+import copy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import peft
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hsplit_flwr.common.seeds import derive_seed, head_seed, tail_seed
+from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.tail_rounds import TailRounds
 from hsplit_flwr.lora.aggregation import Contribution
@@ -15,12 +18,13 @@ from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.segments import block_of, segment_from_model
-from hsplit_flwr.planning.plans import PlanBook
+from hsplit_flwr.models.segments import block_of, linear_shapes, segment_from_model
+from hsplit_flwr.planning.configured_plans import ConfiguredPlans
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import train_head
 from tests.helpers.federation import random_batches
 from tests.helpers.models import tiny_model
+from tests.helpers.states import through_disk
 
 STEPS, ROUNDS = 4, 3
 TOLERANCE = 1e-5
@@ -41,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> GlobalModel:
 
 
 def rounds_of(model: GlobalModel, plans: ClientPlan | Mapping[str, ClientPlan]) -> TailRounds:
-    book = PlanBook(plans, LORA, None, TRAINING, model.num_blocks)
+    book = ConfiguredPlans(plans, LORA, None, linear_shapes(model.segment))
     return TailRounds(model, book, TRAINING)
 
 
@@ -142,22 +146,22 @@ def test_what_some_plan_gives_to_a_head_is_merged_though_its_client_is_away(mode
     assert not any(pair.B.any() for pair in idle.values())
 
 
-def deeper_head(book: PlanBook) -> None:
-    book._plans = ClientPlan(3, LORA)
+def deeper_head(book: ConfiguredPlans) -> None:
+    book.plans = ClientPlan(3, LORA)
 
 
-def other_rank(book: PlanBook) -> None:
+def other_rank(book: ConfiguredPlans) -> None:
     book.tail_lora = LoraSpec(4, 8.0, rank_pattern={r"layers\.2\..*": 2})
 
 
-def other_scaling(book: PlanBook) -> None:
+def other_scaling(book: ConfiguredPlans) -> None:
     book.tail_lora = LoraSpec(4, 8.0, alpha_pattern={r"layers\.2\..*": 3.0})
 
 
 @pytest.mark.parametrize("change", [deeper_head, other_rank, other_scaling])
-def test_a_new_plan_merges_what_cannot_go_on(model: GlobalModel, change: Callable[[PlanBook], None]) -> None:
+def test_a_new_plan_merges_what_cannot_go_on(model: GlobalModel, change: Callable[[ConfiguredPlans], None]) -> None:
     """Block 2 goes to a head, or gets another rank or scaling; block 3 goes on."""
-    book = PlanBook(ClientPlan(2, LORA), LORA, None, TRAINING, model.num_blocks)
+    book = ConfiguredPlans(ClientPlan(2, LORA), LORA, None, linear_shapes(model.segment))
     rounds = TailRounds(model, book, TRAINING)
     play_round(rounds, model, 1, 2)
     before, kept = whole_weights(model, rounds), rounds.unmerged()
@@ -212,3 +216,117 @@ def test_a_round_that_nobody_finished_is_forgotten(model: GlobalModel) -> None:
     for name, weight in whole_weights(model, rounds).items():
         assert torch.equal(weight, before[name]), name
     play_round(rounds, model, 2, 1)
+
+
+# ------------------------------------------------------------------------------------------- one model, two segments
+
+
+def parameters(model: nn.Module) -> dict[str, int]:
+    """Where each frozen tensor lies."""
+    return {
+        name.replace(".base_layer.", "."): parameter.data_ptr()
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name
+    }
+
+
+def test_the_tail_has_no_memory_of_its_own_and_the_model_no_adapters(model: GlobalModel) -> None:
+    """Before training, after every merge, after a new plan, after a state was loaded, at the end."""
+    rounds = rounds_of(model, ClientPlan(2, LORA))
+
+    def check() -> None:
+        plain = model.segment.model
+        assert not [name for name, _ in plain.named_modules() if "lora" in name or "base_layer" in name]
+        assert not hasattr(plain, "peft_config")
+        assert parameters(rounds.tail.segment.model) == parameters(plain)
+        assert rounds.tail.segment is not model.segment
+
+    check()
+    for number in (1, 2):
+        play_round(rounds, model, number, 2)
+        check()
+    rounds.replan()
+    check()
+    rounds.load_state(rounds.state())
+    check()
+    rounds.merge_remaining()
+    check()
+
+
+def transformers_loss(model: GlobalModel, rounds: TailRounds, batch: Mapping[str, Tensor]) -> float:
+    """transformers' own model and loss, with dense weights that hold all that was learnt."""
+    reference = copy.deepcopy(tiny_model("llama"))
+    for name, weight in whole_weights(model, rounds).items():
+        reference.get_submodule(name).weight.data.copy_(weight)
+    with torch.no_grad():
+        return float(reference(**batch).loss)
+
+
+def test_the_score_counts_what_is_not_merged_yet(model: GlobalModel) -> None:
+    rounds = rounds_of(model, ClientPlan(2, LORA))
+    batch = random_batches(1, seed=9)[0]
+    start = rounds.score([batch])
+    assert start == model.score([batch])
+    for number in (1, 2):
+        play_round(rounds, model, number, 2)
+        found = rounds.score([batch])
+        assert found.loss == pytest.approx(transformers_loss(model, rounds, batch), rel=TOLERANCE)
+        assert abs(found.loss - model.score([batch]).loss) > 100 * TOLERANCE  # the merged weights alone lack something
+        with torch.no_grad():
+            assert float(rounds.evaluated_model()(**batch).loss) == pytest.approx(found.loss, rel=TOLERANCE)
+    unmerged = rounds.score([batch])
+    rounds.merge_remaining()
+    assert rounds.score([batch]).loss == pytest.approx(unmerged.loss, rel=TOLERANCE)
+    assert rounds.score([batch]) == model.score([batch])
+
+
+def test_the_evaluated_model_generates_as_the_model_does(model: GlobalModel) -> None:
+    model.segment.model.generation_config.repetition_penalty = 1.25
+    rounds = rounds_of(model, ClientPlan(2, LORA))
+    assert rounds.evaluated_model().generation_config.repetition_penalty == 1.25
+    ids = torch.tensor([[5, 6, 7]])
+    plain = model.segment.model.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(rounds.evaluated_model().generate(ids, max_new_tokens=5, do_sample=False), plain)
+
+
+# ------------------------------------------------------------------------------------------- state
+
+
+@pytest.mark.parametrize("done", [1, 2])
+def test_rounds_go_on_from_their_state_bit_for_bit(model: GlobalModel, tmp_path: Path, done: int) -> None:
+    """Through JSON and safetensors, into a model and a tail of their own."""
+    rounds = rounds_of(model, ClientPlan(2, LORA))
+    for number in range(1, 1 + done):
+        play_round(rounds, model, number, 2)
+    saved = through_disk({"model": model.state(), "rounds": rounds.state()}, tmp_path)
+    restored = GlobalModel(model.files)
+    restored.load_state(saved["model"])
+    again = rounds_of(restored, ClientPlan(2, LORA))
+    again.load_state(saved["rounds"])
+    batch = random_batches(1, seed=9)[0]
+    assert again.score([batch]) == rounds.score([batch])
+    for number in range(1 + done, 4):
+        play_round(rounds, model, number, 2)
+        play_round(again, restored, number, 2)
+        expected, found = whole_weights(model, rounds), whole_weights(restored, again)
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+        assert again.score([batch]) == rounds.score([batch])
+    for have in range(4):  # a client that lags is sent the same
+        version, whole, tensors = model.since(have, 2)
+        assert restored.since(have, 2)[:2] == (version, whole)
+        assert restored.since(have, 2)[2].keys() == tensors.keys()
+        assert all(torch.equal(restored.since(have, 2)[2][key], tensor) for key, tensor in tensors.items())
+
+
+def test_a_state_under_other_plans_is_refused(model: GlobalModel) -> None:
+    saved = rounds_of(model, ClientPlan(2, LORA)).state()
+    book = ConfiguredPlans(ClientPlan(2, LORA), LoraSpec(2, 4.0), None, linear_shapes(model.segment))
+    with pytest.raises(ConfigError, match=r"Expected the state of adapters .*Resume with the plans"):
+        TailRounds(model, book, TRAINING).load_state(saved)
+
+
+def test_a_state_is_not_loaded_into_a_model_that_has_changed(model: GlobalModel) -> None:
+    rounds = rounds_of(model, ClientPlan(2, LORA))
+    play_round(rounds, model, 1, 2)
+    with pytest.raises(ConfigError, match=r"Expected a model at version 0 .*found version 1"):
+        model.load_state(model.state())

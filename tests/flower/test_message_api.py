@@ -12,8 +12,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordD
 from flwr.clientapp import ClientApp
 
 from hsplit_flwr.errors import RunFailedError
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.federation.run_output import RunOutput, Sample
 from hsplit_flwr.flower import watched_grid

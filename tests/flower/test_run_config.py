@@ -102,8 +102,8 @@ def test_every_key_arrives() -> None:
         HERE,
     )
     assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0, True, 3)
-    assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", True)
-    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0)
+    assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", True, importance_steps=2, importance_rows=0)
+    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"))
     assert settings.replan == ReplanConfig(0.5, 0.3)
     assert settings.lora_alpha == 4.0
     assert settings.plans
@@ -163,15 +163,15 @@ def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> N
         ({"rounds": "5"}, r"Expected rounds as int, found '5'\. Example: rounds=5\."),
         ({"rounds": 5.0}, r"Expected rounds as int, found 5\.0"),
         ({"rounds": True}, "Expected rounds as int, found True"),
-        ({"rounds": 0}, "Expected rounds and local_steps >= 1"),
+        ({"rounds": 0}, "Expected rounds as a whole number >= 1, found 0"),
         ({"learning-rate": "fast"}, "Expected learning-rate as float, found 'fast'"),
         ({"learning-rate": True}, "Expected learning-rate as float, found True"),
         ({"federated-evaluation": 1}, "Expected federated-evaluation as bool, found 1"),
-        ({"schedule": "step"}, "Expected schedule in"),
-        ({"activation-dtype": "int8"}, "Expected activation_dtype in"),
+        ({"schedule": "step"}, "Expected schedule as one of"),
+        ({"activation-dtype": "int8"}, "Expected activation_dtype as one of"),
         ({"aggregation": "mean"}, "Expected an aggregation rule among .*found 'mean'"),
         ({"fraction-clients": 0.0}, "Expected 0 < fraction_clients <= 1, found 0.0"),
-        ({"start-gate-s": 0}, "Expected waiting times > 0 s"),
+        ({"start-gate-s": 0}, "Expected start_gate_s > 0 s, found 0.0"),
         ({"cuts": "1,x"}, "Expected cuts as integers with commas, such as '2,4,6', found '1,x'"),
         ({"cuts": "1,2,3"}, "Expected cuts and ranks for the same clients"),
         ({"cuts": "0,2"}, "Expected a cut >= 1"),

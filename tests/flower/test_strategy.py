@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import socket
 import threading
@@ -26,8 +27,8 @@ from hsplit_flwr.exchange.remote_tail import DeltaTensors, RemoteTail
 from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation import head_client as client_module
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.federation.trained_head import TrainedHead
 from hsplit_flwr.flower import task_proxy
@@ -663,6 +664,35 @@ def test_perplexities_equal_transformers_own_loss(model: Path, strategy: HSplitL
     assert played.federated_loss == pytest.approx(math.log(perplexity), rel=RELATIVE)
 
 
+def without_targets(batches: list[Batch]) -> list[Batch]:
+    return [{**batch, "labels": torch.full_like(batch["labels"], -100)} for batch in batches]
+
+
+def test_an_evaluation_set_without_targets_ends_the_run_before_its_first_round(model: Path) -> None:
+    """The story: its perplexity was 1.0."""
+    strategy = HSplitLoRAStrategy(
+        GlobalModel(ModelFiles.resolve(str(model))), PLANS, TRAINING, eval_batches=without_targets(EVALUATION["0"])
+    )
+    server = HSplitLoRAServer(strategy)
+    with pytest.raises(ConfigError, match=r"Expected batches to score, found 1 with no target tokens\. Labels must"):
+        server.fit(num_rounds=1, timeout=5.0)
+
+
+def test_clients_without_targets_are_not_measured(model: Path, strategy: HSplitLoRAStrategy) -> None:
+    """Alone they give no federated perplexity; beside others they weigh nothing."""
+
+    def untargeted(client: str) -> ClientData:
+        return ClientData(train=DATA[client], evaluate=without_targets(EVALUATION[client]))
+
+    nodes = [Node(f"{100 + int(c)}", [c], model, untargeted) for c in PLANS]
+    played = play_round(strategy, manager_of(*nodes), 1)
+    assert played.federated_loss is None
+    assert strategy.history[0].federated_perplexity is None
+    played = play_round(strategy, manager_of(Node("100", ["0"], model, data), *nodes[1:]), 2)
+    assert played.federated_loss is not None
+    assert played.federated_loss > 1.0
+
+
 # --- who takes part ---
 
 
@@ -761,9 +791,21 @@ def test_fraction_clients(model: Path) -> None:
     assert {client for clients in chosen[0] for client in clients} == set(PLANS)
 
 
-def test_an_unplanned_client_is_refused(strategy: HSplitLoRAStrategy) -> None:
+def test_an_unplanned_client_is_left_out_by_name(
+    strategy: HSplitLoRAStrategy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended the run for everybody."""
     manager = manager_of(StubNode("1", hosts("0", "stranger")))
-    with pytest.raises(ConfigError, match=r"Expected a client among the planned .*found 'stranger'"):
+    with caplog.at_level(logging.WARNING, "hsplit_flwr"):
+        told = strategy.configure_fit(server_round=1, parameters=NOTHING, client_manager=manager)
+    assert [json.loads(str(ins.config[TASK_KEY]))["client"] for _, ins in told] == ["0"]
+    assert "client stranger is left out: planned are ['0', '1', '2']" in caplog.text
+
+
+def test_only_unplanned_clients_are_an_error_that_lists_both_sides(strategy: HSplitLoRAStrategy) -> None:
+    manager = manager_of(StubNode("1", hosts("stranger", "other")))
+    expected = r"Expected a client among the planned \['0', '1', '2'\], found \['other', 'stranger'\]"
+    with pytest.raises(ConfigError, match=expected):
         strategy.configure_fit(server_round=1, parameters=NOTHING, client_manager=manager)
 
 

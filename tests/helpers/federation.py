@@ -18,7 +18,7 @@ from flwr.server.server import evaluate_clients, fit_clients
 from torch import Tensor
 
 from hsplit_flwr.federation import head_client as client_module
-from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.flower.local_federation import LocalNode
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy

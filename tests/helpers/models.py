@@ -1,7 +1,8 @@
 """Tiny models with random weights, one per architecture that the tests cover. Nothing is downloaded.
 
 The sizes are small but the awkward features are on: sliding windows shorter than the sequences, mixed layer
-types, attention scaled by the layer's index, embeddings narrower than the hidden size, ALiBi, soft-capping.
+types, attention scaled by the layer's index, embeddings narrower than the hidden size, embeddings
+scaled in place, ALiBi, soft-capping.
 """
 
 from typing import Any
@@ -67,6 +68,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": {**_COMMON, "intermediate_size": 48, "hidden_dropout": 0.0},
     "bloom": {**_COMMON, "hidden_dropout": 0.0},
+    "ctrl": {**_COMMON, "dff": 48, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "falcon": {**_COMMON, "hidden_dropout": 0.0, "alibi": False, "multi_query": True},
 }
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)

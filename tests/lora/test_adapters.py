@@ -1,6 +1,7 @@
 """Adapters in and out of segments through PEFT, checked on delta-W against PEFT itself."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import Segment, linear_shape, segment_from_model
 from tests.helpers.models import HIDDEN_SIZE, NUM_BLOCKS, tiny_model
+from tests.helpers.states import through_disk
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -243,3 +245,19 @@ def test_adapters_of_bf16_weights_are_float32() -> None:
     assert all(g.dtype == torch.float32 for g in gradients)
     factors: dict[str, LoraFactors] = adapters.factors()
     assert all(f.A.dtype == f.B.dtype == torch.float32 for f in factors.values())
+
+
+@everywhere
+def test_adapters_go_on_from_their_state_bit_for_bit(name: str, start: int, stop: int, tmp_path: Path) -> None:
+    (segment, adapters), (other, restored) = make(name, start, stop), make(name, start, stop)
+    randomise(adapters)
+    state = through_disk(adapters.state(), tmp_path)
+    adapters.reset(3)  # the state is a copy
+    randomise(adapters)
+    restored.load_state(state)
+    assert torch.equal(run(other), run(segment))
+    for module, pair in adapters.factors().items():
+        found = restored.factors()[module]
+        assert torch.equal(found.A, pair.A)
+        assert torch.equal(found.B, pair.B)
+        assert found.scaling == pair.scaling

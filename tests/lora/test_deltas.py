@@ -1,6 +1,7 @@
 import copy
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hsplit_flwr.lora.delta_log import DeltaLog, DeltaReplica, DeltaUpdate
 from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.factors import LoraFactors, dense_bytes, factor_bytes
 from hsplit_flwr.lora.merge import merge_into
+from tests.helpers.states import through_disk
 
 EXACT = 1e-6  # relative, float32 sums against float64 ones
 SHAPES = {"h.0.q": (16, 16), "h.0.up": (24, 12), "h.1.q": (16, 16), "h.2.down": (12, 40)}
@@ -332,6 +334,39 @@ def test_a_restored_log_serves_clients_of_any_version() -> None:
         replica.apply(restored.since(version, SHAPES), SHAPES)
         for name in ("h.0.q", "h.0.up", "h.1.q"):
             assert_same(replica.total.dense(name), first.total(name))
+
+
+@pytest.mark.parametrize("rounds", [0, 3, 30], ids=["empty", "factors", "dense, old increments gone"])
+def test_a_log_goes_on_from_its_state_bit_for_bit(tmp_path: Path, rounds: int) -> None:
+    """The same to every client, of every version, also after the rounds that follow."""
+    log, restored = DeltaLog(), DeltaLog()
+
+    def step(seed: int, *logs: DeltaLog) -> None:
+        names = list(SHAPES)[: 1 + seed % 4]
+        for one in logs:
+            one.append({name: random_factors(name, 1 + seed % 3, seed, scaling=0.7) for name in names})
+
+    for seed in range(rounds):
+        step(seed, log)
+    restored.load_state(through_disk(log.state(), tmp_path), SHAPES)
+    for seed in range(rounds, rounds + 12):
+        assert restored.version == log.version == seed
+        for version in (None, *range(seed + 1)):
+            expected, found = log.since(version, SHAPES), restored.since(version, SHAPES)
+            assert (found.kind, found.base, found.version) == (expected.kind, expected.base, expected.version)
+            tensors = found.to_tensors()
+            assert tensors.keys() == expected.to_tensors().keys()
+            assert all(torch.equal(tensors[key], tensor) for key, tensor in expected.to_tensors().items())
+        step(seed, log, restored)
+
+
+def test_a_log_of_another_model_is_refused(tmp_path: Path) -> None:
+    log = DeltaLog()
+    log.append({"h.0.q": random_factors("h.0.q", 1, 0)})
+    with pytest.raises(AggregationError, match=r"Expected factors of \(d_out, d_in\) = \(8, 8\) for 'h\.0\.q'"):
+        DeltaLog().load_state(log.state(), {"h.0.q": (8, 8)})
+    with pytest.raises(AggregationError, match=r"Expected deltas of modules that this process holds, found 'h\.0\.q'"):
+        DeltaLog().load_state(log.state(), {})
 
 
 def test_memory_stays_within_twice_the_dense_bytes_over_many_rounds() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -26,6 +27,8 @@ from transformers import (
 from hsplit_flwr.errors import AggregationError, ConfigError
 from hsplit_flwr.lora.export import EXACT_TOLERANCE, AdapterExport, save_merged, save_peft_adapter
 from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.segments import load_segment, segment_from_model
 
 LOGITS_TOLERANCE = 1e-5
 ERROR_TOLERANCE = 1e-5
@@ -219,10 +222,65 @@ def test_config_has_scaling_one_and_no_order_of_its_own(tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "some/base"
     assert config["task_type"] == "CAUSAL_LM"
     assert config["r"] == config["lora_alpha"] == 6
-    assert config["rank_pattern"] == config["alpha_pattern"] != {}
+    assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["target_modules"] == sorted(names)
     weights = PeftModel.from_pretrained(base, str(tmp_path)).base_model.model.get_submodule(names[0])
     assert weights.scaling == {"default": 1.0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reader_that_knows_no_patterns_reads_the_same(family: str, tmp_path: Path) -> None:
+    """Some scale by alpha over the rank of each tensor: with ranks 8 to 24 under one alpha they were far off."""
+    build, names, conv1d = FAMILIES[family]
+    factors = stacked_factors(build(), names, conv1d)
+    export = save_peft_adapter(factors, family, tmp_path, fan_in_fan_out=conv1d)
+    assert set(export.ranks.values()) == {2, 3, 4, 5, 6}
+    alpha = json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name, pair in factors.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        read = alpha / A.shape[0] * B @ A
+        assert float((read - pair.delta()).norm() / pair.delta().norm()) < EXACT_TOLERANCE
+
+
+@pytest.mark.parametrize("largest", [5, 32])
+def test_ranks_stay_apart_where_zeros_would_double_the_adapter(
+    largest: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ranks 4, 4, 4 and 5 become four of 5; ranks 4, 4, 4 and 32 would take 2.9 times the bytes."""
+    generator = torch.Generator().manual_seed(5)
+    names = FAMILIES["llama"][1][:10:3]  # query projections (32, 32) of four blocks
+    factors = {
+        name: LoraFactors(torch.randn(r, 32, generator=generator), 0.1 * torch.randn(32, r, generator=generator), 1.0)
+        for name, r in zip(names, (4, largest, 4, 4), strict=True)
+    }
+    save_peft_adapter(factors, "base", tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    apart = largest == 32
+    assert len(config["rank_pattern"]) == (3 if apart else 0)
+    assert ("keeps ranks up to 32 that differ by module" in caplog.text) == apart
+    merged = merge(tiny_llama(), {name: f.delta() for name, f in factors.items()}, False)
+    adapted = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    assert largest_difference(logits(adapted), logits(merged)) < LOGITS_TOLERANCE
+
+
+def test_what_the_base_says_about_writing_texts_survives(tmp_path: Path) -> None:
+    """End tokens, penalties and the chat template; a temperature without sampling, which save_pretrained refuses."""
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base)
+    said = {"eos_token_id": [2, 7], "repetition_penalty": 1.1, "temperature": 0.6, "bos_token_id": 1}
+    (base / "generation_config.json").write_text(json.dumps(said))
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "river": 1}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(base)
+    files = ModelFiles.resolve(str(base))
+    for model in (load_segment(files).model, segment_from_model(load_segment(files).model).model):
+        save_merged(model, files.tokenizer(), tmp_path / "merged")
+        found = GenerationConfig.from_pretrained(tmp_path / "merged")
+        assert {key: getattr(found, key) for key in said} == said
+        assert model.generation_config.repetition_penalty == 1.1
+        assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
 
 
 def test_merged_model_and_tokenizer_load_with_the_stock_readers(tmp_path: Path) -> None:

@@ -1,27 +1,34 @@
 """A folder, a GGUF file or a hub name becomes tensors by the model's own names."""
 
+import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hsplit_flwr import cli
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models import gguf_cache
 from hsplit_flwr.models.assets import smollm2_checkpoint
-from hsplit_flwr.models.files import INDEX, WEIGHTS, ModelFiles
+from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.gguf_cache import CACHE_VARIABLE, convert_once
 from hsplit_flwr.models.segments import load_segment
+from hsplit_flwr.models.tensor_files import INDEX, WEIGHTS
 from tests.helpers.models import ARCHITECTURES, tiny_config, tiny_model
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea423c2713d4\nsize 548105171\n"
 SMOLLM2_CUT = 4
 PEAK_LIMIT = 1.25
 """of the head's own bytes: what loading it may take above the imports"""
@@ -127,7 +134,7 @@ def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(set(json.loads((tmp_path / INDEX).read_text())["weight_map"].values()))[1]
     (tmp_path / shard).unlink()
-    with pytest.raises(UnsupportedModelError, match=rf"Expected every shard .* found \['{shard}'\] missing"):
+    with pytest.raises(ConfigError, match=rf"Expected every shard .* found \['{shard}'\] missing"):
         ModelFiles.resolve(str(tmp_path))
 
 
@@ -140,6 +147,114 @@ def test_a_missing_tensor_is_refused_by_the_segment_that_needs_it(llama: tuple[P
     load_segment(files, 0, 3)
     with pytest.raises(UnsupportedModelError, match=r"a tensor for 'model\.layers\.3\.mlp\.up_proj\.weight'"):
         load_segment(files, 3)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-100]),
+            r"safetensors file at .*safetensors, found [\d,]+ bytes",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "found 40 bytes that are none"),
+        (lambda path: path.write_bytes(b""), "found 0 bytes that are none"),
+        (lambda path: path.write_text(LFS_POINTER), r"found a Git LFS pointer .* \(run: git lfs pull\)"),
+    ],
+    ids=["cut in a tensor", "cut in the header", "empty", "LFS pointer"],
+)
+@pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
+def test_a_file_that_is_not_all_there_is_refused_by_name(
+    break_it: Callable[[Path], object], message: str, sharded: bool, tmp_path: Path
+) -> None:
+    """A download that broke off, or a clone without Git LFS: once a bare SafetensorError."""
+    tiny_model("llama").save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if sharded else {}))
+    path = sorted(tmp_path.glob("*.safetensors"))[-1]
+    break_it(path)
+    with pytest.raises(ConfigError, match=message) as caught:
+        ModelFiles.resolve(str(tmp_path))
+    assert str(path) in str(caught.value)
+    assert "Download it again." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"weight_map": {', "Expected JSON in .*, found 16 bytes that are none"),
+        ("[]", "Expected 'weight_map' in"),
+        ('{"weight_map": {"lm_head.weight": 3}}', "Expected 'weight_map' in"),
+        ('{"weight_map": {"lm_head.weight": "../model.safetensors"}}', "with a file of its folder for each tensor"),
+        ('{"weight_map": {"no.such.weight": "model.safetensors"}}', "Expected the tensor 'no.such.weight' in"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(text: str, message: str, llama: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = llama
+    (folder / INDEX).write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        ModelFiles.resolve(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("model.embed_tokens.weight", (97, 32)), ("model.layers.2.input_layernorm.weight", (1,))]
+)
+def test_stored_shapes_are_those_of_the_config(
+    name: str, shape: tuple[int, ...], llama: tuple[PreTrainedModel, Path]
+) -> None:
+    """An embedding of more rows than vocab_size, a norm of one value: both trained on; transformers refuses both."""
+    _, folder = llama
+    if shape == (1,):
+        tensors = load_file(folder / WEIGHTS)
+        save_file({**tensors, name: torch.ones(1)}, folder / WEIGHTS, metadata={"format": "pt"})
+        expected: tuple[int, ...] = (32,)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 90}))
+        expected = (90, 32)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ConfigError, match=rf"Expected \S+ of the shape {re.escape(str(expected))}, ") as caught:
+        load_segment(ModelFiles.resolve(str(folder)), 0, 1)
+    assert f"found {shape} in {folder / WEIGHTS}" in str(caught.value)
+
+
+def test_an_adapter_beside_the_model_is_refused_rather_than_ignored(
+    llama: tuple[PreTrainedModel, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Transformers applies it: without it logits were 2.85 off."""
+    model, folder = llama
+    get_peft_model(copy.deepcopy(model), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+    with pytest.raises(ConfigError, match=r"Expected a model alone in .* Merge it first") as caught:
+        ModelFiles.resolve(str(folder))
+    assert plan(folder, tmp_path, capsys) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "gptq", "bits": 4, "group_size": 128},
+        {"quant_method": "awq", "bits": 4, "group_size": 128},
+    ],
+    ids=lambda settings: str(settings["quant_method"]),
+)
+def test_quantised_weights_are_refused_by_run_and_plan(
+    settings: dict[str, object], llama: tuple[PreTrainedModel, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Once the plan took them for fp32 and training ended in 'mat1 and mat2 shapes cannot be multiplied'."""
+    _, folder = llama
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(UnsupportedModelError, match=rf"quantised by {settings['quant_method']} .* Take the") as caught:
+        load_segment(ModelFiles.resolve(str(folder)), 0, 1)
+    assert plan(folder, tmp_path, capsys) == str(caught.value)
+
+
+def plan(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What ``hsplit-flwr plan`` refuses the model of `folder` with."""
+    (tmp_path / "fleet.toml").write_text('[server]\ndevice = "workstation"\n[[client]]\ndevice = "phone"\n')
+    capsys.readouterr()
+    code = cli.main(["plan", "--model", str(folder), "--profiles", str(tmp_path / "fleet.toml")])
+    assert code == cli.USER_ERROR
+    return capsys.readouterr().err.removeprefix("hsplit-flwr: error: ").removesuffix("\n")
 
 
 # --- the hub's cache -------------------------------------------------------------------------------------------
@@ -303,6 +418,7 @@ def test_peak_memory_of_loading_a_head(smollm2: Path, smollm2_cache: Path, dtype
         from pathlib import Path
         from hsplit_flwr.models.files import ModelFiles
         from hsplit_flwr.models.segments import load_segment
+from hsplit_flwr.models.tensor_files import INDEX, WEIGHTS
 
         def status(key):
             lines = Path("/proc/self/status").read_text().splitlines()

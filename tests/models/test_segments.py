@@ -49,6 +49,7 @@ PARTS: dict[str, tuple[str, set[str], set[str]]] = {
         {"transformer.word_embeddings", "transformer.word_embeddings_layernorm"},
         {"transformer.ln_f", "lm_head"},
     ),
+    "ctrl": ("transformer.h", {"transformer.w"}, {"transformer.layernorm", "lm_head"}),
     "falcon": ("transformer.h", {"transformer.word_embeddings"}, {"transformer.ln_f", "lm_head"}),
 }
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from hsplit_flwr.cli import UNIFORM, main, read_config, read_importance
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
+from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.training.config import TrainingConfig
 from tests.helpers.models import tiny_config
 
 PROFILES = """
@@ -126,6 +129,30 @@ def test_candidate_ranks_and_tail_rank_are_those_asked_for(run: Run, tmp_path: P
     assert content["planner"]["tail_rank"] == 4
 
 
+def test_only_target_modules_are_planned_for(run: Run, tmp_path: Path) -> None:
+    _, output, _ = run("--output", tmp_path, "--target-modules", "c_attn", "mlp.c_fc")
+    assert "on average, on c_attn mlp.c_fc; " in output
+    content = saved(tmp_path)
+    assert content["planner"]["target_modules"] == ["c_attn", "mlp.c_fc"]
+    for part in (*content["plan"]["clients"].values(), content["plan"]["tail"]):
+        assert {name.split(".", 3)[3] for name, rank in part["ranks"].items() if rank} == {"attn.c_attn", "mlp.c_fc"}
+
+
+def test_memory_is_predicted_for_the_rows_that_importance_is_measured_on(run: Run, tmp_path: Path) -> None:
+    for rows in (2, 0):
+        run("--output", tmp_path / str(rows), "--gradient-checkpointing", "--importance-rows", rows)
+    few, all_rows = (saved(tmp_path / str(rows)) for rows in (2, 0))
+    assert (few["workload"]["importance_rows"], all_rows["workload"]["importance_rows"]) == (2, 0)
+    assert few["plan"]["clients"]["0"]["memory_bytes"] < all_rows["plan"]["clients"]["0"]["memory_bytes"]
+
+
+def test_the_defaults_are_those_of_a_run(run: Run, tmp_path: Path) -> None:
+    run("--output", tmp_path)
+    content = saved(tmp_path)
+    assert content["workload"] == asdict(Workload.of(TrainingConfig()))
+    assert content["planner"] == {**json.loads(json.dumps(asdict(PlannerConfig()))), "exact": False}
+
+
 def test_the_exact_planner_is_at_least_as_good(run: Run, tmp_path: Path) -> None:
     _, greedy, _ = run("--output", tmp_path / "greedy")
     _, exact, _ = run("--output", tmp_path / "exact", "--exact")
@@ -231,6 +258,8 @@ def test_a_gguf_file_is_read_without_its_weights(tmp_path: Path) -> None:
         (("--dtype", "int3"), "Expected dtype"),
         (("--round", "0"), "Expected --round as a whole number >= 1, found 0"),
         (("--ranks", "0"), "Expected"),
+        (("--target-modules", "c_attn", "nosuch"), "Expected target_modules among the linear layers"),
+        (("--importance-rows", "-1"), "Expected importance_rows as a whole number >= 0, found -1"),
         (("--importance", "missing.json"), "Expected importance as JSON in missing.json"),
     ],
 )
@@ -258,7 +287,9 @@ def test_missing_profiles_model_and_output(run: Run, tmp_path: Path) -> None:
 def test_no_client_can_hold_a_head(run: Run, tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text('[server]\ndevice = "phone"\n[[client]]\ndevice = "phone"\nmemory_mb = 0.01\n')
     code, output, errors = run("--output", tmp_path / "out", profiles="tiny.toml")
-    assert (code, errors) == (0, "")
+    assert code == 1
+    assert errors.startswith("hsplit-flwr: error: none of 1 clients can take part; client 0: memory: expected at least")
+    assert errors.count("\n") == 1
     assert "0 of 1 clients take part" in output
     assert (tmp_path / "out" / "budgets.png").exists()
 

@@ -24,6 +24,7 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
+from hsplit_flwr.training.config import TrainingConfig
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, NUM_BLOCKS, VOCAB_SIZE, tiny_config, tiny_model
 
 FLOPS_TOLERANCE = 1e-6
@@ -192,6 +193,31 @@ def test_matrices_without_adapter_keep_no_input() -> None:
     assert spared == 3 * 4 * tokens * 4
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_rows_that_importance_is_measured_on_are_those_of_the_run(checkpointing: bool) -> None:
+    """Not the settings' default: a run that measures all rows was planned for two."""
+
+    def costs(**changes: int) -> ModelCosts:
+        training = TrainingConfig(**changes)  # type: ignore[arg-type]
+        workload = Workload.of(training, batch_size=8, sequence_length=64, gradient_checkpointing=checkpointing)
+        return ModelCosts(tiny_config("llama", True), workload)
+
+    none, two, all_rows = costs(importance_steps=0), costs(importance_rows=2), costs(importance_rows=0)
+    row = 4 * 64 * (32 + 32 + 32 + 32 + 32 + 32 + 48)  # the inputs of q, k, v, o, gate, up and down
+    tile = 4 * 32 * 48
+    if checkpointing:  # what a block does not keep, importance does: in the first step, before AdamW's moments
+        inputs = {rows: found.head_memory(3, {}).workspace for rows, found in ((0, none), (2, two), (8, all_rows))}
+        assert inputs[8] - inputs[2] == 3 * 6 * row
+        assert inputs[2] - inputs[0] in (3 * 2 * row, 3 * 2 * row + tile)
+    else:  # a matrix without an adapter keeps its measured rows alone
+        ranks = {m.name: 4 for m in two.matrices if "down_proj" not in m.name}
+        kept = [found.head_memory(3, ranks).activations for found in (none, two, all_rows)]
+        assert kept[1] - kept[0] == 3 * 2 * 4 * 64 * 48
+        assert kept[2] - kept[1] == 3 * 6 * 4 * 64 * 48
+    assert two.tail_memory([2], {}).workspace - none.tail_memory([2], {}).workspace == tile
+    assert two.tail_memory([2], {}) == all_rows.tail_memory([2], {})
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_linear_form_is_exact_with_adapters_everywhere_and_never_less(llama: ModelCosts, data: st.DataObject) -> None:
@@ -309,8 +335,23 @@ def test_refusals(llama: ModelCosts) -> None:
         "mixtral", vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, num_local_experts=4,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="MixtralForCausalLM to run on shapes alone"):
+    with pytest.raises(UnsupportedModelError, match=r"MixtralForCausalLM to run on shapes alone, .* MixtralExperts"):
         ModelCosts(experts, WORKLOAD)
+
+
+def test_who_looks_at_the_data_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """Not every model whose costs depend on its data is a mixture of experts."""
+    config = tiny_config("llama", True)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    with pytest.raises(UnsupportedModelError, match=r"that LlamaRotaryEmbedding looks at its data .*cuts") as caught:
+        ModelCosts(config, WORKLOAD)
+    assert "experts" not in str(caught.value)
+    broken = AutoConfig.for_model(
+        "gptj", vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=64
+    )  # a rotary dimension that is wider than a head
+    with pytest.raises(UnsupportedModelError, match=r"found an error in GPTJAttention: RuntimeError: .*broadcast"):
+        ModelCosts(broken, WORKLOAD)
+    assert capfd.readouterr().err.count("meta for aten") == 0
 
 
 @pytest.mark.slow

@@ -43,7 +43,9 @@ def planned(client: str, cut: int, ranks: Mapping[str, int], **changes: Any) -> 
 
 def round_plan(clients: list[PlannedClient], left_out: Mapping[str, str] | None = None) -> RoundPlan:
     tail = PlannedTail({"h.1.a": 8, "h.1.b": 8}, 30_000_000, 60_000_000, TAIL_S)
-    return RoundPlan({c.client: c for c in clients}, left_out or {}, tail, 3.14159, 12.25)
+    return RoundPlan(
+        clients={c.client: c for c in clients}, left_out=left_out or {}, tail=tail, value=3.14159, round_s=12.25
+    )
 
 
 PLAN = round_plan(
@@ -162,7 +164,13 @@ def costed_plan(costs: ModelCosts, clients: int) -> tuple[RoundPlan, dict[str, B
         heads.append(planned(str(number), cut, ranks, **parts))
     tail = {matrix.name: 8 for matrix in costs.matrices if matrix.block > 0}
     held = costs.tail_memory([head.cut for head in heads], tail).total_bytes
-    plan = RoundPlan({h.client: h for h in heads}, {}, PlannedTail(tail, held, 4 * held, TAIL_S), 1.0, 1.0)
+    plan = RoundPlan(
+        clients={h.client: h for h in heads},
+        left_out={},
+        tail=PlannedTail(tail, held, 4 * held, TAIL_S),
+        value=1.0,
+        round_s=1.0,
+    )
     return plan, {head.client: BUDGET for head in heads}
 
 

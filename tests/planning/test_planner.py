@@ -2,7 +2,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from hsplit_flwr.planning.solver.greedy import solve
 from hsplit_flwr.planning.solver.objective import gain, spread_ranks
 from hsplit_flwr.planning.solver.participants import participants
 from hsplit_flwr.planning.solver.problem import Problem
-from hsplit_flwr.planning.solver.random_problems import Tight, random_problem
+from hsplit_flwr.planning.solver.random_problems import Tight, equipped, random_problem
 from hsplit_flwr.planning.solver.sharing import share, upper_bounds
 from tests.helpers.models import tiny_config
 from tests.helpers.updates import largest_update
@@ -56,33 +56,41 @@ def check(problem: Problem, found: RoundPlan, tolerance: float = ROUNDING) -> No
     """Every constraint and every figure of `found`, recomputed from the problem's numbers with plain sums."""
     cuts = [client.cut for client in found.clients.values()]
     blocks = sum(problem.num_cuts + 1 - cut for cut in cuts)
-    server_flops = len(cuts) * problem.tail_flops_base + blocks * problem.tail_flops_per_block
-    server_step = server_flops / problem.server_flops_per_s
-    activations = len(cuts) * problem.tail_bytes_base + blocks * problem.tail_bytes_per_block
-    assert problem.server_fixed_bytes + activations <= problem.server_memory * (1 + tolerance)
+    server_flops = len(cuts) * problem.tail.flops_base + blocks * problem.tail.flops_per_block
+    server_step = server_flops / problem.devices.server_flops_per_s
+    activations = len(cuts) * problem.tail.bytes_base + blocks * problem.tail.bytes_per_block
+    assert problem.tail.fixed_bytes + activations <= problem.devices.server_memory * (1 + tolerance)
     assert found.tail.step_s == pytest.approx(server_step, rel=ROUNDING)
-    assert set(found.clients) | set(found.left_out) == set(problem.clients)
+    assert set(found.clients) | set(found.left_out) == set(problem.devices.clients)
     assert not set(found.clients) & set(found.left_out)
     for name, client in found.clients.items():
-        i = problem.clients.index(name)
-        held = [m for m in range(len(problem.names)) if problem.block[m] < client.cut]
+        i = problem.devices.clients.index(name)
+        held = [m for m in range(len(problem.matrices.names)) if problem.matrices.block[m] < client.cut]
         ranks = client.ranks
         assert 1 <= client.cut <= problem.num_cuts
-        assert list(ranks) == [problem.names[m] for m in held]
+        assert list(ranks) == [problem.matrices.names[m] for m in held]
         assert set(ranks.values()) <= {0, *problem.ranks}
-        rank = {m: ranks[problem.names[m]] for m in held}
-        memory = problem.head_bytes[client.cut - 1] + sum(rank[m] * problem.rank_bytes[m] for m in held)
-        assert memory <= problem.memory[i] * (1 + tolerance)
+        rank = {m: ranks[problem.matrices.names[m]] for m in held}
+        memory = problem.heads.base_bytes[client.cut - 1] + sum(rank[m] * problem.heads.rank_bytes[m] for m in held)
+        assert memory <= problem.devices.memory[i] * (1 + tolerance)
         assert abs(client.memory_bytes - memory) <= 1
-        flops = problem.head_flops[client.cut - 1] + sum(rank[m] * problem.rank_flops[m] for m in held)
-        transfer = problem.step_bytes_up / problem.uplink[i] + problem.step_bytes_down / problem.downlink[i]
-        step = flops / problem.flops_per_s[i] + transfer + 2 * problem.latency[i] + server_step
-        upload = sum(rank[m] * problem.rank_wire_bytes[m] for m in held) + problem.round_bytes_up[client.cut - 1]
+        flops = problem.heads.base_flops[client.cut - 1] + sum(rank[m] * problem.heads.rank_flops[m] for m in held)
+        transfer = (
+            problem.heads.step_bytes_up / problem.devices.uplink[i]
+            + problem.heads.step_bytes_down / problem.devices.downlink[i]
+        )
+        step = flops / problem.devices.flops_per_s[i] + transfer + 2 * problem.devices.latency[i] + server_step
+        upload = (
+            sum(rank[m] * problem.heads.rank_wire_bytes[m] for m in held) + problem.heads.round_bytes_up[client.cut - 1]
+        )
         assert client.step_s == pytest.approx(step, rel=ROUNDING)
-        exchange = upload / problem.uplink[i] + problem.round_bytes_down[client.cut - 1] / problem.downlink[i]
+        exchange = (
+            upload / problem.devices.uplink[i]
+            + problem.heads.round_bytes_down[client.cut - 1] / problem.devices.downlink[i]
+        )
         assert client.round_s == pytest.approx(problem.local_steps * step + exchange, rel=ROUNDING)
         assert client.round_s <= problem.deadline_s * (1 + tolerance)
-        value = sum(problem.importance[m] * gain(rank[m]) for m in held) + problem.tail_values[client.cut - 1]
+        value = sum(problem.matrices.importance[m] * gain(rank[m]) for m in held) + problem.tail.values[client.cut - 1]
         assert client.value == pytest.approx(value, rel=ROUNDING)
     assert found.value == pytest.approx(sum(client.value for client in found.clients.values()))
 
@@ -105,23 +113,30 @@ def brute_force(problem: Problem) -> float:
     """The optimum by trying everything: clients that can take part alone must all be served."""
     heads = []
     for cut in range(1, problem.num_cuts + 1):
-        held = np.flatnonzero(problem.block < cut)
+        held = np.flatnonzero(problem.matrices.block < cut)
         for levels in itertools.product(range(len(problem.levels)), repeat=len(held)):
             rank = problem.levels[list(levels)]
-            value = float(problem.level_gains[list(levels)] @ problem.importance[held]) + problem.tail_values[cut - 1]
+            value = (
+                float(problem.level_gains[list(levels)] @ problem.matrices.importance[held])
+                + problem.tail.values[cut - 1]
+            )
             heads.append((cut, held, rank, value))
     best = -math.inf
     for chosen in itertools.product(heads, repeat=problem.num_clients):
         blocks = sum(problem.num_cuts + 1 - cut for cut, *_ in chosen)
-        if problem.server_bytes(blocks, len(chosen)) > problem.server_memory:
+        if problem.server_bytes(blocks, len(chosen)) > problem.devices.server_memory:
             continue
         server = problem.local_steps * problem.server_step_s(blocks, len(chosen))
         fits = True
         for i, (cut, held, rank, _) in enumerate(chosen):
-            memory = problem.head_bytes[cut - 1] + rank @ problem.rank_bytes[held]
-            seconds = problem.fixed_seconds(cut)[i] + server + rank @ problem.rank_wire_bytes[held] / problem.uplink[i]
-            seconds += problem.local_steps * (rank @ problem.rank_flops[held]) / problem.flops_per_s[i]
-            fits = fits and memory <= problem.memory[i] and seconds <= problem.deadline_s
+            memory = problem.heads.base_bytes[cut - 1] + rank @ problem.heads.rank_bytes[held]
+            seconds = (
+                problem.fixed_seconds(cut)[i]
+                + server
+                + rank @ problem.heads.rank_wire_bytes[held] / problem.devices.uplink[i]
+            )
+            seconds += problem.local_steps * (rank @ problem.heads.rank_flops[held]) / problem.devices.flops_per_s[i]
+            fits = fits and memory <= problem.devices.memory[i] and seconds <= problem.deadline_s
         if fits:
             best = max(best, sum(value for *_, value in chosen))
     return best
@@ -160,16 +175,16 @@ def test_a_thousand_clients_are_planned_in_about_a_second() -> None:
     assert time.perf_counter() - start < 5  # on a machine that is busy with other things; 0.6 s alone
 
 
-BETTER = {
-    "memory": lambda p, i, f: replace(p, memory=scaled(p.memory, i, f)),
-    "compute": lambda p, i, f: replace(p, flops_per_s=scaled(p.flops_per_s, i, f)),
-    "uplink": lambda p, i, f: replace(p, uplink=scaled(p.uplink, i, f)),
-    "downlink": lambda p, i, f: replace(p, downlink=scaled(p.downlink, i, f)),
-    "latency": lambda p, i, f: replace(p, latency=scaled(p.latency, i, 1 / f)),
+BETTER: dict[str, Callable[[Problem, int, float], Problem]] = {
+    "memory": lambda p, i, f: equipped(p, memory=scaled(p.devices.memory, i, f)),
+    "compute": lambda p, i, f: equipped(p, flops_per_s=scaled(p.devices.flops_per_s, i, f)),
+    "uplink": lambda p, i, f: equipped(p, uplink=scaled(p.devices.uplink, i, f)),
+    "downlink": lambda p, i, f: equipped(p, downlink=scaled(p.devices.downlink, i, f)),
+    "latency": lambda p, i, f: equipped(p, latency=scaled(p.devices.latency, i, 1 / f)),
     "deadline": lambda p, i, f: replace(p, deadline_s=p.deadline_s * f),
     "no deadline": lambda p, i, f: replace(p, deadline_s=math.inf),
-    "server memory": lambda p, i, f: replace(p, server_memory=p.server_memory * f),
-    "server compute": lambda p, i, f: replace(p, server_flops_per_s=p.server_flops_per_s * f),
+    "server memory": lambda p, i, f: equipped(p, server_memory=p.devices.server_memory * f),
+    "server compute": lambda p, i, f: equipped(p, server_flops_per_s=p.devices.server_flops_per_s * f),
 }
 
 
@@ -181,8 +196,8 @@ def scaled(array: np.ndarray, index: int, factor: float) -> np.ndarray:
 
 def assert_no_worse(worse: Problem, better: Problem, solver: Solver, tolerance: float) -> None:
     before = plan_problem(worse, solver)
-    stay, _, _ = participants(replace(better, server_memory=1e24))
-    if len(stay) > len(before.clients) and better.server_memory < 1e18:
+    stay, _, _ = participants(equipped(better, server_memory=1e24))
+    if len(stay) > len(before.clients) and better.devices.server_memory < 1e18:
         return  # a client more takes part, for whom the server may lack memory
     after = plan_problem(better, solver)
     assert len(after.clients) >= len(before.clients)
@@ -218,12 +233,9 @@ def test_more_of_any_budget_is_never_worse_exactly(seed: int, client: int, facto
 def test_as_many_clients_as_possible_take_part(seed: int) -> None:
     problem = random_problem(seed, clients=5, blocks=4, matrices=2, tight="both")
     rng = np.random.default_rng(seed)
-    problem = replace(
-        problem,
-        server_memory=1e18,
-        deadline_s=problem.deadline_s * rng.uniform(0.5, 1.0),
-        server_flops_per_s=problem.server_flops_per_s * rng.uniform(0.1, 1.0),
-    )
+    problem = replace(problem, deadline_s=problem.deadline_s * rng.uniform(0.5, 1.0))
+    slower = problem.devices.server_flops_per_s * rng.uniform(0.1, 1.0)
+    problem = equipped(problem, server_memory=1e18, server_flops_per_s=slower)
     stay, cuts, left_out = participants(problem)
     assert len(stay) + len(left_out) == 5
     assert feasible(problem, stay, cuts)
@@ -239,7 +251,7 @@ def feasible(problem: Problem, served: np.ndarray, cuts: np.ndarray) -> bool:
     blocks = float((problem.num_cuts + 1 - cuts).sum())
     server = problem.local_steps * problem.server_step_s(blocks, len(served))
     return all(
-        problem.head_bytes[cut - 1] <= problem.memory[i]
+        problem.heads.base_bytes[cut - 1] <= problem.devices.memory[i]
         and problem.fixed_seconds(int(cut))[i] + server <= problem.deadline_s * (1 + ROUNDING)
         for i, cut in zip(served, cuts, strict=True)
     )
@@ -361,13 +373,14 @@ def test_only_what_is_tight_limits(tight: Tight) -> None:
     possible = {"memory": {"memory"}, "deadline": {"deadline"}, "both": {"memory", "deadline"}, "none": set()}[tight]
     seen = set()
     for seed in range(12):
-        problem = replace(
+        problem = equipped(
             random_problem(seed, clients=4, blocks=5, matrices=3, tight=tight),
             server_memory=1e24,
             server_flops_per_s=1e30,
         )
         found = plan_problem(problem, solve)
-        ample = plan_problem(replace(problem, memory=problem.memory * 1e6, deadline_s=math.inf), solve)
+        richer = equipped(problem, memory=problem.devices.memory * 1e6)
+        ample = plan_problem(replace(richer, deadline_s=math.inf), solve)
         for name, client in found.clients.items():
             seen.add(client.limited_by)
             assert (client.limited_by == "none") == (client.value >= ample.clients[name].value * (1 - ROUNDING))
@@ -380,9 +393,9 @@ def test_more_of_what_limits_nearly_always_helps() -> None:
     for seed in range(8):
         problem = random_problem(seed, clients=3, blocks=5, matrices=3, tight="both")
         for name, client in plan_problem(problem, solve).clients.items():
-            i = problem.clients.index(name)
+            i = problem.devices.clients.index(name)
             if client.limited_by == "memory":
-                better = plan_problem(replace(problem, memory=scaled(problem.memory, i, 100.0)), solve)
+                better = plan_problem(equipped(problem, memory=scaled(problem.devices.memory, i, 100.0)), solve)
             elif client.limited_by == "deadline":
                 better = plan_problem(replace(problem, deadline_s=problem.deadline_s * 100), solve)
             else:
@@ -393,11 +406,11 @@ def test_more_of_what_limits_nearly_always_helps() -> None:
 
 def test_a_small_server_takes_few_blocks_and_is_named_as_the_limit() -> None:
     problem = random_problem(5, clients=3, blocks=6, matrices=4, tight="none")
-    memory = np.full(3, problem.head_bytes[-1] + 0.02 * problem.rank_bytes.sum())
-    small = replace(problem, memory=memory, server_memory=problem.server_bytes(3, 3) * 1.0001)
+    memory = np.full(3, problem.heads.base_bytes[-1] + 0.02 * problem.heads.rank_bytes.sum())
+    small = equipped(problem, memory=memory, server_memory=problem.server_bytes(3, 3) * 1.0001)
     found = plan_problem(small, solve)
     assert {(client.cut, client.limited_by) for client in found.clients.values()} == {(5, "server")}
-    assert plan_problem(replace(small, server_memory=1e24), solve).value > found.value
+    assert plan_problem(equipped(small, server_memory=1e24), solve).value > found.value
 
 
 def test_client_without_memory_for_the_smallest_head_is_left_out(
@@ -524,7 +537,7 @@ def test_without_a_deadline_a_round_is_as_long_as_the_slowest_client_needs(
 @pytest.mark.parametrize("seed", range(40))
 def test_a_balanced_round_leaves_nobody_out_who_has_the_memory(seed: int) -> None:
     problem = replace(random_problem(seed, clients=5, blocks=6, matrices=3, tight="memory"), deadline_s=math.inf)
-    problem = replace(problem, memory=problem.memory * np.random.default_rng(seed).choice([0.1, 1.0], 5))
+    problem = equipped(problem, memory=problem.devices.memory * np.random.default_rng(seed).choice([0.1, 1.0], 5))
     timed = replace(problem, deadline_s=balanced_deadline(problem))
     try:
         before = plan_problem(problem, solve)
@@ -540,20 +553,41 @@ def test_a_balanced_round_leaves_nobody_out_who_has_the_memory(seed: int) -> Non
 def test_no_balance_where_the_server_cannot_hold_the_shallowest_heads() -> None:
     problem = random_problem(1, clients=3, blocks=6, matrices=2, tight="none")
     least = problem.server_bytes(3, 3)
-    assert balanced_deadline(replace(problem, server_memory=least)) == math.inf
-    assert balanced_deadline(replace(problem, memory=problem.head_bytes[0] - np.ones(3))) == math.inf
+    assert balanced_deadline(equipped(problem, server_memory=least)) == math.inf
+    assert balanced_deadline(equipped(problem, memory=problem.heads.base_bytes[0] - np.ones(3))) == math.inf
     assert balanced_deadline(problem) < math.inf
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_is_no_target_has_rank_0(costs: ModelCosts, importance: Mapping[str, float], exact: bool) -> None:
+    """In heads and tail; of what is a target, the plan is that of a model where the rest is worth nothing."""
+    clients = {"a": device(costs.head_base_bytes(2) * 1.05), "b": device()}
+    config = replace(NO_DEADLINE, target_modules=("down_proj", "self_attn.q_proj"))
+    find = plan_exact if exact else plan
+    found = find(costs, importance, clients, SERVER, config)
+    for ranks in (*(client.ranks for client in found.clients.values()), found.tail.ranks):
+        adapted = {name.rsplit(".", 1)[1] for name, rank in ranks.items() if rank}
+        assert adapted == {"down_proj", "q_proj"}
+    rest = {name: value if name.endswith(("q_proj", "down_proj")) else 0.0 for name, value in importance.items()}
+    assert found == find(costs, rest, clients, SERVER, NO_DEADLINE)
+
+
+def test_a_target_that_matches_nothing_is_refused(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"Expected target_modules among .*q_proj.*found \['nosuch'\]"):
+        plan(costs, importance, {"a": device()}, SERVER, PlannerConfig(target_modules=("q_proj", "nosuch")))
+    with pytest.raises(ConfigError, match="Expected target_modules, found none"):
+        PlannerConfig(target_modules=())
 
 
 @pytest.mark.parametrize("ranks", [(), (0, 2), (2, 2), (2, -1), (2.5,), (True, 2)])
 def test_candidate_ranks_are_checked(ranks: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="Expected at least one candidate rank"):
+    with pytest.raises(ConfigError, match=r"Expected ranks as whole numbers >= 1, .*\(run config: candidate-ranks\)"):
         PlannerConfig(ranks=ranks)
 
 
 @pytest.mark.parametrize("tail_worth", [-1.0, math.nan, math.inf])
 def test_tail_worth_is_checked(tail_worth: float) -> None:
-    with pytest.raises(ConfigError, match="Expected a finite tail_worth >= 0"):
+    with pytest.raises(ConfigError, match="Expected tail_worth >= 0 and finite"):
         PlannerConfig(tail_worth=tail_worth)
 
 

@@ -15,8 +15,8 @@ import torch
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.head_client import ClientData
 from hsplit_flwr.federation.round_server import StrategyConfig
 from hsplit_flwr.flower.messages import TASK_KEY
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
@@ -47,7 +47,8 @@ SAME = 1e-6
 """relative difference of perplexities that only a plan lies between"""
 STEPS = 3
 CLIENTS = ("0", "1", "2")
-WORKLOAD = Workload(batch_size=2, sequence_length=10, local_steps=STEPS)
+TRAINING = TrainingConfig(rounds=3, local_steps=STEPS, learning_rate=0.02, warmup_steps=2, importance_rows=0)
+WORKLOAD = Workload.of(TRAINING, batch_size=2, sequence_length=10)
 SERVER = Budget(10**10, 1e12, 1e9, 1e9)
 CONFIG = PlannerConfig(ranks=(1, 2, 4), tail_rank=2, tail_worth=0.0, deadline_s=math.inf)
 DATA = {c: random_batches(STEPS, seed=int(c)) for c in CLIENTS}
@@ -89,7 +90,7 @@ def make_strategy(model: Path, plans: AdaptivePlanning, gate_s: float = 30.0) ->
     return HSplitLoRAStrategy(
         GlobalModel(ModelFiles.resolve(str(model))),
         plans,
-        TrainingConfig(rounds=3, local_steps=STEPS, learning_rate=0.02, warmup_steps=2, importance_rows=0),
+        TRAINING,
         config=StrategyConfig(wait_for_nodes_s=10.0),
         limits=BarrierLimits(start_gate_s=gate_s, straggler_limit_s=20.0, step_limit_s=40.0),
         eval_batches=EVALUATION,
@@ -318,8 +319,8 @@ def test_clients_state_or_measure_their_own_budget(
     close.append(strategy)
     manager = manager_of(node(model, "0", None, **stated), node(model, "1", None))
     assert play_round(strategy, manager, 1).metrics["clients"] == 2
-    assert plans._budgets["0"] == Budget(500_000_000, 5e9, 1e7, 1e7, 0.002)
-    measured = plans._budgets["1"]
+    assert plans.budgets["0"] == Budget(500_000_000, 5e9, 1e7, 1e7, 0.002)
+    measured = plans.budgets["1"]
     assert 1e8 < measured.memory_bytes < 1e13
     assert 1e8 < measured.flops_per_s < 1e15
     assert 1e6 < measured.uplink_bytes_per_s < 1e11  # loopback

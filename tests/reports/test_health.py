@@ -430,6 +430,18 @@ def test_steps_are_noted_by_index_and_wave() -> None:
     assert notes.take() == TailSteps(())
 
 
+def test_a_step_is_noted_though_whoever_else_listens_fails() -> None:
+    """The tail goes on then, and the round's record must hold the step."""
+
+    def broken(report: StepReport) -> None:
+        raise OSError("No space left on device")
+
+    notes = StepNotes(broken)
+    with pytest.raises(OSError, match="No space"):
+        notes(StepReport(20, ("a",), 4.0, 30, (0.25,), 1))
+    assert notes.take().tail_seconds == {"a": 0.25}
+
+
 def test_the_picture_draws_what_was_measured(tmp_path: Path) -> None:
     figure = spectrum_figure(run([6.0, 4.0, 3.0]))
     left, rank, energy = figure.axes

@@ -18,7 +18,19 @@ from hsplit_flwr.reports.records import ClientRecord, Journal, RoundRecord, RunS
 
 THIRD = 1 / 3
 PLAN = RoundPlan(
-    clients={"0": PlannedClient("0", 1, {"h.0.a": 4, "h.0.b": 0}, 10, 12, 0.1, THIRD, "memory", 2.5)},
+    clients={
+        "0": PlannedClient(
+            client="0",
+            cut=1,
+            ranks={"h.0.a": 4, "h.0.b": 0},
+            memory_bytes=10,
+            memory_budget_bytes=12,
+            step_s=0.1,
+            round_s=THIRD,
+            limited_by="memory",
+            value=2.5,
+        )
+    },
     left_out={"7": "needs 2.1 MB, has 1.0 MB"},
     tail=PlannedTail({"h.1.a": 8}, 30, 60, 1e-300),
     value=math.pi,

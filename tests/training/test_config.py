@@ -25,23 +25,27 @@ pytestmark = pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rounds": 0}, "rounds and local_steps >= 1, found .*rounds=0"),
-        ({"local_steps": 0}, "rounds and local_steps >= 1, found .*local_steps=0"),
-        ({"learning_rate": 0.0}, "learning_rate > 0, found .*learning_rate=0.0"),
+        ({"rounds": 0}, r"rounds as a whole number >= 1, found 0\.$"),
+        ({"local_steps": 0}, r"local_steps as a whole number >= 1, found 0 \(run config: local-steps\)\.$"),
+        ({"learning_rate": 0.0}, r"learning_rate > 0, found 0\.0 \(run config: learning-rate\)\.$"),
         ({"learning_rate": -1e-3}, "learning_rate > 0"),
         ({"learning_rate": math.nan}, "learning_rate > 0"),
         ({"learning_rate": math.inf}, "learning_rate > 0"),
-        ({"warmup_steps": -1}, "warmup_steps >= 0"),
-        ({"tail_passes": 0}, "tail_passes >= 1"),
-        ({"tail_passes": 1.5}, "tail_passes >= 1"),
-        ({"rounds": 2.5}, "rounds and local_steps >= 1, found .*rounds=2.5"),
-        ({"warmup_steps": 1.5}, "warmup_steps >= 0"),
+        ({"learning_rate": "2e-3"}, "learning_rate > 0, found '2e-3'"),
+        ({"warmup_steps": -1}, "warmup_steps as a whole number >= 0, found -1"),
+        ({"tail_passes": 0}, "tail_passes as a whole number >= 1, found 0"),
+        ({"tail_passes": 1.5}, "tail_passes as a whole number >= 1, found 1.5"),
+        ({"rounds": 2.5}, "rounds as a whole number >= 1, found 2.5"),
+        ({"warmup_steps": 1.5}, "warmup_steps as a whole number >= 0, found 1.5"),
+        ({"importance_rows": -1}, r"importance_rows as a whole number >= 0, found -1 \(run config: importance-rows\)"),
+        ({"importance_steps": True}, "importance_steps as a whole number >= 0, found True"),
         ({"weight_decay": -0.1}, "weight_decay >= 0"),
         ({"weight_decay": math.nan}, "weight_decay >= 0"),
         ({"weight_decay": math.inf}, "weight_decay >= 0"),
         ({"max_grad_norm": -1.0}, "max_grad_norm >= 0"),
-        ({"schedule": "step"}, "schedule in .*'linear', 'cosine', 'constant'.*found .*schedule='step'"),
-        ({"activation_dtype": "int8"}, "activation_dtype in .*'fp32', 'bf16', 'fp16'.*found .*'int8'"),
+        ({"schedule": "step"}, "schedule as one of .*'linear', 'cosine', 'constant'.*found 'step'"),
+        ({"optimizer": "adam"}, r"optimizer as one of \('adamw',.*found 'adam'"),
+        ({"activation_dtype": "int8"}, "activation_dtype as one of .*'fp32', 'bf16', 'fp16'.*found 'int8'"),
     ],
     ids=str,
 )
@@ -52,7 +56,7 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("cut", [0, -1, 1.0, "1", None, True])
 def test_a_plan_needs_a_cut(cut: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"Expected a cut >= 1 \(blocks held by the client\), found {cut}"):
+    with pytest.raises(ConfigError, match=rf"Expected a cut >= 1 \(blocks held by the client\), found {cut!r}"):
         ClientPlan(cut, LoraSpec())
 
 

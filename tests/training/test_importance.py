@@ -558,16 +558,17 @@ def test_modules_that_a_round_did_not_measure_keep_their_share() -> None:
     assert history.profile["z"] == pytest.approx(0.5)
     assert history.beta == pytest.approx(0.5 + 0.5 * 0.125)
     assert history.profile["x"] == pytest.approx(0.25 + history.beta * 0.125)
-    before = history.to_dict()
+    before = history.state()
     history.update({})
-    assert history.to_dict() == before
+    assert history.state() == before
 
 
 def test_the_history_travels_as_json() -> None:
     history = ImportanceHistory()
     history.update({"x": 1.0, "y": 3.0})
     history.update({"x": 2.0, "y": 1.0})
-    copy = ImportanceHistory.from_dict(json.loads(json.dumps(history.to_dict())))
-    assert copy.to_dict() == history.to_dict()
-    with pytest.raises(ConfigError, match=r"Expected an importance history with the keys .* found \['profile'\]"):
-        ImportanceHistory.from_dict({"profile": {}})
+    copy = ImportanceHistory()
+    copy.load_state(json.loads(json.dumps(history.state())))
+    assert copy.state() == history.state()
+    with pytest.raises(ConfigError, match=r"Expected HistoryRecord .* fields .*, found \['profile'\]"):
+        ImportanceHistory().load_state({"profile": {}})

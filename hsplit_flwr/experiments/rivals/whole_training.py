@@ -10,7 +10,8 @@ from torch import Tensor
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.experiments.work import BatchShape, recorded
 from hsplit_flwr.models.segments import Segment
-from hsplit_flwr.training.loss import Batch, target_tokens, token_losses
+from hsplit_flwr.training.batch import Batch
+from hsplit_flwr.training.loss import target_tokens, token_losses
 from hsplit_flwr.training.optimizer import Optimizer
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hsplit_flwr.common.checks import is_above, is_at_least, require
 from hsplit_flwr.errors import ConfigError
 
 
@@ -21,9 +22,9 @@ class Budget:
     """one way"""
 
     def __post_init__(self) -> None:
-        rates = (self.memory_bytes, self.flops_per_s, self.uplink_bytes_per_s, self.downlink_bytes_per_s)
-        if not all(0 < rate < math.inf for rate in rates) or not 0 <= self.latency_s < math.inf:
-            raise ConfigError(f"Expected finite memory and rates > 0 and a latency >= 0, found {self}.")
+        for name in ("memory_bytes", "flops_per_s", "uplink_bytes_per_s", "downlink_bytes_per_s"):
+            require(is_above(getattr(self, name), 0), name, "> 0 and finite", getattr(self, name), key=name)
+        require(is_at_least(self.latency_s, 0), "latency_s", ">= 0 and finite", self.latency_s, key="latency_s")
 
     def scaled(self, *, memory: float = 1.0, compute: float = 1.0, link: float = 1.0) -> "Budget":
         """This budget times a factor each for memory, compute and both directions of the link (not its latency)."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.toml_file import read_toml
 from hsplit_flwr.errors import ConfigError
@@ -172,8 +173,8 @@ def _budget(entry: Mapping[str, object]) -> Budget:
 
 def _whole(entry: Mapping[str, object], key: str, default: int) -> int:
     value = entry.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"Expected {key} as a whole number >= 1, found {value!r}.")
+    require_whole(key, value, 1, key=key)
+    assert isinstance(value, int)
     return value
 
 

@@ -24,7 +24,6 @@ from hsplit_flwr.exchange.frame_bytes import payload_bytes
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs.shapes import Matrix, WeightBytes, blocks_of
 from hsplit_flwr.planning.costs.step_trace import StepTrace
-from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.importance import TILE_BYTES
 from hsplit_flwr.training.workload import Workload
 
@@ -63,7 +62,7 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         held = self.weights + self.adapters + self.gradients + self.optimizer
         return held + self.activations + self.workspace
 
@@ -109,10 +108,9 @@ class HeadMemory:
         self._forward_peaks = self._alive[:-1] + [block.forward_peak for block in trace.blocks]
         self._backward_peaks = self._alive[1:] + backward
         self._heap_peaks = np.maximum.accumulate([block.heap_peak for block in trace.blocks])
-        self._tile = min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))
+        self._tile = tile_bytes(matrices, workload)
         self._packing = min(PACKING_BYTES, 8 * self._tokens * max(max(m.d_in, m.d_out) for m in matrices))
-        rows = min(TrainingConfig.importance_rows or workload.batch_size, workload.batch_size)
-        sample = rows * workload.sequence_length * itemsize
+        sample = workload.measured_rows * workload.sequence_length * itemsize
         self._sampled_inputs = sample * np.cumsum(inputs) * self._again
         """what importance keeps of the matrices' inputs where a block does not keep them"""
         self._spared = [
@@ -167,3 +165,10 @@ class HeadMemory:
         temporaries = max(forward, exchange, backward) - self._alive[cut] + self._tokens * TOKEN_BYTES
         holes = HEAP_SPREAD * self._heap_peaks[cut - 1] * cut ** HEAP_GROWTH[self._again]
         return int(temporaries + holes) + THREADS * self._packing + PROCESS_BYTES
+
+
+def tile_bytes(matrices: Sequence[Matrix], workload: Workload) -> int:
+    """The largest tile of a gradient that the importance measurement forms at once; 0 where nothing is measured."""
+    if not workload.measured_rows:
+        return 0
+    return min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))

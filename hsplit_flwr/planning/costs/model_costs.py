@@ -39,7 +39,7 @@ class ModelCosts:
         workload: the batches, and how they are trained on.
 
     Raises:
-        UnsupportedModelError: the model cannot be cut, or its costs depend on its data (mixtures of experts).
+        UnsupportedModelError: the model cannot be cut, or its costs depend on its data (`trace_step`).
     """
 
     def __init__(self, config: PretrainedConfig, workload: Workload) -> None:

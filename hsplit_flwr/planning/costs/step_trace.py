@@ -4,16 +4,19 @@ The step runs on fake tensors (`torch._subclasses.FakeTensorMode`): shapes and k
 touched. All linear layers carry an adapter of rank 1. Blocks that are built alike cost alike: only the first are run.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hsplit_flwr.errors import UnsupportedModelError
+from hsplit_flwr.errors import HSplitError, UnsupportedModelError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.block_layout import BlockLayout
@@ -37,7 +40,8 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
     """Runs the step. `skeleton` is used up.
 
     Raises:
-        UnsupportedModelError: the step does not run without data (as in mixtures of experts).
+        UnsupportedModelError: the step does not run without data (as in mixtures of experts, or rotary embeddings that
+            grow with the batch); the message names the module and what it does.
     """
     kinds = _block_kinds(skeleton, layout)
     later = range(1, layout.num_blocks)
@@ -51,16 +55,18 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
     recorder = StepRecorder(num_run)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with fake:
+        with fake, _quiet():
             _fill_with_fakes(segment.model)
             for parameter in adapters.parameters():
                 # Their gradients are counted apart, for their real ranks.
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
             _run(segment, blocks, recorder, workload)
-    except RuntimeError as error:  # fake tensors' own errors are RuntimeErrors too
+    except HSplitError:
+        raise
+    except Exception as error:  # whatever a model's code raises
         raise UnsupportedModelError(
-            f"Expected a step of {type(skeleton).__name__} to run on shapes alone, found: {str(error)[:200]} "
-            "Choose a model whose step does not depend on its data, so none with a mixture of experts."
+            f"Expected a step of {type(skeleton).__name__} to run on shapes alone, found {_cause(error)}. "
+            "Configure its cuts and ranks instead of planning them (run config: cuts, ranks), or choose another model."
         ) from error
     traces = recorder.traces()
     run = traces[1:-1]
@@ -69,6 +75,29 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
         blocks=tuple(run[b] if b < num_run else run[kinds.index(kinds[b], 1)] for b in range(layout.num_blocks)),
         postlude=traces[-1],
     )
+
+
+def _cause(error: Exception) -> str:
+    """What stopped the step, and the innermost module that it happened in."""
+    module, frame = "the step", error.__traceback__
+    while frame:
+        owner = frame.tb_frame.f_locals.get("self")
+        module = type(owner).__name__ if isinstance(owner, nn.Module) else module
+        frame = frame.tb_next
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return f"that {module} looks at its data ({error})"
+    return f"an error in {module}: {type(error).__name__}: {str(error)[:200]}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own report of what fake tensors cannot do: the error says it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _block_kinds(skeleton: PreTrainedModel, layout: BlockLayout) -> list[tuple[Any, ...]]:

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from hsplit_flwr.exchange.frame_bytes import payload_bytes
 from hsplit_flwr.models.dtypes import DTYPES
-from hsplit_flwr.planning.costs.memory import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate
+from hsplit_flwr.planning.costs.memory import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate, tile_bytes
 from hsplit_flwr.planning.costs.shapes import Matrix
 from hsplit_flwr.planning.costs.step_trace import StepTrace
-from hsplit_flwr.training.importance import TILE_BYTES
 from hsplit_flwr.training.workload import Workload
 
 Floats = NDArray[np.float64]
@@ -48,7 +47,7 @@ class TailMemory:
         """by blocks cut..L-1, for every cut; adapters of rank near 0"""
         end, last = trace.postlude, trace.blocks[-1]
         self._above = max(end.forward_peak, end.grown + end.backward_peak, last.backward_peak, 0)
-        self._tile = min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))
+        self._tile = tile_bytes(matrices, workload)
 
     def estimate(self, cuts: Sequence[int], ranks: Mapping[str, int]) -> MemoryEstimate:
         """With adapters of these ranks, in one step of clients with these cuts."""

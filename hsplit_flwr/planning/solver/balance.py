@@ -8,7 +8,8 @@ import math
 
 import numpy as np
 
-from hsplit_flwr.planning.solver.problem import Problem, Solution, own_seconds
+from hsplit_flwr.planning.solver.problem import Problem
+from hsplit_flwr.planning.solver.solution import Solution, own_seconds
 
 
 def balanced_deadline(problem: Problem) -> float:
@@ -17,12 +18,12 @@ def balanced_deadline(problem: Problem) -> float:
     So nobody is left out for lack of time who has the memory. Without a deadline (inf) where nobody has the memory, or
     the server has none for so many blocks at once.
     """
-    holders = problem.restricted(np.flatnonzero(problem.memory >= problem.head_bytes[0]))
+    holders = problem.restricted(np.flatnonzero(problem.devices.memory >= problem.heads.base_bytes[0]))
     clients = holders.num_clients
     blocks = clients * holders.num_cuts
-    if not clients or holders.server_bytes(blocks, clients) > holders.server_memory:
+    if not clients or holders.server_bytes(blocks, clients) > holders.devices.server_memory:
         return math.inf
-    levels = np.where(holders.block < 1, len(holders.ranks), 0).astype(np.int8)
+    levels = np.where(holders.matrices.block < 1, len(holders.ranks), 0).astype(np.int8)
     shallowest = Solution(np.ones(clients, int), np.tile(levels, (clients, 1)))
     seconds = own_seconds(holders, shallowest)[0].max() + holders.local_steps * holders.server_step_s(blocks, clients)
     return float(seconds)

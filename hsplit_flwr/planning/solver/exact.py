@@ -15,7 +15,8 @@ from scipy.sparse import coo_array
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.solver.objective import Floats
 from hsplit_flwr.planning.solver.participants import tolerances
-from hsplit_flwr.planning.solver.problem import Problem, Solution
+from hsplit_flwr.planning.solver.problem import Problem
+from hsplit_flwr.planning.solver.solution import Solution
 
 
 def solve(problem: Problem, *, time_limit_s: float, gap: float) -> Solution:
@@ -39,8 +40,8 @@ def solve(problem: Problem, *, time_limit_s: float, gap: float) -> Solution:
     )
     if answer.status != 0:
         raise ConfigError(
-            f"Expected an exact plan for {problem.num_clients} clients and {len(problem.names)} matrices within "
-            f"{time_limit_s:g} s, found: {answer.message} Use plan() instead, or allow more time or a wider gap."
+            f"Expected an exact plan for {problem.num_clients} clients and {len(problem.matrices.names)} matrices "
+            f"within {time_limit_s:g} s, found: {answer.message} Use plan() instead, or allow more time or a wider gap."
         )
     return model.solution(answer.x)
 
@@ -51,7 +52,7 @@ class _Model:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         n, cuts, ranks = problem.num_clients, problem.num_cuts, len(problem.ranks)
-        self.matrices = np.flatnonzero(problem.block < cuts)
+        self.matrices = np.flatnonzero(problem.matrices.block < cuts)
         shape = (n, len(self.matrices), ranks)
         self.y = np.arange(n * cuts).reshape(n, cuts)
         self.z = n * cuts + np.arange(int(np.prod(shape))).reshape(shape)
@@ -64,19 +65,20 @@ class _Model:
     def objective(self) -> Floats:
         """To be minimized."""
         cost = np.zeros(self.size)
-        worth = np.outer(self.problem.importance[self.matrices], np.diff(self.problem.level_gains))
+        worth = np.outer(self.problem.matrices.importance[self.matrices], np.diff(self.problem.level_gains))
         cost[self.z] = -worth
-        cost[self.y] = -self.problem.tail_values
+        cost[self.y] = -self.problem.tail.values
         return cost
 
     def upper_bounds(self) -> Floats:
-        """0 for cuts that a client cannot hold, or not in time even of an idle server."""
+        """0 for cuts that a client cannot hold, or not in time even of an idle server; ranks worth nothing."""
         bounds = np.ones(self.size)
+        bounds[self.z] = (self.problem.matrices.importance[self.matrices] > 0)[:, None]
         bounds[self.y] = tolerances(self.problem) >= 0
         return bounds
 
     def constraints(self) -> LinearConstraint:
-        """All rows, each scaled by its right-hand side."""
+        """Rows of the programme, each scaled by its right-hand side."""
         problem = self.problem
         for client in range(problem.num_clients):
             self._row(self.y[client], 1.0, lower=1, upper=1)
@@ -92,14 +94,14 @@ class _Model:
 
     def solution(self, x: Floats) -> Solution:
         """Cuts and levels out of the solver's answer."""
-        levels = np.zeros((self.problem.num_clients, len(self.problem.names)), np.int8)
+        levels = np.zeros((self.problem.num_clients, len(self.problem.matrices.names)), np.int8)
         levels[:, self.matrices] = np.round(x[self.z]).sum(axis=2)
         return Solution(np.argmax(x[self.y], axis=1) + 1, levels)
 
     def _structure(self, client: int) -> None:
         """A rank needs the next smaller one, and the smallest a cut that is deep enough."""
         for column, matrix in enumerate(self.matrices):
-            deep_enough = self.y[client, self.problem.block[matrix] :]
+            deep_enough = self.y[client, self.problem.matrices.block[matrix] :]
             first, *others = self.z[client, column]
             self._row(np.r_[first, deep_enough], np.r_[1.0, -np.ones(len(deep_enough))], upper=0)
             for smaller, larger in zip([first, *others[:-1]], others, strict=True):
@@ -107,16 +109,16 @@ class _Model:
 
     def _memory(self, client: int) -> None:
         problem = self.problem
-        budget = problem.memory[client]
-        per_step = np.outer(problem.rank_bytes[self.matrices], self.extra_rank)
+        budget = problem.devices.memory[client]
+        per_step = np.outer(problem.heads.rank_bytes[self.matrices], self.extra_rank)
         columns = np.r_[self.y[client], self.z[client].ravel()]
-        self._row(columns, np.r_[problem.head_bytes, per_step.ravel()] / budget, upper=1)
+        self._row(columns, np.r_[problem.heads.base_bytes, per_step.ravel()] / budget, upper=1)
 
     def _deadline(self, client: int) -> None:
         problem = self.problem
         fixed = np.array([problem.fixed_seconds(cut)[client] for cut in range(1, problem.num_cuts + 1)])
-        per_rank = problem.local_steps * problem.rank_flops / problem.flops_per_s[client]
-        per_rank += problem.rank_wire_bytes / problem.uplink[client]
+        per_rank = problem.local_steps * problem.heads.rank_flops / problem.devices.flops_per_s[client]
+        per_rank += problem.heads.rank_wire_bytes / problem.devices.uplink[client]
         coefficients = np.zeros(self.size)
         coefficients[self.y] = problem.local_steps * self._per_cut(problem.server_step_s)
         coefficients[self.y[client]] += fixed
@@ -126,8 +128,8 @@ class _Model:
 
     def _server(self) -> None:
         problem = self.problem
-        spare = problem.server_memory - problem.server_fixed_bytes
-        per_cut = self._per_cut(problem.server_bytes) - problem.server_fixed_bytes
+        spare = problem.devices.server_memory - problem.tail.fixed_bytes
+        per_cut = self._per_cut(problem.server_bytes) - problem.tail.fixed_bytes
         self._row(self.y.ravel(), np.tile(per_cut, problem.num_clients) / spare, upper=1)
 
     def _per_cut(self, cost: Callable[[float, int], float]) -> Floats:

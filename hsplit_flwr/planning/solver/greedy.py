@@ -16,8 +16,9 @@ import numpy as np
 from hsplit_flwr.planning.solver.heads import HeadFamily
 from hsplit_flwr.planning.solver.objective import Floats, Ints
 from hsplit_flwr.planning.solver.participants import ROUNDING
-from hsplit_flwr.planning.solver.problem import Problem, Solution
+from hsplit_flwr.planning.solver.problem import Problem
 from hsplit_flwr.planning.solver.sharing import share, upper_bounds
+from hsplit_flwr.planning.solver.solution import Solution
 
 EVALUATIONS = 16_000_000
 """heads weighed up against clients, about; fewer heads a cut where there are many clients"""
@@ -76,10 +77,10 @@ def best_members(problem: Problem, family: HeadFamily, grid: Ints) -> Ints:
 
 def _best_of_cut(problem: Problem, family: HeadFamily, grid: Ints, cut: int, clients: slice) -> Ints:
     heads = family.by_cut[cut - 1]
-    spare = problem.memory[clients, None] - problem.head_bytes[cut - 1]
-    per_flop = (problem.local_steps / problem.flops_per_s[clients])[:, None]
+    spare = problem.devices.memory[clients, None] - problem.heads.base_bytes[cut - 1]
+    per_flop = (problem.local_steps / problem.devices.flops_per_s[clients])[:, None]
     seconds = problem.fixed_seconds(cut)[clients, None] + heads.adapter_flops * per_flop
-    seconds += heads.upload_bytes / problem.uplink[clients, None]
+    seconds += heads.upload_bytes / problem.devices.uplink[clients, None]
     columns = _columns(problem, grid, seconds)
     columns[heads.adapter_bytes > spare] = -1
     # Members come in ascending value and the last write stays; column -1 collects what cannot be afforded.
@@ -115,13 +116,13 @@ def _values(problem: Problem, family: HeadFamily, table: Ints) -> Floats:
     """(n, C, N) values of the members in `table` and of the tail behind them, -inf where there is none."""
     values = np.empty(table.shape)
     for column, heads in enumerate(family.by_cut):
-        values[:, column] = np.r_[heads.value, -np.inf][table[:, column]] + problem.tail_values[column]
+        values[:, column] = np.r_[heads.value, -np.inf][table[:, column]] + problem.tail.values[column]
     return values
 
 
 def _block_limits(problem: Problem, grid: Ints) -> Ints:
     """(N,) blocks that the tail may run: those of `grid` for which the server has memory."""
-    if problem.tail_bytes_per_block <= 0:
+    if problem.tail.bytes_per_block <= 0:
         return grid
-    spare = problem.server_memory * (1 + ROUNDING) - problem.server_bytes(0, problem.num_clients)
-    return np.minimum(grid, int(min(spare / problem.tail_bytes_per_block, grid[-1])))
+    spare = problem.devices.server_memory * (1 + ROUNDING) - problem.server_bytes(0, problem.num_clients)
+    return np.minimum(grid, int(min(spare / problem.tail.bytes_per_block, grid[-1])))

@@ -48,7 +48,7 @@ class Heads:
 
 
 class HeadFamily:
-    """All members for all cuts.
+    """The family's members for all cuts.
 
     Args:
         problem: whose costs and importance; its clients' and server's budgets are not looked at.
@@ -59,8 +59,8 @@ class HeadFamily:
         self._problem = problem
         costs = _directions(problem)
         share = max(2, size // len(costs))
-        self._steps = [rank_steps(problem.importance, cost, problem.ranks) for cost in costs]
-        small = len(problem.names) <= FRONTIER_MATRICES
+        self._steps = [rank_steps(problem.matrices.importance, cost, problem.ranks) for cost in costs]
+        small = len(problem.matrices.names) <= FRONTIER_MATRICES
         frontiers = [_frontiers(problem, cost, share) for cost in costs] if small else []
         self.by_cut = [
             self._frontier_heads([frontier[cut - 1] for frontier in frontiers])
@@ -77,12 +77,12 @@ class HeadFamily:
             return kept
         direction, length = heads.chain[member]
         matrices = self._steps_of(cut, int(direction))[:length, 0]
-        levels: NDArray[np.int8] = np.bincount(matrices, minlength=len(self._problem.names)).astype(np.int8)
+        levels: NDArray[np.int8] = np.bincount(matrices, minlength=len(self._problem.matrices.names)).astype(np.int8)
         return levels
 
     def _steps_of(self, cut: int, direction: int) -> Ints:
         steps = self._steps[direction]
-        return steps[self._problem.block[steps[:, 0]] < cut]
+        return steps[self._problem.matrices.block[steps[:, 0]] < cut]
 
     def _chain_heads(self, cut: int, share: int) -> Heads:
         problem = self._problem
@@ -91,8 +91,8 @@ class HeadFamily:
         columns, chain = [], []
         for direction in range(len(self._steps)):
             matrix, level = self._steps_of(cut, direction).T
-            per_unit = np.stack([problem.rank_bytes, problem.rank_flops, problem.rank_wire_bytes])[:, matrix]
-            step = np.vstack([problem.importance[matrix] * gains[level - 1], per_unit * extra[level - 1]])
+            per_unit = problem.heads.per_rank[:, matrix]
+            step = np.vstack([problem.matrices.importance[matrix] * gains[level - 1], per_unit * extra[level - 1]])
             totals = np.hstack([np.zeros((4, 1)), step.cumsum(axis=1)])
             # denser where heads are small, and staggered, as the directions of real models are much alike
             spaced = ((np.arange(share) + direction / len(self._steps)) / share) ** 2
@@ -105,8 +105,8 @@ class HeadFamily:
         problem = self._problem
         kept = np.unique(np.vstack(levels), axis=0)
         ranks = problem.levels[kept]
-        per_unit = np.stack([problem.rank_bytes, problem.rank_flops, problem.rank_wire_bytes], axis=1)
-        columns = np.vstack([problem.level_gains[kept] @ problem.importance, (ranks @ per_unit).T])
+        value = problem.level_gains[kept] @ problem.matrices.importance
+        columns = np.vstack([value, (ranks @ problem.heads.per_rank.T).T])
         return _ascending(columns, np.zeros((len(kept), 2), int), kept)
 
 
@@ -119,7 +119,7 @@ def _ascending(columns: Floats, chain: Ints, levels: NDArray[np.int8] | None) ->
 
 def _directions(problem: Problem) -> list[Floats]:
     """(M,) costs of a unit of rank, one for every direction that is not a repetition."""
-    units = np.stack([problem.rank_bytes, problem.rank_flops, problem.rank_wire_bytes])
+    units = problem.heads.per_rank
     shares = units / units.sum(axis=1, keepdims=True)
     costs: list[Floats] = []
     for weights in DIRECTIONS:
@@ -130,15 +130,15 @@ def _directions(problem: Problem) -> list[Floats]:
 
 
 def _frontiers(problem: Problem, cost: Floats, size: int) -> list[NDArray[np.int8]]:
-    """For every cut, (K, M) levels: the best value for its cost, at most `size` of them."""
+    """Levels (K, M) for every cut: the best value for its cost, at most `size` of them."""
     total_cost, value = np.zeros(1), np.zeros(1)
-    levels = np.zeros((1, len(problem.names)), np.int8)
+    levels = np.zeros((1, len(problem.matrices.names)), np.int8)
     choices = np.arange(len(problem.levels), dtype=np.int8)
     result = []
     for cut in range(1, problem.num_cuts + 1):
-        for matrix in np.flatnonzero((problem.block == cut - 1) & (problem.importance > 0)):
+        for matrix in np.flatnonzero((problem.matrices.block == cut - 1) & (problem.matrices.importance > 0)):
             costs = (total_cost[:, None] + cost[matrix] * problem.levels).ravel()
-            gains = (value[:, None] + problem.importance[matrix] * problem.level_gains).ravel()
+            gains = (value[:, None] + problem.matrices.importance[matrix] * problem.level_gains).ravel()
             keep = _best_for_cost(costs, gains, size)
             total_cost, value = costs[keep], gains[keep]
             levels = levels[keep // len(choices)]

@@ -5,7 +5,8 @@ import numpy as np
 from hsplit_flwr.planning.round_plan import Limit
 from hsplit_flwr.planning.solver.heads import HeadFamily
 from hsplit_flwr.planning.solver.objective import Floats, Ints
-from hsplit_flwr.planning.solver.problem import Problem, Solution, needed_bytes, own_seconds, tail_blocks, values
+from hsplit_flwr.planning.solver.problem import Problem
+from hsplit_flwr.planning.solver.solution import Solution, needed_bytes, own_seconds, tail_blocks, values
 
 EVALUATIONS = 3_000_000
 
@@ -44,8 +45,8 @@ class _Search:
         self._server_s = problem.local_steps * problem.server_step_s(blocks, clients)
         self._block_s = problem.local_steps * problem.server_step_s(1, 0)
         room_s = problem.deadline_s - self._server_s - own_seconds(problem, solution)[0].max()
-        room_bytes = problem.server_memory - problem.server_bytes(blocks, clients)
-        self._room = min(room_s / self._block_s, room_bytes / max(problem.tail_bytes_per_block, 1.0))
+        room_bytes = problem.devices.server_memory - problem.server_bytes(blocks, clients)
+        self._room = min(room_s / self._block_s, room_bytes / max(problem.tail.bytes_per_block, 1.0))
         """blocks that the tail could run beyond the plan's"""
         self._memory_used = needed_bytes(problem, solution)
 
@@ -53,14 +54,14 @@ class _Search:
         """(clients,) the smallest excess of a better head with `cut`, and what it exceeds most."""
         problem, heads = self._problem, family.by_cut[cut - 1]
         lift = (self._cuts[clients] - cut)[:, None]
-        memory = (problem.head_bytes[cut - 1] + heads.adapter_bytes) / problem.memory[clients, None] - 1
+        memory = (problem.heads.base_bytes[cut - 1] + heads.adapter_bytes) / problem.devices.memory[clients, None] - 1
         seconds = problem.fixed_seconds(cut)[clients, None] + self._server_s + lift * self._block_s
-        seconds = seconds + problem.local_steps * heads.adapter_flops / problem.flops_per_s[clients, None]
-        seconds += heads.upload_bytes / problem.uplink[clients, None]
+        seconds = seconds + problem.local_steps * heads.adapter_flops / problem.devices.flops_per_s[clients, None]
+        seconds += heads.upload_bytes / problem.devices.uplink[clients, None]
         deadline = seconds / problem.deadline_s - 1
         excess = np.maximum(memory, deadline)
         blocked = (excess > 0) | (lift > self._room)
-        better = heads.value + problem.tail_values[cut - 1] > self._value[clients, None] * (1 + 1e-9)
+        better = heads.value + problem.tail.values[cut - 1] > self._value[clients, None] * (1 + 1e-9)
         distance = np.where(better & blocked, np.maximum(excess, 0), np.inf)
         at = np.argmin(distance, axis=1)
         rows = np.arange(len(clients))

@@ -18,6 +18,25 @@ def gain(rank: float) -> float:
     return math.log2(1 + rank)
 
 
+def gains(ranks: Sequence[float] | Ints) -> Floats:
+    """Worth g of every one of `ranks`."""
+    return np.array([gain(rank) for rank in ranks])
+
+
+def tail_values(importance: Floats, block: Ints, ranks: Ints, worth: float, cuts: int) -> Floats:
+    """Worth (C,): what the tail's training of the blocks behind each cut is worth for one client.
+
+    Args:
+        importance: (M,).
+        block: (M,) of every matrix, ascending.
+        ranks: (M,) of the tail's adapters.
+        worth: w, of a matrix in the tail against one of the same rank in a head.
+        cuts: C.
+    """
+    of_matrix = worth * importance * gains(ranks)
+    return np.array([of_matrix[block >= cut].sum() for cut in range(1, cuts + 1)])
+
+
 def spread_ranks(importance: Floats, size: Floats, ranks: Sequence[int], budget: float) -> Ints:
     """(M,) ranks that maximize sum I_m g(r_m) subject to sum r_m size_m <= `budget`, greedily.
 
@@ -51,7 +70,7 @@ def rank_steps(importance: Floats, cost: Floats, ranks: Sequence[int]) -> Ints:
         ranks: (R,) candidates besides 0; level k is the k-th smallest.
     """
     levels = np.array((0, *sorted(ranks)), float)
-    slope = np.diff([gain(rank) for rank in levels]) / np.diff(levels)
+    slope = np.diff(gains(levels)) / np.diff(levels)
     assert (np.diff(slope) < 0).all(), "g must be strictly concave"
     ratio = (importance[:, None] * slope / cost[:, None]).ravel()
     order = np.argsort(-ratio, kind="stable")

@@ -17,15 +17,15 @@ ROUNDING = 1e-9
 
 
 def tolerances(problem: Problem) -> Floats:
-    """(n, C) seconds."""
+    """Tolerances (n, C) in seconds."""
     cuts = range(1, problem.num_cuts + 1)
     slack = problem.deadline_s - np.stack([problem.fixed_seconds(cut) for cut in cuts], axis=1)
-    fits = problem.head_bytes[None, :] <= problem.memory[:, None]
+    fits = problem.heads.base_bytes[None, :] <= problem.devices.memory[:, None]
     return np.where(fits, slack / problem.local_steps, -np.inf)
 
 
 def serving_seconds(problem: Problem) -> Floats:
-    """(C,) that the server computes in a step for one client with a cut."""
+    """Seconds (C,) that the server computes in a step for one client with a cut."""
     blocks = problem.num_cuts - np.arange(problem.num_cuts)
     return np.array([problem.server_step_s(float(count), 1) for count in blocks])
 
@@ -41,13 +41,13 @@ def participants(problem: Problem) -> tuple[Ints, Ints, dict[str, str]]:
     """
     tolerance = tolerances(problem)
     alone = (tolerance >= serving_seconds(problem) * (1 - ROUNDING)).any(axis=1)
-    left_out = {problem.clients[i]: _reason_alone(problem, int(i)) for i in np.flatnonzero(~alone)}
+    left_out = {problem.devices.clients[i]: _reason_alone(problem, int(i)) for i in np.flatnonzero(~alone)}
     stay = np.flatnonzero(alone)
     cuts = least_load(problem, tolerance[stay])
     if cuts is None:
         served = _most_served(problem, tolerance[stay])
         crowded = np.setdiff1d(stay, stay[served])
-        left_out |= {problem.clients[i]: _reason_crowded(problem, tolerance[i], len(served)) for i in crowded}
+        left_out |= {problem.devices.clients[i]: _reason_crowded(problem, tolerance[i], len(served)) for i in crowded}
         stay = stay[served]
         cuts = least_load(problem, tolerance[stay])
         assert cuts is not None
@@ -97,14 +97,14 @@ def _most_served(problem: Problem, tolerance: Floats) -> Ints:
 
 
 def _reason_alone(problem: Problem, client: int) -> str:
-    memory = problem.memory[client]
-    if problem.head_bytes.min() > memory:
+    memory = problem.devices.memory[client]
+    if problem.heads.base_bytes.min() > memory:
         return (
-            f"memory: expected at least {problem.head_bytes.min():,.0f} bytes for the smallest head (cut "
-            f"{int(problem.head_bytes.argmin()) + 1}, no adapters), found {memory:,.0f}. "
+            f"memory: expected at least {problem.heads.base_bytes.min():,.0f} bytes for the smallest head (cut "
+            f"{int(problem.heads.base_bytes.argmin()) + 1}, no adapters), found {memory:,.0f}. "
             "Give it more memory, smaller or shorter batches, or a 16-bit dtype."
         )
-    fits = problem.head_bytes <= memory
+    fits = problem.heads.base_bytes <= memory
     whole = np.array([problem.fixed_seconds(cut)[client] for cut in range(1, problem.num_cuts + 1)])
     needed = float((whole + problem.local_steps * serving_seconds(problem))[fits].min())
     return (
@@ -126,10 +126,10 @@ def _reason_crowded(problem: Problem, tolerance: Floats, served: int) -> str:
 def _check_server(problem: Problem, cuts: Ints) -> None:
     blocks = int((problem.num_cuts + 1 - cuts).sum())
     needed = problem.server_bytes(blocks, len(cuts))
-    if needed > problem.server_memory * (1 + ROUNDING):
+    if needed > problem.devices.server_memory * (1 + ROUNDING):
         raise ConfigError(
             f"Expected a server with at least {math.ceil(needed):,} bytes for the tail of {len(cuts)} clients "
-            f"({problem.server_fixed_bytes:,.0f} of them for weights and adapters, the rest for activations with the "
-            f"deepest cuts that the clients can hold), found {problem.server_memory:,.0f}. "
+            f"({problem.tail.fixed_bytes:,.0f} of them for weights and adapters, the rest for activations with the "
+            f"deepest cuts that the clients can hold), found {problem.devices.server_memory:,.0f}. "
             "Sample fewer clients a round, use smaller batches or a 16-bit dtype, or give the server more memory."
         )

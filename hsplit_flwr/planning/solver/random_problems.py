@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from hsplit_flwr.planning.solver.objective import gain, spread_ranks
+from hsplit_flwr.planning.solver.objective import spread_ranks, tail_values
 from hsplit_flwr.planning.solver.participants import participants
-from hsplit_flwr.planning.solver.problem import Problem
+from hsplit_flwr.planning.solver.problem import Devices, HeadCosts, Matrices, Problem, TailCosts
 
 Tight = Literal["memory", "deadline", "both", "none"]
 TOKENS = 512
@@ -55,52 +55,62 @@ def random_problem(
     block_flops = 4 * TOKENS * weights
     tail_ranks = spread_ranks(np.where(block > 0, importance, 0), size, ranks, 8 * float(size[block > 0].sum()))
     worth = np.random.default_rng([seed, 1]).choice([0.0, 0.5, 1.0, 2.0])  # apart: other draws stay what they were
-    tail_value = worth * importance * np.array([gain(rank) for rank in tail_ranks])
     block_activations = 4 * TOKENS * hidden * 20
     problem = Problem(
-        names=tuple(f"model.layers.{b}.m{i % matrices}" for i, b in enumerate(block)),
-        block=block,
-        importance=importance,
-        rank_size=size,
-        rank_bytes=(16 * size + 4 * TOKENS) * vary[0],
-        rank_flops=6 * TOKENS * size * vary[1],
-        rank_wire_bytes=4 * size * vary[2],
-        head_bytes=4 * 8000.0 * hidden + depth * (4 * weights + block_activations),
-        head_flops=depth * block_flops,
-        round_bytes_up=depth * matrices * 256,
-        round_bytes_down=depth * 4 * weights * rng.uniform(0, 1),
-        step_bytes_up=4 * TOKENS * hidden,
-        step_bytes_down=4 * TOKENS * hidden,
-        local_steps=20,
-        tail_ranks=tail_ranks,
-        tail_flops_base=6.0 * TOKENS * hidden * 8000,
-        tail_flops_per_block=1.05 * block_flops,
-        tail_bytes_base=4.0 * TOKENS * 8000,
-        tail_bytes_per_block=block_activations,
-        tail_values=np.array([tail_value[block >= cut].sum() for cut in range(1, blocks)]),
-        server_fixed_bytes=4 * blocks * weights + 16 * float(tail_ranks @ size),
+        matrices=Matrices(
+            names=tuple(f"model.layers.{b}.m{i % matrices}" for i, b in enumerate(block)),
+            block=block,
+            importance=importance,
+        ),
+        heads=HeadCosts(
+            base_bytes=4 * 8000.0 * hidden + depth * (4 * weights + block_activations),
+            base_flops=depth * block_flops,
+            rank_bytes=(16 * size + 4 * TOKENS) * vary[0],
+            rank_flops=6 * TOKENS * size * vary[1],
+            rank_wire_bytes=4 * size * vary[2],
+            round_bytes_up=depth * matrices * 256,
+            round_bytes_down=depth * 4 * weights * rng.uniform(0, 1),
+            step_bytes_up=4 * TOKENS * hidden,
+            step_bytes_down=4 * TOKENS * hidden,
+        ),
+        tail=TailCosts(
+            ranks=tail_ranks,
+            values=tail_values(importance, block, tail_ranks, float(worth), blocks - 1),
+            flops_base=6.0 * TOKENS * hidden * 8000,
+            flops_per_block=1.05 * block_flops,
+            bytes_base=4.0 * TOKENS * 8000,
+            bytes_per_block=block_activations,
+            fixed_bytes=4 * blocks * weights + 16 * float(tail_ranks @ size),
+        ),
+        devices=Devices(
+            clients=tuple(f"client-{i}" for i in range(clients)),
+            memory=np.full(clients, 1e15),
+            flops_per_s=block_flops * 10 ** rng.uniform(0, 1.5, clients),
+            uplink=4 * TOKENS * hidden * 10 ** rng.uniform(0.5, 2, clients),
+            downlink=4 * TOKENS * hidden * 10 ** rng.uniform(0.5, 2, clients),
+            latency=rng.uniform(0, 0.05, clients),
+            server_memory=1e18,
+            server_flops_per_s=block_flops * 10 ** rng.uniform(0.7, 3) * max(1.0, clients / 5),
+        ),
         ranks=ranks,
-        clients=tuple(f"client-{i}" for i in range(clients)),
-        memory=np.full(clients, 1e15),
-        flops_per_s=block_flops * 10 ** rng.uniform(0, 1.5, clients),
-        uplink=4 * TOKENS * hidden * 10 ** rng.uniform(0.5, 2, clients),
-        downlink=4 * TOKENS * hidden * 10 ** rng.uniform(0.5, 2, clients),
-        latency=rng.uniform(0, 0.05, clients),
-        server_memory=1e18,
-        server_flops_per_s=block_flops * 10 ** rng.uniform(0.7, 3) * max(1.0, clients / 5),
+        local_steps=20,
     )
     if tight in ("memory", "both"):
-        full = problem.head_bytes[-1] + max(ranks) * float(problem.rank_bytes[block < blocks - 1].sum())
+        least, most = problem.heads.base_bytes[[0, -1]]
+        full = most + max(ranks) * float(problem.heads.rank_bytes[block < blocks - 1].sum())
         reach = rng.uniform(0.15, 1.0)
-        memory = problem.head_bytes[0] + (full - problem.head_bytes[0]) * reach * rng.uniform(0, 1, clients) ** 1.5
-        problem = replace(problem, memory=np.floor(memory))
+        memory = least + (full - least) * reach * rng.uniform(0, 1, clients) ** 1.5
+        problem = equipped(problem, memory=np.floor(memory))
     if tight in ("deadline", "both"):
         problem = replace(problem, deadline_s=_deadline(problem, rng))
-    return (
-        replace(problem, server_memory=_server_memory(problem) * rng.uniform(1, 1.5))
-        if rng.uniform() < 0.4
-        else problem
-    )
+    if rng.uniform() < 0.4:
+        problem = equipped(problem, server_memory=_server_memory(problem) * rng.uniform(1, 1.5))
+    return problem
+
+
+def equipped(problem: Problem, **changes: Any) -> Problem:
+    """The same problem with other `Devices`: `changes` of its fields."""
+    return replace(problem, devices=replace(problem.devices, **changes))
 
 
 def _server_memory(problem: Problem) -> float:
@@ -114,7 +124,8 @@ def _deadline(problem: Problem, rng: np.random.Generator) -> float:
     steps, clients, cuts = problem.local_steps, problem.num_clients, problem.num_cuts
     least = problem.fixed_seconds(1) + steps * problem.server_step_s(cuts * clients, clients)
     most = problem.fixed_seconds(cuts) + steps * problem.server_step_s(clients, clients)
-    per_rank = steps * problem.rank_flops.sum() / problem.flops_per_s + problem.rank_wire_bytes.sum() / problem.uplink
+    heads, devices = problem.heads, problem.devices
+    per_rank = steps * heads.rank_flops.sum() / devices.flops_per_s + heads.rank_wire_bytes.sum() / devices.uplink
     most = np.maximum(most, least) + max(problem.ranks) * per_rank
     low, high = np.quantile(least, rng.uniform(0.5, 1)), np.quantile(most, rng.uniform(0.2, 0.8))
     deadline = float(low + (max(high, low * 1.02) - low) * rng.uniform(0.02, 0.8))

@@ -3,7 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from e2e_nlg.task import FOLDER, batches, model_name
+from e2e_nlg.task import FOLDER, batches, check_data, model_name
 from hsplit_flwr.data.e2e import validation_examples
 from hsplit_flwr.data.text_batches import prompt_text, spread
 from hsplit_flwr.federation.run_output import Sample
@@ -34,6 +34,7 @@ def main(grid: Grid, context: Context) -> None:
             eval_batches=batches(central, run_config, shuffle=False),
             samples=[Sample(prompt_text(e.mr), e.ref) for e in spread(held_out, SAMPLES)],
             prompts=[prompt_text(e.mr) for e in spread(held_out, PROMPTS)],
+            check_data=lambda: check_data(run_config),
         )
     )
     strategy.start(grid)

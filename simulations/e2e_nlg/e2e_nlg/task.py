@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from hsplit_flwr.data.e2e import client_examples, validation_examples
+from hsplit_flwr.data.e2e import check_partitions, client_examples, validation_examples
 from hsplit_flwr.data.text_batches import Example, TextBatches, spread
-from hsplit_flwr.federation.head_client import ClientData
-from hsplit_flwr.flower.client_settings import RunConfig, get
+from hsplit_flwr.federation.client_data import ClientData
+from hsplit_flwr.flower.client_settings import RunConfig, count_clients, get
 from hsplit_flwr.models.assets import smollm2_checkpoint
 from hsplit_flwr.models.files import ModelFiles
 
@@ -42,6 +42,21 @@ def batches(examples: Sequence[Example], run_config: RunConfig, *, shuffle: bool
         max_length=get(run_config, "max-length", 96),
         seed=get(run_config, "seed", 0),
         shuffle=shuffle,
+    )
+
+
+def check_data(run_config: RunConfig) -> None:
+    """What every client would find out by itself: no such data, or no such partition. SuperNodes alone are not counted.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    check_partitions(
+        get(run_config, "data", ""),
+        num_partitions=count_clients(run_config, {}, FOLDER),
+        partition_by=get(run_config, "partition-by", "food"),
+        alpha=get(run_config, "dirichlet-alpha", 0.3),
+        seed=get(run_config, "seed", 0),
     )
 
 

@@ -9,7 +9,7 @@ from hsplit_flwr.federation.run_output import Sample
 from hsplit_flwr.flower.apps import ServerSide, legacy_components
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.models.files import ModelFiles
-from quickstart.task import FOLDER, MODEL, batches
+from quickstart.task import FOLDER, MODEL, batches, check_data
 
 CENTRAL_EXAMPLES = 200
 SAMPLES, PROMPTS = 2, 40
@@ -17,16 +17,18 @@ SAMPLES, PROMPTS = 2, 40
 
 def server_side(context: Context) -> ServerSide:
     """What the run config describes, whichever face of Flower it is for."""
+    run_config = context.run_config
     _, held_out = restaurant_examples()
     return ServerSide(
         app="simulations/quickstart",
-        run_config=context.run_config,
-        settings=read_settings(context.run_config, FOLDER),
+        run_config=run_config,
+        settings=read_settings(run_config, FOLDER),
         model_name=MODEL,
         files=ModelFiles.resolve(MODEL),
-        eval_batches=batches(held_out[:CENTRAL_EXAMPLES], context.run_config, shuffle=False),
+        eval_batches=batches(held_out[:CENTRAL_EXAMPLES], run_config, shuffle=False),
         samples=[Sample(prompt_text(e.mr), e.ref) for e in spread(held_out, SAMPLES)],
         prompts=[prompt_text(e.mr) for e in spread(held_out, PROMPTS)],
+        check_data=lambda: check_data(run_config),
     )
 
 

@@ -3,10 +3,10 @@
 from functools import lru_cache
 from pathlib import Path
 
-from hsplit_flwr.data.restaurants import partition_by_slot, restaurant_examples
+from hsplit_flwr.data.restaurants import check_partitions, partition_by_slot, restaurant_examples
 from hsplit_flwr.data.text_batches import Example, TextBatches
-from hsplit_flwr.federation.head_client import ClientData
-from hsplit_flwr.flower.client_settings import RunConfig, get
+from hsplit_flwr.federation.client_data import ClientData
+from hsplit_flwr.flower.client_settings import RunConfig, count_clients, get
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
 
@@ -30,6 +30,20 @@ def batches(examples: list[Example], run_config: RunConfig, *, shuffle: bool) ->
 @lru_cache(maxsize=1)
 def _tokenizer():  # type: ignore[no-untyped-def]
     return ModelFiles.resolve(MODEL).tokenizer()
+
+
+def check_data(run_config: RunConfig) -> None:
+    """What every client would find out by itself: that there is no such partition. SuperNodes alone are not counted.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    check_partitions(
+        count_clients(run_config, {}, FOLDER),
+        slot="food",
+        alpha=get(run_config, "dirichlet-alpha", 0.3),
+        seed=get(run_config, "seed", 0),
+    )
 
 
 def client_data(client: str, num_clients: int, run_config: RunConfig) -> ClientData:

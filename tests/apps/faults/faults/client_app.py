@@ -11,10 +11,10 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 from quickstart.task import MODEL, client_data
 
-from hsplit_flwr.federation.head_client import ClientData
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.flower.client import HSplitLoRAClient
 from hsplit_flwr.flower.client_settings import RunConfig, get, hosted_clients, integers
-from hsplit_flwr.training.loss import Batch
+from hsplit_flwr.training.batch import Batch
 
 FAULT_STEP = 1
 

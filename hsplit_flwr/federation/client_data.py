@@ -1,0 +1,34 @@
+"""What a client gives to a round: its data, and a place for its copy of the weight delta."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from hsplit_flwr.federation.trained_head import Shapes
+from hsplit_flwr.lora.delta_log import DeltaReplica
+from hsplit_flwr.training.batch import Batch
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """One client's data: batches of `input_ids`, `attention_mask`, `labels` (B, T), labels -100 where no loss."""
+
+    train: Callable[[int], Iterable[Batch]] | Iterable[Batch]
+    """At least ``local_steps`` batches per round. A callable gets the run step to start from, so that a client which is
+    built anew every round goes on where it stopped; an iterable starts again every round."""
+    evaluate: Iterable[Batch] = ()
+    """Held-out batches for the federated evaluation"""
+
+    def training_batches(self, first_step: int) -> Iterable[Batch]:
+        """Batches from run step `first_step` on."""
+        return self.train(first_step) if callable(self.train) else self.train
+
+
+class DeltaStore(Protocol):
+    """Where a client keeps its copy of the weight delta between rounds. Losing it costs bytes, not the run."""
+
+    def load(self, run: str, client: str, shapes: Shapes) -> DeltaReplica:
+        """The kept copy; an empty one where there is none, or it is of another run or another head."""
+
+    def save(self, run: str, client: str, replica: DeltaReplica) -> None:
+        """Keep `replica` for the next round."""
