@@ -243,7 +243,7 @@ def test_a_run_whose_rounds_are_over_writes_its_results_again(face: str, folder:
 
 
 def test_a_client_ahead_of_the_server_does_not_keep_its_delta(tmp_path: Path) -> None:
-    """It was at version 2, of a round that the checkpoint lacks; that round was played again, and client 2 failed in it.
+    """It was at version 2, of a round that the checkpoint lacks; that round is played again, and client 2 fails in it.
 
     Version 2 is another one then. By the run's id the client knows; else it would say "2", and get nothing.
     """
