@@ -50,7 +50,13 @@ TRAINING = TrainingConfig(rounds=3, local_steps=2, learning_rate=0.02, warmup_st
 CLIENTS = ("0", "1", "2")
 PLANS = {"0": ClientPlan(1, LoraSpec(1, 2.0)), "1": ClientPlan(2, LoraSpec(2, 3.0)), "2": ClientPlan(3, LoraSpec(4))}
 BATCHES = {c: random_batches(6, seed=int(c), rows=2 + int(c)) for c in CLIENTS}
-DATA = {c: ClientData(lambda step, c=c: BATCHES[c][step:], random_batches(1, 10 + int(c))) for c in CLIENTS}
+
+
+def data_of(client: str) -> ClientData:
+    """Other batches in every round: who starts at a wrong step trains on others."""
+    return ClientData(lambda first_step: BATCHES[client][first_step:], random_batches(1, 10 + int(client)))
+
+
 EVALUATION = random_batches(2, seed=20)
 WORKLOAD = Workload(batch_size=4, sequence_length=10, local_steps=2)
 LIMITS = BarrierLimits(start_gate_s=30.0, straggler_limit_s=20.0, step_limit_s=40.0)
@@ -85,13 +91,13 @@ class Federation:
         self.face = face
         self.planned = planned
         hosted = budgets if planned else None
-        self.nodes = [LocalNode(c, [c], MODEL, DATA.__getitem__, budgets=hosted) for c in CLIENTS]
+        self.nodes = [LocalNode(c, [c], MODEL, data_of, budgets=hosted) for c in CLIENTS]
         self.grid = ThreadGrid({100 + int(c): self._app(c) for c in CLIENTS}) if face == "messages" else None
 
     def _app(self, client: str) -> ClientApp:
         def node(context: Context) -> ClientNode:
             hosted = budgets if self.planned else None
-            return ClientNode(MODEL, DATA.__getitem__, context, client_ids=[client], budgets=hosted)
+            return ClientNode(MODEL, data_of, context, client_ids=[client], budgets=hosted)
 
         return client_app(node)
 
@@ -255,7 +261,7 @@ def test_a_client_ahead_of_the_server_does_not_keep_its_delta(tmp_path: Path) ->
         return fit(ins)
 
     federation = Federation("legacy", False)
-    federation.nodes = [Node(c, [c], Path(MODEL), DATA.__getitem__, fault if c == "2" else None) for c in CLIENTS]
+    federation.nodes = [Node(c, [c], Path(MODEL), data_of, fault if c == "2" else None) for c in CLIENTS]
     training = replace(TRAINING, seed=1)  # samples clients 0 and 1, 0 and 2, 0 and 1
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -326,7 +332,7 @@ def test_the_apps_resume_by_their_run_config_on_either_face(tmp_path: Path) -> N
     components = legacy_components(side(tmp_path / "out", **{"dirichlet-alpha": 0.3}))
     server = components.server
     assert isinstance(server, HSplitLoRAServer)
-    server.client_manager().register(LocalNode("1", ["0"], MODEL, DATA.__getitem__))
+    server.client_manager().register(LocalNode("1", ["0"], MODEL, data_of))
     server.fit(1, 60.0)
     again = {"dirichlet-alpha": 0.3, "resume": "latest", "start-gate-s": 5.0, "keep-checkpoints": 1}
     resumed = legacy_components(side(tmp_path / "out", **again))
@@ -364,7 +370,7 @@ def test_a_message_that_a_restarted_node_answers_is_of_the_round_that_opens() ->
         return budgets(client, round_number)
 
     strategy = HSplitLoRAMessageStrategy(GlobalModel(ModelFiles.resolve(MODEL)), planning(), TRAINING)
-    node = ClientNode(MODEL, DATA.__getitem__, Context(1, 1, {}, RecordDict(), {}), client_ids=["0"], budgets=noted)
+    node = ClientNode(MODEL, data_of, Context(1, 1, {}, RecordDict(), {}), client_ids=["0"], budgets=noted)
     for played in (0, 2):
         strategy.rounds._round_number = played
         task = strategy.rounds.probe_task("1")
