@@ -21,7 +21,11 @@ class HSplitLoRAServer(Server):
 
     Args:
         strategy: decides rounds and limits.
-        output: what becomes of the results; None: they stay in ``strategy.rounds.history`` and in the model.
+        output: what becomes of the results, and whether a run is resumed; None: they stay in
+            ``strategy.rounds.history`` and in the model.
+
+    Raises:
+        ConfigError: a run cannot be resumed, see `RunOutput.resume`.
     """
 
     def __init__(self, strategy: HSplitLoRAStrategy, output: RunOutput | None = None) -> None:
@@ -29,6 +33,8 @@ class HSplitLoRAServer(Server):
         self.set_max_workers(MOST_CLIENTS)
         self._rounds = strategy.rounds
         self._output = output
+        if output:
+            output.resume(self._rounds)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Flower's rounds, with the tail closed and the results written in any case.
@@ -66,10 +72,13 @@ def server_components(strategy: HSplitLoRAStrategy, *, output: RunOutput | None 
     Args:
         strategy: decides rounds and limits.
         output: where the results go (summary, tables, pictures, adapter, merged model); None: nowhere.
+
+    Raises:
+        ConfigError: a run cannot be resumed, see `RunOutput.resume`.
     """
     log_through_flower()
-    rounds = strategy.rounds
+    server, rounds = HSplitLoRAServer(strategy, output), strategy.rounds
     return ServerAppComponents(
-        server=HSplitLoRAServer(strategy, output),
-        config=ServerConfig(num_rounds=rounds.training.rounds, round_timeout=rounds.config.round_limit_s),
+        server=server,
+        config=ServerConfig(num_rounds=rounds.rounds_left, round_timeout=rounds.config.round_limit_s),
     )
