@@ -14,8 +14,8 @@ _log = logging.getLogger("hsplit_flwr")
 
 
 def grpc_door(service: ServiceConfig, training: TrainingConfig) -> OpenDoor:
-    """A way to open a gRPC service, with the codec that heads train by."""
-    config = replace(service, activation_dtype=training.activation_dtype)
+    """A way to open a gRPC service, with the codecs that heads train by."""
+    config = replace(service, activation_codec=training.activation_codec, gradient_codec=training.gradient_codec)
 
     def open_door(tail: SharedTail, model: GlobalModel, run: str) -> Door:
         door = TailService(tail, model.since, run, config)

@@ -18,7 +18,7 @@ from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 pytestmark = pytest.mark.timeout(20)
 
 LORA = LoraSpec(4, 8.0, ("q_proj", "v_proj"), {r"1\..*": 2}, {r"2\..*": 3.5})
-TRAINING = TrainingConfig(3, 7, learning_rate=1e-4, schedule="cosine", activation_dtype="bf16", seed=5)
+TRAINING = TrainingConfig(3, 7, learning_rate=1e-4, schedule="cosine", activation_codec="bf16", seed=5)
 TASK = RoundTask("run", 2, "client-1", "train", "127.0.0.1:80", "t0k3n", 60.5, 1 << 20, ClientPlan(3, LORA), TRAINING)
 
 
