@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 def blocks_of(values: Tensor, size: int) -> Tensor:
     """The largest absolute value of each value's block, in the values' place."""
-    parts = values.abs().split(size, -1)
+    parts = torch.split(values.abs(), size, -1)
     return torch.cat([part.amax(-1, keepdim=True).expand_as(part) for part in parts], -1)
 
 
