@@ -1,11 +1,12 @@
 """The tail as a client sees it: a `TailSession` over one stream of frames. Contract: `exchange/frames.py`."""
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from torch import Tensor
 
-from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.errors import AggregationError, ExchangeError
 from hsplit_flwr.exchange.codecs import CODECS, batch_tensors, check_gradient
 from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler
 from hsplit_flwr.exchange.task import RoundTask
@@ -61,15 +62,25 @@ class RemoteTail:
         if self._stream:
             self._stream.close()
 
-    def fetch_delta(self, have: int) -> DeltaTensors:
-        """Say hello; get what is missing between version `have` (0: nothing held) and the server's weights."""
+    def fetch_delta(self, have: int, most_bytes: int | None = None) -> DeltaTensors:
+        """Say hello; get what is missing between version `have` (0: nothing held) and the server's weights.
+
+        Args:
+            have: version that is held.
+            most_bytes: that all its tensors may take; None: any.
+
+        Raises:
+            AggregationError: more bytes come.
+        """
         self._send(self._header("hello", have=have))
         frame = self._receive("delta", 0)
         tensors = dict(frame.tensors)
         for left in reversed(range(frame.header.left)):
+            _check_bytes(tensors, most_bytes)
             frame = self._receive("delta", 0)
             expect_header(frame.header, left=left)
             tensors |= frame.tensors
+        _check_bytes(tensors, most_bytes)
         return DeltaTensors(frame.header.version, frame.header.whole, tensors)
 
     def probe(self, bytes_up: int, bytes_down: int) -> None:
@@ -120,3 +131,12 @@ class RemoteTail:
                 "tail_unreachable", "Expected a connected tail, found none yet. Use `with RemoteTail(...)`."
             )
         return self._stream
+
+
+def _check_bytes(tensors: Mapping[str, Tensor], most: int | None) -> None:
+    found = sum(tensor.nbytes for tensor in tensors.values())
+    if most is not None and found > most:
+        raise AggregationError(
+            f"Expected a delta of at most {most} bytes, all of the head's linear layers, found {found} and maybe more. "
+            "The server is broken or not to be trusted."
+        )

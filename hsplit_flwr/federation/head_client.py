@@ -16,6 +16,7 @@ from hsplit_flwr.exchange.transport import Connect
 from hsplit_flwr.federation.client_data import ClientData, DeltaStore
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
 from hsplit_flwr.lora.delta_log import DeltaUpdate
+from hsplit_flwr.lora.factors import dense_bytes
 from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.files import ModelFiles
@@ -134,7 +135,7 @@ class HeadClient:
         shapes = linear_shapes(head)
         replica = self._deltas.load(task.run, task.client, shapes)
         have = replica.version or 0
-        version, whole, tensors = tail.fetch_delta(have)
+        version, whole, tensors = tail.fetch_delta(have, sum(map(dense_bytes, shapes.values())))
         base = None if whole else have
         replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
         merge_delta(head, self._files, replica.total, replica.total.names())

@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Unpack
 
 from hsplit_flwr.common.progress import describe_participants
@@ -259,7 +260,7 @@ class RoundServer:
             token=token,
             time_limit_s=self.config.round_limit_s,
             max_frame_bytes=self._max_frame_bytes,
-            plan=plan,
+            plan=replace(plan, lora=plan.lora.spelled_out(self.model.head_names(plan.cut))),
             training=self.training,
             workload=self._plans.workload,
             common_start=self.config.rule != EXACT_RULE,
