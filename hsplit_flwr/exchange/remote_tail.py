@@ -30,12 +30,16 @@ class RemoteTail:
         task: what the Strategy sent.
         max_receive_bytes: the largest frame this client accepts.
         connect: opens the stream, e.g. ``partial(transport.connect, root_certificates=pem)``.
+        max_delta_bytes: that all tensors of a delta may take; None: any.
     """
 
-    def __init__(self, task: RoundTask, max_receive_bytes: int, connect: Connect) -> None:
+    def __init__(
+        self, task: RoundTask, max_receive_bytes: int, connect: Connect, max_delta_bytes: int | None = None
+    ) -> None:
         self._task = task
         self._codec = CODECS[task.training.activation_dtype]
         self._max_bytes = max_receive_bytes
+        self._max_delta_bytes = max_delta_bytes
         self._connect = connect
         self._stream: FrameStream | None = None
         self.bytes_up = 0
@@ -62,25 +66,21 @@ class RemoteTail:
         if self._stream:
             self._stream.close()
 
-    def fetch_delta(self, have: int, most_bytes: int | None = None) -> DeltaTensors:
+    def fetch_delta(self, have: int) -> DeltaTensors:
         """Say hello; get what is missing between version `have` (0: nothing held) and the server's weights.
 
-        Args:
-            have: version that is held.
-            most_bytes: that all its tensors may take; None: any.
-
         Raises:
-            AggregationError: more bytes come.
+            AggregationError: more bytes come than `max_delta_bytes`.
         """
         self._send(self._header("hello", have=have))
         frame = self._receive("delta", 0)
         tensors = dict(frame.tensors)
         for left in reversed(range(frame.header.left)):
-            _check_bytes(tensors, most_bytes)
+            _check_bytes(tensors, self._max_delta_bytes)
             frame = self._receive("delta", 0)
             expect_header(frame.header, left=left)
             tensors |= frame.tensors
-        _check_bytes(tensors, most_bytes)
+        _check_bytes(tensors, self._max_delta_bytes)
         return DeltaTensors(frame.header.version, frame.header.whole, tensors)
 
     def probe(self, bytes_up: int, bytes_down: int) -> None:

@@ -128,14 +128,15 @@ class HeadClient:
         return head
 
     def _open_tail(self, task: RoundTask, head: Segment) -> RemoteTail:
-        largest = max(4 * rows * columns for rows, columns in linear_shapes(head).values())
-        return RemoteTail(task, max(task.max_frame_bytes, largest + _FRAME_MARGIN_BYTES), self._connect)
+        dense = [dense_bytes(shape) for shape in linear_shapes(head).values()]
+        frame_bytes = max(task.max_frame_bytes, max(dense) + _FRAME_MARGIN_BYTES)
+        return RemoteTail(task, frame_bytes, self._connect, max_delta_bytes=sum(dense))
 
     def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail) -> None:
         shapes = linear_shapes(head)
         replica = self._deltas.load(task.run, task.client, shapes)
         have = replica.version or 0
-        version, whole, tensors = tail.fetch_delta(have, sum(map(dense_bytes, shapes.values())))
+        version, whole, tensors = tail.fetch_delta(have)
         base = None if whole else have
         replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
         merge_delta(head, self._files, replica.total, replica.total.names())

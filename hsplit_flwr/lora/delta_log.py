@@ -18,8 +18,9 @@ from hsplit_flwr.lora.deltas import WeightDelta, factors_from_tensors, factors_t
 from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, factor_bytes, stack
 
 ADDED, REPLACED = "add|", "replace|"
-LARGEST_FIGURE = 1e6
-"""in what a client takes of a delta: weights are of order 1, and fp16 ends at 65504"""
+LARGEST_FIGURE = 1e25
+"""in what a client takes of a delta. Far above what a server makes of the worst adapters that it accepts (see
+`federation/trained_head.py`): one client must not be able to make a delta that all others refuse."""
 
 
 @dataclass(frozen=True)

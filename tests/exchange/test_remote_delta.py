@@ -34,8 +34,8 @@ class Flood:
 
 
 def fetch(flood: Flood, most_bytes: int | None) -> int:
-    with RemoteTail(TASK, 1 << 20, lambda *args: flood) as tail:
-        return len(tail.fetch_delta(0, most_bytes).tensors)
+    with RemoteTail(TASK, 1 << 20, lambda *args: flood, most_bytes) as tail:
+        return len(tail.fetch_delta(0).tensors)
 
 
 def test_a_delta_within_the_head_is_taken() -> None:

@@ -415,7 +415,7 @@ def test_an_update_with_unknown_keys_is_refused() -> None:
         DeltaUpdate.from_tensors({"add|h.0.q|dense": torch.zeros(16, 16)}, SHAPES, base=1, version=2)
 
 
-@pytest.mark.parametrize("figure", [1e30, -1e7, math.nan, math.inf])
+@pytest.mark.parametrize("figure", [1e30, -1e26, math.nan, math.inf])
 @pytest.mark.parametrize("key", ["add|h.0.q|A", "add|h.0.q|B", "replace|h.1.q|dense"])
 def test_a_client_refuses_absurd_figures_of_a_server(key: str, figure: float) -> None:
     """A broken or malicious server: finite, and yet no weight of a model."""
@@ -426,6 +426,6 @@ def test_a_client_refuses_absurd_figures_of_a_server(key: str, figure: float) ->
     }
     tensors[key][0, 0] = figure
     with pytest.raises(
-        AggregationError, match=rf"beyond 1e\+06 in the delta.*found {re.escape(f'{abs(figure):g}')} in"
+        AggregationError, match=rf"beyond 1e\+25 in the delta.*found {re.escape(f'{abs(figure):g}')} in"
     ):
         DeltaUpdate.from_tensors(tensors, SHAPES, base=1, version=2)
