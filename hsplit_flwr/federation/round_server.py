@@ -24,7 +24,7 @@ from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.roster import Present
 from hsplit_flwr.federation.round_config import RoundOptions, StrategyConfig
 from hsplit_flwr.federation.tail_rounds import TailRounds
-from hsplit_flwr.lora.aggregation import EXACT_RULE, Contribution, token_shares
+from hsplit_flwr.lora.aggregation import STACKING, Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import block_of, linear_shapes
@@ -264,7 +264,7 @@ class RoundServer:
             plan=replace(plan, lora=plan.lora.spelled_out(self.model.head_names(plan.cut))),
             training=self.training,
             workload=self._plans.workload,
-            common_start=self.config.rule != EXACT_RULE,
+            common_start=self.config.rule not in STACKING,
         )
 
     def _settle_tail(self, replies: Replies, failures: Sequence[str]) -> dict[str, Accepted]:

@@ -483,7 +483,9 @@ def test_a_bad_client_is_left_out_and_the_weights_renormalised(model: Path, kind
     assert not strategy.history[1].failures
 
 
-@pytest.mark.parametrize(("rule", "starts"), [("noise_free", 3), ("fedavg", 1), ("zero_pad", 1), ("svd", 1)])
+@pytest.mark.parametrize(
+    ("rule", "starts"), [("noise_free", 3), ("fedavg", 1), ("zero_pad", 1), ("svd", 1), ("norm_clipped", 3)]
+)
 def test_what_is_averaged_starts_alike(model: Path, rule: str, starts: int) -> None:
     """The average of factors that start from unrelated A's is of unrelated things."""
     strategy = make_strategy(model, rule=rule)
