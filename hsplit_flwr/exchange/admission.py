@@ -8,11 +8,9 @@ from dataclasses import dataclass, field
 
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.task import Mode
+from hsplit_flwr.exchange.task_limits import LONGEST_S
 from hsplit_flwr.exchange.transport import Caller
 from hsplit_flwr.training.workload import Workload
-
-LONGEST_S = 366 * 24 * 3600.0
-"""a stream that says it has longer has no deadline (gRPC's books show 9e18 s)"""
 
 
 @dataclass(kw_only=True)
@@ -123,7 +121,7 @@ class Admission:
                 raise ExchangeError(
                     "unauthenticated", f"Expected an unused token of the open round, found {found}. Ask for a new task."
                 )
-            if caller.seconds_left > LONGEST_S:
+            if caller.seconds_left > LONGEST_S:  # none was set: gRPC's books show 9e18 s
                 raise ExchangeError("no_deadline", "Expected a deadline on the stream, found none. Set a timeout.")
             ticket.used = True
             self._callers[token] = caller

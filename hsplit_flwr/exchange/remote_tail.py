@@ -1,11 +1,12 @@
 """The tail as a client sees it: a `TailSession` over one stream of frames. Contract: `exchange/frames.py`."""
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from torch import Tensor
 
-from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.errors import AggregationError, ExchangeError
 from hsplit_flwr.exchange.batches import batch_tensors, check_gradient
 from hsplit_flwr.exchange.codecs import codec_named
 from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler, rounding_seed
@@ -31,16 +32,20 @@ class RemoteTail:
         task: what the Strategy sent.
         max_receive_bytes: the largest frame this client accepts.
         connect: opens the stream, e.g. ``partial(transport.connect, root_certificates=pem)``.
+        max_delta_bytes: that all tensors of a delta may take; None: any.
 
     Raises:
         ConfigError: a codec that this version does not have.
     """
 
-    def __init__(self, task: RoundTask, max_receive_bytes: int, connect: Connect) -> None:
+    def __init__(
+        self, task: RoundTask, max_receive_bytes: int, connect: Connect, max_delta_bytes: int | None = None
+    ) -> None:
         self._task = task
         self._up = codec_named(task.training.activation_codec)
         self._down = codec_named(task.training.gradient_codec)
         self._max_bytes = max_receive_bytes
+        self._max_delta_bytes = max_delta_bytes
         self._connect = connect
         self._stream: FrameStream | None = None
         self.bytes_up = 0
@@ -68,14 +73,20 @@ class RemoteTail:
             self._stream.close()
 
     def fetch_delta(self, have: int) -> DeltaTensors:
-        """Say hello; get what is missing between version `have` (0: nothing held) and the server's weights."""
+        """Say hello; get what is missing between version `have` (0: nothing held) and the server's weights.
+
+        Raises:
+            AggregationError: more bytes come than `max_delta_bytes`.
+        """
         self._send(self._header("hello", have=have))
         frame = self._receive("delta", 0)
         tensors = dict(frame.tensors)
         for left in reversed(range(frame.header.left)):
+            _check_bytes(tensors, self._max_delta_bytes)
             frame = self._receive("delta", 0)
             expect_header(frame.header, left=left)
             tensors |= frame.tensors
+        _check_bytes(tensors, self._max_delta_bytes)
         return DeltaTensors(frame.header.version, frame.header.whole, tensors)
 
     def probe(self, bytes_up: int, bytes_down: int) -> None:
@@ -128,3 +139,12 @@ class RemoteTail:
                 "tail_unreachable", "Expected a connected tail, found none yet. Use `with RemoteTail(...)`."
             )
         return self._stream
+
+
+def _check_bytes(tensors: Mapping[str, Tensor], most: int | None) -> None:
+    found = sum(tensor.nbytes for tensor in tensors.values())
+    if most is not None and found > most:
+        raise AggregationError(
+            f"Expected a delta of at most {most} bytes, all of the head's linear layers, found {found} and maybe more. "
+            "The server is broken or not to be trusted."
+        )

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from hsplit_flwr.common.seeds import head_seed
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.codecs import codec_named
+from hsplit_flwr.exchange.task_limits import check_lora_texts, check_task
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
@@ -58,7 +59,8 @@ class RoundTask:
         """The task that `to_json` wrote.
 
         Raises:
-            ConfigError: not a task, one of another protocol version, or one with a codec that this version lacks.
+            ConfigError: not a task, one of another protocol version, beyond `task_limits`, or with a codec
+                that this version lacks.
         """
         try:
             data: dict[str, Any] = json.loads(text)
@@ -68,13 +70,20 @@ class RoundTask:
                     f"Expected a task of protocol version {PROTOCOL_VERSION}, found {protocol}. "
                     "Install the same hsplit_flwr version on server and clients."
                 )
+            check_lora_texts(data["plan"]["lora"])
             plan = ClientPlan(cut=data["plan"]["cut"], lora=LoraSpec.from_dict(data["plan"]["lora"]))
             for key in ("activation_codec", "gradient_codec"):
                 codec_named(data["training"][key])  # a server with more codecs than this client
             training = TrainingConfig(**data["training"])
             workload = Workload(**data["workload"]) if data["workload"] else None
-            return cls(**{**data, "plan": plan, "training": training, "workload": workload})
+            task = cls(**{**data, "plan": plan, "training": training, "workload": workload})
+            if task.mode not in get_args(Mode):
+                raise ValueError(f"mode {task.mode!r:.80}")
+            check_task(task)
+            return task
         except ConfigError:
             raise
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"Expected a round task of hsplit_flwr in the Flower config, found {error!r}.") from error
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+            raise ConfigError(
+                f"Expected a round task of hsplit_flwr in the Flower config, found {error!r:.300}."
+            ) from error

@@ -8,10 +8,15 @@ from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.common.tables import describe_ranks
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.exchange.admission import Ticket
+from hsplit_flwr.exchange.task_limits import LONGEST_S
 from hsplit_flwr.federation.trained_head import HeadReply, Refusal, Shapes, TrainedHead, read_trained
 from hsplit_flwr.reports.records import CLIENT_PHASES, ClientRecord
 from hsplit_flwr.training.config import ClientPlan
 
+LARGEST_LOSS = 1e6
+"""nats per token: who knows nothing loses the logarithm of the vocabulary, about 12"""
+MOST_TOKENS = 10**12
+"""of a client in a round"""
 _log = logging.getLogger("hsplit_flwr")
 Replies = Mapping[str, HeadReply | Refusal]
 """client id -> what it sent back"""
@@ -75,4 +80,14 @@ def _checked(client: str, reply: HeadReply | Refusal, ticket: Ticket, expected: 
         raise AggregationError(f"refused: {reply.reason}")
     if ticket.steps != steps:
         raise AggregationError(f"Expected {steps} steps at the tail, found {ticket.steps}.")
+    _check_figures(reply)
     return read_trained(reply, client, expected.plan, expected.head_shapes)
+
+
+def _check_figures(reply: HeadReply) -> None:
+    """Refuse figures that no honest client reports: they would end in tables, plans and pictures."""
+    limits: dict[str, tuple[float, float]] = {"tokens": (reply.tokens, MOST_TOKENS), "loss": (reply.loss, LARGEST_LOSS)}
+    limits |= {f"{phase}_s": (reply.seconds.get(phase, 0.0), LONGEST_S) for phase in CLIENT_PHASES}
+    for name, (found, most) in limits.items():
+        if not 0 <= found <= most:
+            raise AggregationError(f"Expected {name} of a trained head in 0..{most:g}, found {found:g}.")

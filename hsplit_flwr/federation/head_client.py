@@ -16,6 +16,7 @@ from hsplit_flwr.exchange.transport import Connect
 from hsplit_flwr.federation.client_data import ClientData, DeltaStore
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
 from hsplit_flwr.lora.delta_log import DeltaUpdate
+from hsplit_flwr.lora.factors import dense_bytes
 from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.files import ModelFiles
@@ -127,8 +128,9 @@ class HeadClient:
         return head
 
     def _open_tail(self, task: RoundTask, head: Segment) -> RemoteTail:
-        largest = max(4 * rows * columns for rows, columns in linear_shapes(head).values())
-        return RemoteTail(task, max(task.max_frame_bytes, largest + _FRAME_MARGIN_BYTES), self._connect)
+        dense = [dense_bytes(shape) for shape in linear_shapes(head).values()]
+        frame_bytes = max(task.max_frame_bytes, max(dense) + _FRAME_MARGIN_BYTES)
+        return RemoteTail(task, frame_bytes, self._connect, max_delta_bytes=sum(dense))
 
     def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail) -> None:
         shapes = linear_shapes(head)

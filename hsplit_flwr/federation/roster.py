@@ -9,6 +9,10 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.budgets.budget import Budget
 
 _log = logging.getLogger("hsplit_flwr")
+MOST_CLIENTS = 100_000
+"""of one node; a simulation's node hosts many"""
+LONGEST_ID = 256
+"""characters of a client's id"""
 
 
 class Present(Protocol):
@@ -46,6 +50,12 @@ class NodeAnswer:
                 f"Expected client ids without repetition and a concurrency >= 0, found {self.clients!r:.200} and "
                 f"{self.concurrency}. Give each client of a node an id of its own."
             )
+        longest = max(map(len, self.clients), default=0)
+        if len(self.clients) > MOST_CLIENTS or longest > LONGEST_ID:
+            raise ConfigError(
+                f"Expected at most {MOST_CLIENTS} clients of a node with ids of at most {LONGEST_ID} characters, found "
+                f"{len(self.clients)} with up to {longest}. Give a node fewer clients, with short ids."
+            )
         if self.budgets and (missing := sorted(set(self.clients) - self.budgets.keys())):
             raise ConfigError(f"Expected a budget of every client of the node, found none of {missing}.")
 
@@ -65,8 +75,9 @@ class Roster:
     def update(self, online: Collection[str], answers: Mapping[str, NodeAnswer]) -> None:
         """The nodes `online` now, and the `answers` of new ones; who left takes its clients along.
 
-        A client that a new node claims moves there: a restarted node takes over while its old self still counts as
-        online. Where two new nodes claim it, the first one keeps it, and the other is left out, by name.
+        A client stays with its node as long as that node is online: whoever else claims it is left out, by name, and
+        may ask again before the next round. So nobody takes a living node's client, and a restarted node gets its own
+        back as soon as its old self no longer counts as online. Of two new nodes the first one keeps the client.
 
         Raises:
             ConfigError: no client is left.
@@ -75,11 +86,14 @@ class Roster:
         self._hosts = {client: node for client, node in self._hosts.items() if node in self._nodes}
         self._new = set()
         for node, answer in answers.items():
-            claimed = [client for client in answer.clients if self._hosts.get(client) in self._new]
-            if claimed:
-                host = self._hosts[claimed[0]]
-                reason = "expected clients of its own, found %s on node %s too. Give each an id of its own."
-                _log.warning("left out node %s: " + reason, node, claimed, host)
+            if taken := [client for client in answer.clients if client in self._hosts]:
+                _log.warning(
+                    "left out node %s: expected clients of its own, found %s on node %s too, which is online. "
+                    "Give each an id of its own; a restarted node is asked again until its old self is offline.",
+                    node,
+                    f"{taken!r:.200}",
+                    self._hosts[taken[0]],
+                )
                 continue
             self._nodes[node] = answer
             self._new.add(node)

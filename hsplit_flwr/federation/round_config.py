@@ -4,14 +4,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypedDict
 
-from hsplit_flwr.common.checks import require, require_whole
+from hsplit_flwr.common.checks import is_above, is_at_least, require, require_whole
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.task_limits import LONGEST_S
 from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.workload import Workload
+
+UPDATE_EXCESS = ("clip", "refuse")
+
+
+WAITING = ("min_nodes", "round_limit_s", "wait_for_nodes_s")
+"""fields of `StrategyConfig` that say how long is waited, not what is computed"""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,15 @@ class StrategyConfig:
     round_limit_s: float = 600.0
     """longest a client's stream may last"""
     wait_for_nodes_s: float = 300.0
+    max_share: float = 1.0
+    """largest share p_i of a client in a round's aggregation; what is cut off goes to the others. 1: its share of the
+    tokens, whatever that is"""
+    max_update_norm: float = 0.0
+    """largest size of a client's update, see `federation/bounds.py`; 0: any"""
+    max_update_ratio: float = 0.0
+    """the same, in multiples of the median of the round's clients (>= 1); 0: any"""
+    update_excess: str = "clip"
+    """what becomes of a larger update: ``clip`` scales it down to the limit, ``refuse`` leaves its client out"""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -36,8 +52,16 @@ class StrategyConfig:
         if not 0 < self.fraction_clients <= 1:
             raise ConfigError(f"Expected 0 < fraction_clients <= 1, found {self.fraction_clients}.")
         require_whole("min_nodes", self.min_nodes, 1)
-        require(self.round_limit_s > 0, "round_limit_s", "> 0 s", self.round_limit_s)
+        limited = is_above(self.round_limit_s, 0) and self.round_limit_s <= LONGEST_S
+        require(limited, "round_limit_s", f"> 0 s and at most {LONGEST_S:.0f} s", self.round_limit_s)
         require(self.wait_for_nodes_s > 0, "wait_for_nodes_s", "> 0 s", self.wait_for_nodes_s)
+        require(is_above(self.max_share, 0) and self.max_share <= 1, "max_share", "> 0 and at most 1", self.max_share)
+        require(is_at_least(self.max_update_norm, 0), "max_update_norm", ">= 0 (0: any size)", self.max_update_norm)
+        ratio = self.max_update_ratio
+        good = ratio == 0 or is_at_least(ratio, 1)
+        require(good, "max_update_ratio", ">= 1, or 0 (any size)", ratio)
+        known = self.update_excess in UPDATE_EXCESS
+        require(known, "update_excess", f"as one of {UPDATE_EXCESS}", self.update_excess)
 
 
 class RoundOptions(TypedDict, total=False):

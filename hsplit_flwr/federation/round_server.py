@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 from hsplit_flwr.common.dataclass_state import to_state
@@ -19,12 +20,13 @@ from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, ExchangeError, RunFailedError
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.federation.acceptance import Accepted, Expected, Replies, accept, tokens_of
+from hsplit_flwr.federation.bounds import balanced_importance, bound_updates, bounded_shares
 from hsplit_flwr.federation.door import Door, OpenDoor
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.roster import Present
-from hsplit_flwr.federation.round_config import RoundOptions, StrategyConfig
+from hsplit_flwr.federation.round_config import WAITING, RoundOptions, StrategyConfig
 from hsplit_flwr.federation.tail_rounds import TailRounds
-from hsplit_flwr.lora.aggregation import EXACT_RULE, Contribution, token_shares
+from hsplit_flwr.lora.aggregation import STACKING, Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import block_of, linear_shapes
@@ -152,7 +154,7 @@ class RoundServer:
         started = time.perf_counter()
         accepted = self._settle_tail(replies, failures)
         self._observe_budgets(replies)
-        shares = token_shares({c: a.ticket.tokens for c, a in accepted.items()}) if tokens_of(accepted) else {}
+        shares = self._shares(accepted)
         if not shares:
             _log.warning("round %d: no client finished, the weights stay as they are", number)
             self._tail.undo_training()
@@ -222,8 +224,7 @@ class RoundServer:
                 "model": self.model.identity,
                 "training": self.training,
                 "aggregation": self.config.rule,
-                "fraction-clients": self.config.fraction_clients,
-                "federated-evaluation": self.config.federated_evaluation,
+                **{key.replace("_", "-"): value for key, value in vars(self.config).items() if key not in WAITING},
                 "plans": self._plans.settings(),
             }
         )
@@ -315,10 +316,10 @@ class RoundServer:
             token=token,
             time_limit_s=self.config.round_limit_s,
             max_frame_bytes=self._max_frame_bytes,
-            plan=plan,
+            plan=replace(plan, lora=plan.lora.spelled_out(self.model.head_names(plan.cut))),
             training=self.training,
             workload=self._plans.workload,
-            common_start=self.config.rule != EXACT_RULE,
+            common_start=self.config.rule not in STACKING,
         )
 
     def _settle_tail(self, replies: Replies, failures: Sequence[str]) -> dict[str, Accepted]:
@@ -327,14 +328,22 @@ class RoundServer:
         accepted, refused = accept(
             replies, self._opened_door().close_round(), self._expected(), self.training.local_steps
         )
+        accepted, beyond = bound_updates(accepted, self.config)
         late = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
         self._journal.note(
             self._round_number,
             clients=tuple(done.record() for done in accepted.values()),
-            failures=(*failures, *refused, *late),
+            failures=(*failures, *refused, *beyond, *late),
             steps=self._steps.take(),
         )
         return accepted
+
+    def _shares(self, accepted: Mapping[str, Accepted]) -> dict[str, float]:
+        """p_i of the clients that finished; empty where nobody trained on anything."""
+        if not tokens_of(accepted):
+            return {}
+        shares = token_shares({client: done.ticket.tokens for client, done in accepted.items()})
+        return bounded_shares(shares, self.config.max_share)
 
     def _expected(self) -> dict[str, Expected]:
         """What each client of the round was asked for."""
@@ -352,8 +361,9 @@ class RoundServer:
         self.tail_rounds.merge(contributions, tail_factors, self.config.rule)
 
     def _learn_importance(self, accepted: Mapping[str, Accepted], shares: Mapping[str, float]) -> None:
-        heads = {client: done.trained.importance for client, done in accepted.items()}
-        self._plans.observe_importance(heads, self._tail.importance(), shares, self._shapes)
+        measured = {client: done.trained.importance for client, done in accepted.items()}
+        heads, tail = balanced_importance(measured, self._tail.importance())
+        self._plans.observe_importance(heads, tail, shares, self._shapes)
         train_loss = sum(done.ticket.nll for done in accepted.values()) / tokens_of(accepted)
         self._journal.note(self._round_number, importance=self._plans.history.profile, train_loss=train_loss)
 

@@ -17,6 +17,10 @@ from hsplit_flwr.training.config import ClientPlan
 A_SUFFIX, B_SUFFIX = "|A", "|B"
 IMPORTANCE = "importance"
 """the array with the importance of the head's linear layers, in the order of `HeadReply.layers`"""
+LARGEST_FACTOR = 1e6
+"""in an adapter: trained ones are of order 1"""
+LARGEST_IMPORTANCE = 1e15
+"""of a layer"""
 Array = NDArray[Any]
 Shapes = Mapping[str, tuple[int, int]]
 """module name -> (d_out, d_in)"""
@@ -88,7 +92,7 @@ def read_trained(reply: HeadReply, client: str, plan: ClientPlan, head_shapes: S
         head_shapes: the linear layers of its head, in the order of the model.
 
     Raises:
-        AggregationError: of another client, not exactly the planned arrays, or not finite.
+        AggregationError: of another client, not exactly the planned arrays, not finite, or absurdly large.
     """
     if reply.client != client:
         raise AggregationError(f"Expected a result that names client {client!r}, found {reply.client!r:.80}.")
@@ -121,6 +125,11 @@ def _read_factors(arrays: Mapping[str, Array], name: str, plan: ClientPlan, shap
         )
     factors = LoraFactors(_owned(A), _owned(B), plan.lora.scaling(name))
     check_factors(factors)
+    largest = max((float(tensor.abs().max()) for tensor in (factors.A, factors.B) if tensor.numel()), default=0.0)
+    if largest > LARGEST_FACTOR:
+        raise AggregationError(
+            f"Expected adapters without figures beyond {LARGEST_FACTOR:g}, found {largest:g} in {name}."
+        )
     return factors
 
 
@@ -140,5 +149,7 @@ def _read_importance(reply: HeadReply, names: list[str]) -> dict[str, float]:
         )
     if not (np.isfinite(values).all() and (values >= 0).all() and values.sum() > 0):
         raise AggregationError("Expected finite importance >= 0, not all of it 0, found other values.")
+    if values.max() > LARGEST_IMPORTANCE:
+        raise AggregationError(f"Expected importance of at most {LARGEST_IMPORTANCE:g}, found {values.max():g}.")
     found = dict(zip(reply.layers, values.tolist(), strict=True))
     return {name: found[name] for name in names}

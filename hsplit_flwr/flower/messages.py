@@ -98,7 +98,7 @@ def unpack_trained(arrays: Mapping[str, Array], figures: Figures, upload_bytes: 
             budget=budget,
             upload_bytes=upload_bytes,
         )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"Expected the figures of a trained head, found {error!r:.300}.") from error
 
 

@@ -15,15 +15,18 @@ Whatever the rule, the result is the weight update itself, with all weights and 
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median_low
 from typing import TypeAlias, TypeVar
 
 import torch
 
 from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.lora.factors import LoraFactors, check_factors, product_norm
+from hsplit_flwr.lora.factors import LoraFactors, check_factors, largest_product_norm, product_norm
 
 WEIGHT_TOLERANCE = 1e-6
+CLIP_RATIO = 2.0
+"""of `norm_clipped`: how far honest updates of one matrix lie apart"""
 Client = TypeVar("Client")
 
 
@@ -189,9 +192,38 @@ def svd(terms: Sequence[Term]) -> LoraFactors:
     return LoraFactors(A=Vh[:rank] @ Q_in.T, B=Q_out @ (U[:, :rank] * S[:rank]), scaling=1.0)
 
 
+def norm_clipped(terms: Sequence[Term]) -> LoraFactors:
+    """The robust rule: `noise_free`, with no term larger than `CLIP_RATIO` times the median ``||c B A||_F``.
+
+    A larger one is scaled down to that, so a minority of poisoned adapters moves a matrix by no more than honest ones
+    do. The median is the lower one and does not ask for weights; the tail counts as a term. Ours, after norm clipping
+    (Sun et al., arXiv:1911.07963). A trimmed mean or a median by coordinates needs the dense updates: its result is no
+    sum of the terms, has no small factors, and could not travel as an increment.
+    """
+    _check_terms(terms)
+    norms = [abs(term.factors.scaling) * largest_product_norm(term.factors) for term in terms]
+    limit = CLIP_RATIO * median_low(norms)
+    return noise_free(
+        [
+            term
+            if norm <= limit
+            else Term(term.weight, replace(term.factors, scaling=term.factors.scaling * limit / norm))
+            for term, norm in zip(terms, norms, strict=True)
+        ]
+    )
+
+
 EXACT_RULE = "noise_free"
-RULES: Mapping[str, Rule] = {EXACT_RULE: noise_free, "fedavg": fedavg, "zero_pad": zero_pad, "svd": svd}
+RULES: Mapping[str, Rule] = {
+    EXACT_RULE: noise_free,
+    "fedavg": fedavg,
+    "zero_pad": zero_pad,
+    "svd": svd,
+    "norm_clipped": norm_clipped,
+}
 """The rules by the names that configurations and benchmarks use."""
+STACKING = frozenset({EXACT_RULE, "norm_clipped"})
+"""rules that add up each adapter as a whole: what they sum need not start alike"""
 
 
 def _average_factors(terms: Sequence[Term], weights: Sequence[float]) -> LoraFactors:

@@ -18,6 +18,9 @@ from hsplit_flwr.lora.deltas import WeightDelta, factors_from_tensors, factors_t
 from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, factor_bytes, stack
 
 ADDED, REPLACED = "add|", "replace|"
+LARGEST_FIGURE = 1e25
+"""in what a client takes of a delta. Far above what a server makes of the worst adapters that it accepts (see
+`federation/trained_head.py`): one client must not be able to make a delta that all others refuse."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,15 @@ class DeltaUpdate:
         """The update that `to_tensors` wrote; `base` and `version` travel beside the tensors.
 
         Raises:
-            AggregationError: an unknown key, or as `WeightDelta.from_tensors`.
+            AggregationError: an unknown key, a figure beyond `LARGEST_FIGURE`, or as `WeightDelta.from_tensors`.
         """
+        for key, tensor in tensors.items():
+            largest = float(tensor.abs().max()) if tensor.numel() and tensor.is_floating_point() else 0.0
+            if not largest <= LARGEST_FIGURE:
+                raise AggregationError(
+                    f"Expected no figure beyond {LARGEST_FIGURE:g} in the delta of the weights, found {largest:g} "
+                    f"in {key!r:.200}. Training diverged, or the server is not to be trusted."
+                )
         added = {key.removeprefix(ADDED): t for key, t in tensors.items() if key.startswith(ADDED)}
         replaced = {key.removeprefix(REPLACED): t for key, t in tensors.items() if key.startswith(REPLACED)}
         if len(added) + len(replaced) != len(tensors):

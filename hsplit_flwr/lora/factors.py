@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError
 
+FLOAT32_ROUNDING = 1e-6
+"""relative error of a product of float32 factors, with room for sums of many terms"""
+
 
 @dataclass(frozen=True)
 class LoraFactors:
@@ -51,6 +54,11 @@ def product_norm(factors: LoraFactors) -> float:
     A, B = factors.A.double(), factors.B.double()
     squared = float(((B.T @ B) * (A @ A.T)).sum())
     return math.sqrt(max(squared, 0.0))
+
+
+def largest_product_norm(factors: LoraFactors) -> float:
+    """``||B A||_F``, and what float32 may add to it by rounding where the factors cancel."""
+    return product_norm(factors) + FLOAT32_ROUNDING * float(factors.A.double().norm() * factors.B.double().norm())
 
 
 def check_factors(factors: LoraFactors) -> tuple[int, int]:

@@ -98,6 +98,22 @@ class LoraSpec:
         """The scaling ``lora_alpha / r`` of the adapter on `module_name`."""
         return _first_match(self.alpha_pattern, module_name, self.lora_alpha) / self.rank(module_name)
 
+    def spelled_out(self, module_names: Iterable[str]) -> "LoraSpec":
+        """The same adapters on `module_names` by their whole names, without regular expressions: to be sent.
+
+        A spec without regular expressions stays as it is.
+        """
+        if all(map(is_literal, [*self.rank_pattern, *self.alpha_pattern])):
+            return self
+        names = self.targets(module_names)
+        alphas = {re.escape(name): _first_match(self.alpha_pattern, name, self.lora_alpha) for name in names}
+        return LoraSpec(
+            r=0,
+            lora_alpha=self.lora_alpha,
+            rank_pattern=_by_whole_name({name: self.rank(name) for name in names}),
+            alpha_pattern=alphas,
+        )
+
     @classmethod
     def of_ranks(cls, ranks: Mapping[str, int], lora_alpha: float) -> "LoraSpec":
         """A rank for every module by its whole name, none elsewhere; one alpha for all.
@@ -136,6 +152,11 @@ class LoraSpec:
             raise ConfigError(f"Expected a LoRA spec with the keys {sorted(expected)}, found {sorted(data)}.")
         targets = data["target_modules"]
         return cls(**{**data, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
+
+
+def is_literal(key: str) -> bool:
+    """Whether the pattern `key` is a plain text, escaped: it takes no longer to match than the text."""
+    return re.escape(re.sub(r"\\(.)", r"\1", key, flags=re.DOTALL)) == key
 
 
 def _by_whole_name(ranks: Mapping[str, int]) -> dict[str, int]:

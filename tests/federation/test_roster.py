@@ -27,14 +27,27 @@ def test_only_nodes_that_have_not_answered_are_unknown() -> None:
     assert roster.unknown(["1", "2", "3"]) == ["2", "3"]
 
 
-def test_a_restarted_node_takes_its_client_along() -> None:
-    """Its old self still counts as online for a while."""
+def test_a_restarted_node_gets_its_client_back_once_its_old_self_is_offline(caplog: pytest.LogCaptureFixture) -> None:
+    """Its old self still counts as online for a while; nobody can tell such a node from a thief."""
     roster = Roster()
-    roster.update({"1"}, {"1": answer("a", "b")})
-    roster.update({"1", "2"}, {"2": answer("a")})
-    assert (roster.node_of("a"), roster.node_of("b")) == ("2", "1")
-    roster.update({"2"}, {})
-    assert list(roster.clients) == ["a"]
+    roster.update({"1", "9"}, {"1": answer("a", "b"), "9": answer("z")})
+    roster.update({"1", "2", "9"}, {"2": answer("a", "b")})
+    assert "left out node 2" in caplog.text
+    assert "found ['a', 'b'] on node 1 too, which is online" in caplog.text
+    assert (roster.node_of("a"), roster.node_of("b")) == ("1", "1")
+    assert roster.unknown(["1", "2", "9"]) == ["2"]  # asked again
+    roster.update({"2", "9"}, {"2": answer("a", "b")})
+    assert (roster.node_of("a"), roster.node_of("b")) == ("2", "2")
+
+
+def test_nobody_takes_the_client_of_a_living_node() -> None:
+    """Any admitted node could: it claimed an id, and the client that had it was never asked again."""
+    roster = Roster()
+    roster.update({"1"}, {"1": answer("a", budgets=True)})
+    for thief in ("2", "3"):
+        roster.update({"1", thief}, {thief: answer("a", "b", budgets=True)})
+        assert {client: roster.node_of(client) for client in roster.clients} == {"a": "1"}
+        assert roster.new_budgets == {}  # nor does it speak for the client
 
 
 def test_of_two_new_nodes_with_one_client_the_first_keeps_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -58,6 +71,10 @@ def test_an_answer_that_contradicts_itself_is_refused() -> None:
         answer("a", "a")
     with pytest.raises(ConfigError, match="concurrency >= 0"):
         answer("a", concurrency=-1)
+    with pytest.raises(ConfigError, match=r"at most 100000 clients of a node.*found 100001"):
+        answer(*map(str, range(100_001)))
+    with pytest.raises(ConfigError, match="ids of at most 256 characters, found 1 with up to 257"):
+        answer("a" * 257)
     with pytest.raises(ConfigError, match=r"budget of every client of the node, found none of \['b'\]"):
         NodeAnswer(("a", "b"), 0, {"a": BUDGET})
 

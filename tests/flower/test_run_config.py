@@ -67,6 +67,10 @@ def test_every_key_arrives() -> None:
             "fraction-clients": 0.5,
             "federated-evaluation": False,
             "round-limit-s": 90,
+            "max-share": 0.5,
+            "max-update-norm": 7,
+            "max-update-ratio": 3,
+            "update-excess": "refuse",
             "tail-bind": "0.0.0.0:7000",
             "tail-address": "tail.example.org",
             "tail-certificate": "tls/chain.pem",
@@ -110,7 +114,9 @@ def test_every_key_arrives() -> None:
     assert settings.plans
     assert settings.plans["1"] == ClientPlan(3, LoraSpec(4, 4.0, ("q_proj", "v_proj")))
     assert settings.tail_lora == LoraSpec(6, 4.0, ("q_proj", "v_proj"))
-    assert settings.strategy == StrategyConfig("svd", 3, 0.5, False, 90.0)
+    assert settings.strategy == StrategyConfig(
+        "svd", 3, 0.5, False, 90.0, max_share=0.5, max_update_norm=7.0, max_update_ratio=3.0, update_excess="refuse"
+    )
     assert settings.service == ServiceConfig(
         "0.0.0.0:7000",
         "tail.example.org",
@@ -173,6 +179,8 @@ def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> N
         ({"gradient-codec": "int3"}, "Expected gradient_codec as one of .*run config: gradient-codec"),
         ({"aggregation": "mean"}, "Expected an aggregation rule among .*found 'mean'"),
         ({"fraction-clients": 0.0}, "Expected 0 < fraction_clients <= 1, found 0.0"),
+        ({"max-share": 0.0}, "Expected max_share > 0 and at most 1, found 0.0 .run config: max-share"),
+        ({"update-excess": "x"}, "Expected update_excess as one of .*run config: update-excess"),
         ({"start-gate-s": 0}, "Expected start_gate_s > 0 s, found 0.0"),
         ({"cuts": "1,x"}, "Expected cuts as integers with commas, such as '2,4,6', found '1,x'"),
         ({"cuts": "1,2,3"}, "Expected cuts and ranks for the same clients"),

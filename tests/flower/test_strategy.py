@@ -444,6 +444,18 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "no-name": (lying_about(client=""), "names client '1', found ''"),
     "no-figures": (nameless, "Expected a name for each of 17 arrays"),
     "junk-figures": (lying_about(load_s="soon"), "could not convert string to float"),
+    "importance-absurd": (importance(np.full(8, 1e30, np.float32)), "importance of at most 1e+15, found 1e+30"),
+    "adapter-absurd": (first_tensor(lambda a: stored(a * np.float32(1e30))), "without figures beyond 1e+06, found"),
+    "tokens-negative": (lying_about(tokens=-1), "Expected tokens of a trained head in 0..1e+12, found -1"),
+    "tokens-absurd": (lying_about(tokens=1e308), "Expected tokens of a trained head in 0..1e+12, found 1e+308"),
+    "tokens-infinite": (lying_about(tokens=math.inf), "cannot convert float infinity to integer"),
+    "tokens-nan": (lying_about(tokens=math.nan), "cannot convert float NaN to integer"),
+    "loss-nan": (lying_about(loss=math.nan), "Expected loss of a trained head in 0..1e+06, found nan"),
+    "loss-absurd": (lying_about(loss=1e308), "Expected loss of a trained head in 0..1e+06, found 1e+308"),
+    "loss-negative": (lying_about(loss=-0.5), "Expected loss of a trained head in 0..1e+06, found -0.5"),
+    "seconds-negative": (lying_about(load_s=-1.0), "Expected load_s of a trained head in 0.."),
+    "seconds-nan": (lying_about(compute_s=math.nan), "Expected compute_s of a trained head in 0.."),
+    "seconds-absurd": (lying_about(exchange_s=1e308), "Expected exchange_s of a trained head in 0.."),
     "idle": (idle, f"Expected {STEPS} steps at the tail, found 0"),
     "lazy": (lazy, f"Expected {STEPS} steps at the tail, found {STEPS - 1}"),
 }
@@ -471,7 +483,9 @@ def test_a_bad_client_is_left_out_and_the_weights_renormalised(model: Path, kind
     assert not strategy.history[1].failures
 
 
-@pytest.mark.parametrize(("rule", "starts"), [("noise_free", 3), ("fedavg", 1), ("zero_pad", 1), ("svd", 1)])
+@pytest.mark.parametrize(
+    ("rule", "starts"), [("noise_free", 3), ("fedavg", 1), ("zero_pad", 1), ("svd", 1), ("norm_clipped", 3)]
+)
 def test_what_is_averaged_starts_alike(model: Path, rule: str, starts: int) -> None:
     """The average of factors that start from unrelated A's is of unrelated things."""
     strategy = make_strategy(model, rule=rule)
@@ -769,9 +783,10 @@ def test_a_node_that_left_is_forgotten_and_a_new_one_is_asked(asking: HSplitLoRA
     first, second = StubNode("1", hosts("a")), StubNode("2", hosts("b"))
     manager = manager_of(first, second)
     assert hosted(asking, manager) == {"a": "1", "b": "2"}
-    manager.unregister(first)
     replacement = StubNode("3", hosts("a"))
     manager.register(replacement)
+    assert hosted(asking, manager) == {"a": "1", "b": "2"}  # "a" stays with its node while that is there
+    manager.unregister(first)
     assert hosted(asking, manager) == {"b": "2", "a": "3"}
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.aggregation import (
+    CLIP_RATIO,
     RULES,
     Contribution,
     Rule,
@@ -17,6 +18,7 @@ from hsplit_flwr.lora.aggregation import (
     aggregate,
     fedavg,
     noise_free,
+    norm_clipped,
     svd,
     tail_weight,
     terms_by_module,
@@ -253,6 +255,35 @@ def test_only_the_noise_free_rule_is_exact_for_unequal_ranks() -> None:
     errors = {name: relative_error(product(rule(terms)), dense) for name, rule in RULES.items()}
     assert errors["noise_free"] < EXACT
     assert min(error for name, error in errors.items() if name != "noise_free") > 0.01
+
+
+def test_the_clipped_rule_is_the_dense_sum_of_clipped_updates() -> None:
+    """Written out: dense updates in float64, none larger than twice the third of five norms."""
+    terms = unequal_terms()
+    updates = [product(term.factors) for term in terms]
+    norms = [float(np.linalg.norm(update)) for update in updates]
+    limit = CLIP_RATIO * sorted(norms)[2]
+    assert sum(norm > limit for norm in norms) == 2
+    clipped = [update * min(1.0, limit / norm) for update, norm in zip(updates, norms, strict=True)]
+    expected = np.sum([term.weight * update for term, update in zip(terms, clipped, strict=True)], axis=0)
+    assert relative_error(product(norm_clipped(terms)), expected) < 1e-5
+
+
+def test_the_clipped_rule_is_the_exact_one_where_nothing_stands_out() -> None:
+    terms = [Term(0.25, random_factors(4, seed)) for seed in range(4)]
+    clipped, exact = norm_clipped(terms), noise_free(terms)
+    assert torch.equal(clipped.A, exact.A)
+    assert torch.equal(clipped.B, exact.B)
+
+
+@pytest.mark.parametrize("factor", [-1e3, 1e15])
+def test_a_poisoned_adapter_moves_a_matrix_no_further_than_the_honest_ones(factor: float) -> None:
+    honest = [random_factors(4, seed) for seed in range(3)]
+    poisoned = LoraFactors(honest[2].A, honest[2].B * factor, honest[2].scaling)
+    update = product(norm_clipped([Term(1 / 3, factors) for factors in [*honest[:2], poisoned]]))
+    median = sorted(float(np.linalg.norm(product(factors))) for factors in [*honest[:2], poisoned])[1]
+    rest = sum(product(factors) / 3 for factors in honest[:2])
+    assert np.linalg.norm(update - rest) == pytest.approx(CLIP_RATIO * median / 3, rel=1e-3)
 
 
 @pytest.mark.parametrize("rule", [fedavg, zero_pad])

@@ -1,5 +1,6 @@
 import copy
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -412,3 +413,19 @@ def test_an_update_with_unknown_keys_is_refused() -> None:
         DeltaUpdate.from_tensors({"h.0.q|A": torch.zeros(1, 16)}, SHAPES, base=None, version=1)
     with pytest.raises(AggregationError, match="without its counterpart or of another kind"):
         DeltaUpdate.from_tensors({"add|h.0.q|dense": torch.zeros(16, 16)}, SHAPES, base=1, version=2)
+
+
+@pytest.mark.parametrize("figure", [1e30, -1e26, math.nan, math.inf])
+@pytest.mark.parametrize("key", ["add|h.0.q|A", "add|h.0.q|B", "replace|h.1.q|dense"])
+def test_a_client_refuses_absurd_figures_of_a_server(key: str, figure: float) -> None:
+    """A broken or malicious server: finite, and yet no weight of a model."""
+    tensors = {
+        "add|h.0.q|A": torch.zeros(1, 16),
+        "add|h.0.q|B": torch.zeros(16, 1),
+        "replace|h.1.q|dense": torch.zeros(16, 16),
+    }
+    tensors[key][0, 0] = figure
+    with pytest.raises(
+        AggregationError, match=rf"beyond 1e\+25 in the delta.*found {re.escape(f'{abs(figure):g}')} in"
+    ):
+        DeltaUpdate.from_tensors(tensors, SHAPES, base=1, version=2)

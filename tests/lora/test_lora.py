@@ -9,7 +9,7 @@ import torch
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
-from hsplit_flwr.lora.spec import ALL_LINEAR, LoraSpec
+from hsplit_flwr.lora.spec import ALL_LINEAR, LoraSpec, is_literal
 from tests.helpers.models import tiny_model
 
 pytestmark = pytest.mark.timeout(20)
@@ -129,6 +129,32 @@ def test_a_spec_survives_json_with_the_order_of_its_patterns(spec: LoraSpec) -> 
     assert found == spec
     assert list(found.rank_pattern) == list(spec.rank_pattern)
     assert isinstance(found.target_modules, str) == isinstance(spec.target_modules, str)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LoraSpec(4, rank_pattern={r"layers\.0\..*": 0, "mlp.*": 2}, alpha_pattern={".*q_proj": 3.0, "down.proj": 0.1}),
+        LoraSpec(3, 7.5, ("q_proj", "up_proj"), alpha_pattern={r"layers\.[01]\..*": 0.3}),
+        LoraSpec(0, rank_pattern={"nothing.*": 1}),
+    ],
+    ids=["ranks", "targets", "nothing"],
+)
+def test_a_spec_spelled_out_gives_the_same_adapters_without_regular_expressions(spec: LoraSpec) -> None:
+    spelled = spec.spelled_out(NAMES)
+    assert not all(map(is_literal, [*spec.rank_pattern, *spec.alpha_pattern]))
+    assert all(map(is_literal, [*spelled.rank_pattern, *spelled.alpha_pattern]))
+    assert spelled.targets(NAMES) == spec.targets(NAMES)
+    for name in spec.targets(NAMES):
+        assert (spelled.rank(name), spelled.scaling(name)) == (spec.rank(name), spec.scaling(name))
+
+
+def test_a_spec_of_plain_names_is_sent_as_it_is() -> None:
+    spec = LoraSpec(4, 8.0, ("q_proj",), {"up_proj": 2, r"layers\.1\.mlp\.up_proj": 3})
+    assert spec.spelled_out(NAMES) is spec
+    assert [is_literal(key) for key in ("q.proj", r"q\.proj", "a|b", r"\d", "q_proj", "(", "")] == [
+        False, True, False, False, True, False, True,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", [{"use_rslora": True}, {"r": None}], ids=["one more", "one less"])

@@ -287,6 +287,7 @@ def test_noise_free_says_what_others_would_have_lost() -> None:
     other = replace(HEALTHY, losses={"fedavg": 0.7, "zero_pad": 0.6, "svd": 0.004})
     history = run([6.0, 4.0])
     history[1] = replace(history[1], aggregation=other)
+    assert aggregation(history, "norm_clipped").measured.startswith("norm_clipped loses what it clips; ")
     finding = aggregation(history, "noise_free")
     assert (finding.status, finding.value) == ("ok", 0.0)
     assert finding.measured == (

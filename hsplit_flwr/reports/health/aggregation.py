@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, Contribution, Term, noise_free, terms_by_module
+from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, STACKING, Contribution, Term, noise_free, terms_by_module
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.reports.health.facts import RunFacts
 from hsplit_flwr.reports.health.findings import Cause, judged, mean, not_measured, percent
@@ -57,7 +57,7 @@ def _measure(
 ) -> AggregationHealth | None:
     terms = terms_by_module(contributions, tail, block_of)
     spectra = []
-    lost = dict.fromkeys((rule for rule in RULES if rule != EXACT_RULE), 0.0)
+    lost = dict.fromkeys((rule for rule in RULES if rule not in STACKING), 0.0)
     for name in chosen_matrices(terms, importance):
         exact = noise_free(terms[name])
         spectrum = update_spectrum(name, terms[name], exact)
@@ -116,7 +116,9 @@ def find(facts: RunFacts) -> Finding:
     lost = {name: mean([health.losses[name] for health in rounds]) for name in rounds[-1].losses}
     own = lost.pop(rule, 0.0)
     others = ", ".join(f"{name} {percent(value)}" for name, value in lost.items())
-    measured = f"{rule} loses {percent(own) if own else 'nothing'}; would have lost: {others}"
+    clips = rule in STACKING and rule != EXACT_RULE
+    loses = percent(own) if own else "what it clips" if clips else "nothing"
+    measured = f"{rule} loses {loses}; would have lost: {others}"
     collapse = collapse_share(rounds[-1])
     if collapse is not None:
         measured += f"; the smallest rank holds {percent(collapse)} of its energy"
