@@ -146,7 +146,7 @@ def test_no_more_copies_are_alive_than_are_said(name: str) -> None:
     def peak(action: Callable[[], object]) -> float:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
             action()
-        changes = [e.nbytes() for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+        changes = [e.nbytes() for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
         return max(accumulate(changes), default=0) / (4 * values.numel())
 
     parts = codec.encode("x", values)
