@@ -14,7 +14,7 @@ A codec alone knows how values are packed: frames, their sizes and their checks 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,10 @@ class Codec(Protocol):
     adds to it (``activations.scale``). The names do not depend on the shape.
     """
 
+    @property
+    def float_copies(self) -> int:
+        """How many copies of the values in float32 are alive while they are packed or unpacked; 0: none is made."""
+
     def layout(self, name: str, shape: Shape) -> Layout:
         """What `encode` makes of a tensor of `shape`."""
 
@@ -77,6 +81,7 @@ class Cast:
     """The values in another dtype, one part."""
 
     dtype: torch.dtype
+    float_copies: ClassVar[int] = 0
 
     def layout(self, name: str, shape: Shape) -> Layout:
         """See `Codec`."""
@@ -97,6 +102,8 @@ class Int8:
 
     No value is wrong by more than 1/254 of the position's largest absolute value (and rounding, or 1e-38).
     """
+
+    float_copies: ClassVar[int] = 2
 
     def layout(self, name: str, shape: Shape) -> Layout:
         """See `Codec`."""
@@ -123,6 +130,7 @@ class Int4:
     """
 
     stochastic: bool = False
+    float_copies: ClassVar[int] = 3
 
     def layout(self, name: str, shape: Shape) -> Layout:
         """See `Codec`. A byte holds the values i and i + 16 of a block, each as 1 to 15."""

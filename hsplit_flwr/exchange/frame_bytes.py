@@ -57,6 +57,12 @@ def payload_bytes(workload: Workload, hidden_size: int) -> int:
     return max(sum(part.nbytes for part in codec.layout("values", shape).values()) for codec in codecs)
 
 
+def packing_bytes(workload: Workload, hidden_size: int) -> int:
+    """Bytes of float32 that packing and unpacking a step's activations or gradient takes for a moment; 0 for casts."""
+    codecs = (codec_named(workload.activation_codec), codec_named(workload.gradient_codec))
+    return max(codec.float_copies for codec in codecs) * 4 * _largest(workload).positions * hidden_size
+
+
 def hello_bytes() -> int:
     """Bytes of one ``hello`` frame."""
     return _frame_bytes({})

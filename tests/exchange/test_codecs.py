@@ -1,13 +1,15 @@
 """Wire codecs: one table, whose rows alone decide what is sent, what is refused and how many bytes are predicted."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import accumulate
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange import frame_bytes
@@ -27,6 +29,8 @@ HIDDEN, VOCAB = 6, 11
 
 class ScaledInt8:
     """A codec of two parts: whole numbers of -127..127, and what they are to be multiplied by, row by row."""
+
+    float_copies = 2
 
     def layout(self, name: str, shape: Shape) -> Layout:
         return {name: Part(shape, torch.int8), f"{name}.scale": Part((*shape[:-1], 1), torch.float16)}
@@ -126,6 +130,29 @@ def test_payload_bytes_are_those_of_the_values(name: str) -> None:
     parts = CODECS[name].encode("activations", torch.randn(15, HIDDEN))
     workload = Workload(3, 5, activation_codec=name, gradient_codec=name)
     assert frame_bytes.payload_bytes(workload, HIDDEN) == sum(tensor.nbytes for tensor in parts.values())
+
+
+@pytest.mark.parametrize(("up", "down", "copies"), [("fp32", "bf16", 0), ("bf16", "int8", 2), ("int4", "int8", 3)])
+def test_packing_takes_the_copies_of_the_codec_that_makes_more(up: str, down: str, copies: int) -> None:
+    workload = Workload(3, 5, activation_codec=up, gradient_codec=down)
+    assert frame_bytes.packing_bytes(workload, HIDDEN) == copies * 4 * 3 * 5 * HIDDEN
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_no_more_copies_are_alive_than_are_said(name: str) -> None:
+    """What torch's allocator saw while the values were packed and unpacked, in units of their float32 bytes."""
+    codec, values = CODECS[name], torch.randn(256, 320)
+
+    def peak(action: Callable[[], object]) -> float:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+            action()
+        changes = [e.nbytes() for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+        return max(accumulate(changes), default=0) / (4 * values.numel())
+
+    parts = codec.encode("x", values)
+    sent = sum(part.nbytes for part in parts.values()) / (4 * values.numel())
+    assert peak(lambda: codec.encode("x", values, 1)) <= codec.float_copies + sent + 0.01
+    assert peak(lambda: codec.decode("x", parts, (256, 320))) <= codec.float_copies + 0.01
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ What a head's process grows by is what it holds throughout (weights, adapters, t
 what autograd keeps of the forward pass, and the workspace: the largest of
 
 * the forward pass: temporaries of one block; the last step's activations and gradient still stand
-* the exchange: the activations' frame on its way out, the gradient's on its way in
+* the exchange: the activations' frame on its way out, the gradient's on its way in, what packs and unpacks them
 * the backward pass: temporaries of one block, one tile of the importance measurement, the activations sent
 
 and on top what the process needs beside its tensors. That part is measured, not derived (`HEAP_SPREAD`,
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit_flwr.exchange.frame_bytes import payload_bytes
+from hsplit_flwr.exchange.frame_bytes import packing_bytes, payload_bytes
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs.shapes import Matrix, WeightBytes, blocks_of
 from hsplit_flwr.planning.costs.step_trace import StepTrace
@@ -93,6 +93,7 @@ class HeadMemory:
         itemsize = DTYPES[workload.dtype].itemsize
         self._hidden_bytes = self._tokens * hidden_size * itemsize
         self._frame_bytes = payload_bytes(workload, hidden_size)
+        self._packing_bytes = packing_bytes(workload, hidden_size)
         per_block = np.zeros((2, len(trace.blocks)), np.int64)
         for matrix in matrices:
             per_block[:, matrix.block] += 4 * self._tokens, matrix.d_in
@@ -160,7 +161,7 @@ class HeadMemory:
 
     def _workspace(self, cut: int) -> int:
         forward = self._forward_peaks[:cut].max() + 2 * self._hidden_bytes
-        exchange = self._alive[cut] + self._hidden_bytes + FRAME_COPIES * self._frame_bytes
+        exchange = self._alive[cut] + self._hidden_bytes + FRAME_COPIES * self._frame_bytes + self._packing_bytes
         backward = self._backward_peaks[:cut].max() + self._hidden_bytes + self._tile
         temporaries = max(forward, exchange, backward) - self._alive[cut] + self._tokens * TOKEN_BYTES
         holes = HEAP_SPREAD * self._heap_peaks[cut - 1] * cut ** HEAP_GROWTH[self._again]

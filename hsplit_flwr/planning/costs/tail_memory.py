@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hsplit_flwr.exchange.frame_bytes import payload_bytes
+from hsplit_flwr.exchange.frame_bytes import packing_bytes, payload_bytes
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs.memory import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate, tile_bytes
 from hsplit_flwr.planning.costs.shapes import Matrix
@@ -39,8 +39,8 @@ class TailMemory:
         self._matrices = matrices
         self._tokens = workload.batch_size * workload.sequence_length
         self._hidden_bytes = self._tokens * hidden_size * DTYPES[workload.dtype].itemsize
-        frame_bytes = payload_bytes(workload, hidden_size)
-        self._queued = 2 * self._hidden_bytes + FRAME_COPIES * frame_bytes + self._tokens * TOKEN_BYTES
+        frames = FRAME_COPIES * payload_bytes(workload, hidden_size) + packing_bytes(workload, hidden_size)
+        self._queued = 2 * self._hidden_bytes + frames + self._tokens * TOKEN_BYTES
         grown = np.array([block.grown for block in trace.blocks], np.int64)
         np.subtract.at(grown, [matrix.block for matrix in matrices], 4 * self._tokens)
         self._kept = np.concatenate([np.cumsum(grown[::-1])[::-1], [0]])
