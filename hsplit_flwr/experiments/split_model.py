@@ -22,7 +22,8 @@ from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.experiments.work import RoundOutcome, factor_bytes, merge_flops, split_work
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.round_server import RoundServer, StrategyConfig
+from hsplit_flwr.federation.round_config import StrategyConfig
+from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.federation.trained_head import HeadReply
 from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate
 from hsplit_flwr.lora.factors import LoraFactors

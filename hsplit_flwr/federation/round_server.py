@@ -9,25 +9,22 @@ clients' held-out data with heads on the clients and the tail here.
 import logging
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Unpack
 
-from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.common.dataclass_state import to_state
 from hsplit_flwr.common.progress import describe_participants
-from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.state import State
-from hsplit_flwr.common.tables import describe_ranks
-from hsplit_flwr.errors import AggregationError, ConfigError, ExchangeError, RunFailedError
-from hsplit_flwr.exchange.admission import Ticket
+from hsplit_flwr.errors import ConfigError, ExchangeError, RunFailedError
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.federation.acceptance import Accepted, Expected, Replies, accept, tokens_of
+from hsplit_flwr.federation.door import Door, OpenDoor
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.roster import Present
+from hsplit_flwr.federation.round_config import RoundOptions, StrategyConfig
 from hsplit_flwr.federation.tail_rounds import TailRounds
-from hsplit_flwr.federation.trained_head import HeadReply, Refusal, TrainedHead, read_trained
-from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES, Contribution, token_shares
+from hsplit_flwr.lora.aggregation import EXACT_RULE, Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import block_of, linear_shapes
@@ -36,85 +33,13 @@ from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.report import plan_table
 from hsplit_flwr.reports.health.aggregation import measure_aggregation
 from hsplit_flwr.reports.health.steps import StepNotes
-from hsplit_flwr.reports.records import CLIENT_PHASES, ClientRecord, Journal, RoundRecord
+from hsplit_flwr.reports.records import Journal, RoundRecord
 from hsplit_flwr.reports.step_log import log_progress
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.loss import Score
-from hsplit_flwr.training.step import StepReport
-from hsplit_flwr.training.tail import SharedTail
-from hsplit_flwr.training.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
-Replies = Mapping[str, HeadReply | Refusal]
-"""client id -> what it sent back"""
-
-
-class Door(Protocol):
-    """Where heads meet the tail: it admits the clients of a round and counts what they do."""
-
-    @property
-    def address(self) -> str:
-        """Address that clients are told."""
-
-    def open_round(
-        self,
-        round_number: int,
-        mode: Mode,
-        cuts: Mapping[str, int],
-        first_step: int,
-        *,
-        steps: int | None = None,
-        workload: Workload | None = None,
-    ) -> dict[str, str]:
-        """Admit the clients of `cuts`; returns each one's one-time token."""
-
-    def open_probe(self, node: str, round_number: int) -> str:
-        """Admit a node that measures its link before round `round_number`; returns its one-time token."""
-
-    def close_round(self) -> dict[str, Ticket]:
-        """End the round; returns what each client did."""
-
-    def stop(self) -> None:
-        """Let nobody in any more."""
-
-
-OpenDoor = Callable[[SharedTail, GlobalModel, str], Door]
-"""(tail, global model, id of the run) -> a door to that tail, open from then on"""
-
-
-@dataclass(frozen=True)
-class StrategyConfig:
-    """What a run does besides training steps."""
-
-    rule: str = EXACT_RULE
-    """aggregation rule, one of `aggregation.RULES`"""
-    min_nodes: int = 1
-    """a round starts once so many SuperNodes are connected"""
-    fraction_clients: float = 1.0
-    """share of the known clients that train in a round"""
-    federated_evaluation: bool = True
-    """score the clients' held-out data after every round"""
-    round_limit_s: float = 600.0
-    """longest a client's stream may last"""
-    wait_for_nodes_s: float = 300.0
-
-    def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ConfigError(f"Expected an aggregation rule among {sorted(RULES)}, found {self.rule!r}.")
-        if not 0 < self.fraction_clients <= 1:
-            raise ConfigError(f"Expected 0 < fraction_clients <= 1, found {self.fraction_clients}.")
-        require_whole("min_nodes", self.min_nodes, 1)
-        require(self.round_limit_s > 0, "round_limit_s", "> 0 s", self.round_limit_s)
-        require(self.wait_for_nodes_s > 0, "wait_for_nodes_s", "> 0 s", self.wait_for_nodes_s)
-
-
-class _Accepted(NamedTuple):
-    """What a client that finished its round brought, and what the tail counted of it."""
-
-    trained: TrainedHead
-    ticket: Ticket
 
 
 class RoundServer:
@@ -126,13 +51,8 @@ class RoundServer:
             adapters, or one plan for all.
         training: shared by heads and tail.
         open_door: how heads reach the tail; called once, before the first round.
-        tail_lora: the tail's adapters where plans are configured (default: rank 8 on every linear layer).
-        workload: the largest batches where plans are configured (default: any); planning has its own.
-        config: rounds, sampling, evaluation.
-        limits: waiting times of the step barrier.
         max_frame_bytes: largest frame that clients are told to accept.
-        eval_batches: server-side held-out batches; none: no central evaluation.
-        on_step: called after every tail step; default: a line of progress in the log now and then.
+        options: see `RoundOptions`.
 
     Raises:
         ConfigError: a plan's cut is not in 1..L-1, or a value is out of range.
@@ -145,19 +65,14 @@ class RoundServer:
         training: TrainingConfig,
         open_door: OpenDoor,
         *,
-        tail_lora: LoraSpec | None = None,
-        workload: Workload | None = None,
-        config: StrategyConfig | None = None,
-        limits: BarrierLimits | None = None,
         max_frame_bytes: int = 64 << 20,
-        eval_batches: Iterable[Batch] | None = None,
-        on_step: Callable[[StepReport], None] | None = None,
+        **options: Unpack[RoundOptions],
     ) -> None:
         self.model = model
         self.training = training
-        self.config = config or StrategyConfig()
+        self.config = options.get("config") or StrategyConfig()
         self.initial_score: Score | None = None
-        limits = limits or BarrierLimits()
+        limits = options.get("limits") or BarrierLimits()
         if limits.start_gate_s >= self.config.round_limit_s:
             raise ConfigError(
                 f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
@@ -168,14 +83,14 @@ class RoundServer:
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._journal = Journal()
         self._shapes = linear_shapes(model.segment)
-        self._plans = plans_in_force(plans, tail_lora, workload, training, self._shapes)
-        self._steps = StepNotes(on_step or log_progress(training))
+        self._plans = plans_in_force(plans, options.get("tail_lora"), options.get("workload"), training, self._shapes)
+        self._steps = StepNotes(options.get("on_step") or log_progress(training))
         self.tail_rounds = TailRounds(model, self._plans, training, limits, self._steps)
         self._tail = self.tail_rounds.tail
         self._open_door = open_door
         self._door: Door | None = None
         self._max_frame_bytes = max_frame_bytes
-        self._eval_batches = eval_batches
+        self._eval_batches = options.get("eval_batches")
         self._round_number = 0
         self._round_plans: dict[str, ClientPlan] = {}
         self._phase_started = time.perf_counter()
@@ -238,7 +153,7 @@ class RoundServer:
         started = time.perf_counter()
         accepted = self._settle_tail(replies, failures)
         self._observe_budgets(replies)
-        shares = token_shares({c: a.ticket.tokens for c, a in accepted.items()}) if _tokens(accepted) else {}
+        shares = token_shares({c: a.ticket.tokens for c, a in accepted.items()}) if tokens_of(accepted) else {}
         if not shares:
             _log.warning("round %d: no client finished, the weights stay as they are", number)
             self._tail.undo_training()
@@ -407,38 +322,27 @@ class RoundServer:
             common_start=self.config.rule != EXACT_RULE,
         )
 
-    def _settle_tail(self, replies: Replies, failures: Sequence[str]) -> dict[str, _Accepted]:
+    def _settle_tail(self, replies: Replies, failures: Sequence[str]) -> dict[str, Accepted]:
         """Close the tail; note and return what the clients brought that did all their steps."""
         dropped = self._tail.close_training()
-        accepted, refused = self._accept(replies, self._opened_door().close_round())
+        accepted, refused = accept(
+            replies, self._opened_door().close_round(), self._expected(), self.training.local_steps
+        )
         late = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
         self._journal.note(
             self._round_number,
-            clients=tuple(_client_record(*done) for done in accepted.values()),
+            clients=tuple(done.record() for done in accepted.values()),
             failures=(*failures, *refused, *late),
             steps=self._steps.take(),
         )
         return accepted
 
-    def _accept(self, replies: Replies, tickets: Mapping[str, Ticket]) -> tuple[dict[str, _Accepted], list[str]]:
-        """The clients that did all their steps and sent usable adapters, by id, and why others are left out."""
-        accepted, refused = {}, []
-        for client, reply in replies.items():
-            try:
-                accepted[client] = _Accepted(self._checked(client, reply, tickets[client]), tickets[client])
-            except Exception as error:  # whatever a client sends must not stop the run
-                refused.append(describe_failure(client, f"{type(error).__name__}: {error}"))
-                _log.warning("left out %s", refused[-1])
-        return dict(sorted(accepted.items())), refused
-
-    def _checked(self, client: str, reply: HeadReply | Refusal, ticket: Ticket) -> TrainedHead:
-        if isinstance(reply, Refusal):
-            raise AggregationError(f"refused: {reply.reason}")
-        if ticket.steps != self.training.local_steps:
-            raise AggregationError(f"Expected {self.training.local_steps} steps at the tail, found {ticket.steps}.")
-        plan = self._round_plans[client]
-        head_shapes = {name: self._shapes[name] for name in self.model.head_names(plan.cut)}
-        return read_trained(reply, client, plan, head_shapes)
+    def _expected(self) -> dict[str, Expected]:
+        """What each client of the round was asked for."""
+        return {
+            client: Expected(plan, {name: self._shapes[name] for name in self.model.head_names(plan.cut)})
+            for client, plan in self._round_plans.items()
+        }
 
     def _observe_budgets(self, replies: Replies) -> None:
         for client, reply in replies.items():
@@ -448,10 +352,10 @@ class RoundServer:
         """Noise-free aggregation; the update goes into the weights. For whoever ends a round otherwise to override."""
         self.tail_rounds.merge(contributions, tail_factors, self.config.rule)
 
-    def _learn_importance(self, accepted: Mapping[str, _Accepted], shares: Mapping[str, float]) -> None:
+    def _learn_importance(self, accepted: Mapping[str, Accepted], shares: Mapping[str, float]) -> None:
         heads = {client: done.trained.importance for client, done in accepted.items()}
         self._plans.observe_importance(heads, self._tail.importance(), shares, self._shapes)
-        train_loss = sum(done.ticket.nll for done in accepted.values()) / _tokens(accepted)
+        train_loss = sum(done.ticket.nll for done in accepted.values()) / tokens_of(accepted)
         self._journal.note(self._round_number, importance=self._plans.history.profile, train_loss=train_loss)
 
     def _measure_health(self, contributions: Sequence[Contribution], tail_factors: Mapping[str, LoraFactors]) -> None:
@@ -460,24 +364,3 @@ class RoundServer:
         health = measure_aggregation(contributions, tail_factors, list(self._shapes), block_of, profile)
         self._journal.note(self._round_number, aggregation=health)
         self._journal.phase(self._round_number, "health", started)
-
-
-def _tokens(accepted: Mapping[str, _Accepted]) -> int:
-    return sum(done.ticket.tokens for done in accepted.values())
-
-
-def _client_record(trained: TrainedHead, ticket: Ticket) -> ClientRecord:
-    """A client's round, as far as possible from what the tail itself counted; its seconds are its own word."""
-    ranks = [factors.rank for factors in trained.factors.values()]
-    return ClientRecord(
-        client_id=ticket.client,
-        cut=ticket.cut,
-        ranks=describe_ranks(ranks),
-        mean_rank=sum(ranks) / max(1, len(ranks)),
-        tokens=ticket.tokens,
-        steps=ticket.steps,
-        loss=ticket.nll / ticket.tokens if ticket.tokens else None,
-        bytes_up=ticket.bytes_up + trained.upload_bytes,
-        bytes_down=ticket.bytes_down,
-        seconds={phase: trained.seconds.get(phase, 0.0) for phase in CLIENT_PHASES},
-    )

@@ -2,24 +2,34 @@
 
 import logging
 from dataclasses import replace
+from typing import Unpack
 
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.tail_service import TailService
+from hsplit_flwr.federation.door import Door
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.round_server import Door, OpenDoor
+from hsplit_flwr.federation.round_config import RoundOptions
+from hsplit_flwr.federation.round_server import RoundServer
+from hsplit_flwr.planning.plans import Plans
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.tail import SharedTail
 
 _log = logging.getLogger("hsplit_flwr")
 
 
-def grpc_door(service: ServiceConfig, training: TrainingConfig) -> OpenDoor:
-    """A way to open a gRPC service, with the codec that heads train by."""
-    config = replace(service, activation_dtype=training.activation_dtype)
+def flower_rounds(
+    model: GlobalModel,
+    plans: Plans,
+    training: TrainingConfig,
+    service: ServiceConfig | None,
+    **options: Unpack[RoundOptions],
+) -> RoundServer:
+    """The rounds of a strategy, whose heads reach the tail over `service` (raises as `RoundServer`)."""
+    config = replace(service or ServiceConfig(), activation_dtype=training.activation_dtype)
 
     def open_door(tail: SharedTail, model: GlobalModel, run: str) -> Door:
         door = TailService(tail, model.since, run, config)
         _log.info("the tail listens on %s for heads; Flower's own messages take Flower's connections", door.address)
         return door
 
-    return open_door
+    return RoundServer(model, plans, training, open_door, max_frame_bytes=config.max_frame_bytes, **options)

@@ -5,9 +5,8 @@ some: `server_round` is its number, `round_number` the run's.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -17,25 +16,19 @@ from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.roster import NodeAnswer, Roster
-from hsplit_flwr.federation.round_server import RoundServer, StrategyConfig
+from hsplit_flwr.federation.round_config import RoundOptions
 from hsplit_flwr.federation.run_output import RunOutput, run_rounds
 from hsplit_flwr.federation.trained_head import HeadReply, Refusal
-from hsplit_flwr.flower.doors import grpc_door
+from hsplit_flwr.flower.doors import flower_rounds
 from hsplit_flwr.flower.flower_log import log_through_flower
+from hsplit_flwr.flower.grid_nodes import GridNodes
 from hsplit_flwr.flower.message_client import ARRAYS, CONFIG, config_of
-from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY, unpack_answer, unpack_each, unpack_trained
-from hsplit_flwr.flower.nodes import too_few_nodes
+from hsplit_flwr.flower.messages import TASK_KEY, unpack_each, unpack_trained
 from hsplit_flwr.flower.watched_grid import WatchedGrid
-from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.planning.plans import Plans
 from hsplit_flwr.reports.records import RoundRecord
-from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.loss import Score
-from hsplit_flwr.training.step import StepReport
-from hsplit_flwr.training.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
 NODES_POLL_S = 1.0
@@ -47,7 +40,7 @@ class HSplitLoRAMessageStrategy(Strategy):
 
     Args:
         model: the global model; the strategy merges every round's update into it.
-        plans: see `HSplitLoRAStrategy`, as are all others but `output`.
+        plans: see `HSplitLoRAStrategy`, as are `training`, `service` and `options`.
         output: what becomes of the results, and whether a run is resumed; None: they stay in `rounds.history` and in
             the model.
 
@@ -62,31 +55,13 @@ class HSplitLoRAMessageStrategy(Strategy):
         plans: Plans,
         training: TrainingConfig,
         *,
-        tail_lora: LoraSpec | None = None,
-        workload: Workload | None = None,
-        config: StrategyConfig | None = None,
         service: ServiceConfig | None = None,
-        limits: BarrierLimits | None = None,
-        eval_batches: Iterable[Batch] | None = None,
-        on_step: Callable[[StepReport], None] | None = None,
         output: RunOutput | None = None,
+        **options: Unpack[RoundOptions],
     ) -> None:
-        service = service or ServiceConfig()
-        self.rounds = RoundServer(
-            model,
-            plans,
-            training,
-            grpc_door(service, training),
-            tail_lora=tail_lora,
-            workload=workload,
-            config=config,
-            limits=limits,
-            max_frame_bytes=service.max_frame_bytes,
-            eval_batches=eval_batches,
-            on_step=on_step,
-        )
+        self.rounds = flower_rounds(model, plans, training, service, **options)
         self._output = output
-        self._roster = Roster()
+        self.nodes = GridNodes(self.rounds)
         self._told: list[tuple[Message, str]] = []
         """messages of the round under way, and the client that each is for"""
         self._resent: dict[str, str] = {}
@@ -169,7 +144,7 @@ class HSplitLoRAMessageStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Open the tail for a training round; a message with its task for every sampled client."""
-        tasks = self.rounds.open_training(self.rounds.resumed_after + server_round, self._refresh(grid))
+        tasks = self.rounds.open_training(self.rounds.resumed_after + server_round, self.nodes.refresh(grid))
         return self._messages(MessageType.TRAIN, server_round, tasks, config)
 
     def aggregate_train(
@@ -194,7 +169,7 @@ class HSplitLoRAMessageStrategy(Strategy):
         """Open the tail for scoring; a message with its task for every sampled client."""
         if not self.rounds.config.federated_evaluation:
             return []
-        tasks = self.rounds.open_scoring(self.rounds.resumed_after + server_round, self._refresh(grid))
+        tasks = self.rounds.open_scoring(self.rounds.resumed_after + server_round, self.nodes.refresh(grid))
         return self._messages(MessageType.EVALUATE, server_round, tasks, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -211,14 +186,10 @@ class HSplitLoRAMessageStrategy(Strategy):
         self._told = []
         for client, task in tasks.items():
             content = RecordDict({CONFIG: ConfigRecord({**config, TASK_KEY: task.to_json()})})
-            self._told.append(
-                (self._message(content, message_type, self._roster.node_of(client), server_round), client)
-            )
+            node, limit_s = self.nodes.roster.node_of(client), self.rounds.config.round_limit_s
+            message = Message(content, int(node), message_type, ttl=limit_s, group_id=str(server_round))
+            self._told.append((message, client))
         return [message for message, _ in self._told]
-
-    def _message(self, content: RecordDict, message_type: str, node: str, server_round: int) -> Message:
-        limit_s = self.rounds.config.round_limit_s
-        return Message(content, int(node), message_type, ttl=limit_s, group_id=str(server_round))
 
     def _on_reply(self, message: Message, reply: Message | None) -> None:
         """What became of a client reaches the tail's gate at once."""
@@ -248,45 +219,6 @@ class HSplitLoRAMessageStrategy(Strategy):
         limit_s = self.rounds.config.round_limit_s
         failures |= {c: describe_failure(c, f"no answer within round-limit-s = {limit_s:g} s") for c in silent}
         return good, [failures[client] for client in sorted(failures)]
-
-    def _refresh(self, grid: Grid) -> Roster:
-        """The roster of the nodes that are connected now and answer.
-
-        Raises:
-            ConfigError: not enough nodes in time, or nobody hosts a client.
-        """
-        online = {str(node) for node in self._wait_for_nodes(grid)}
-        new = self._roster.unknown(sorted(online, key=int))
-        questions = {node: self._question(node) for node in new}
-        replies = grid.send_and_receive(list(questions.values()), timeout=self.rounds.config.wait_for_nodes_s)
-        answers = {str(reply.metadata.src_node_id): reply for reply in replies}
-        read = {node: _read_answer(node, answers.get(node), config_of(questions[node])) for node in new}
-        self._roster.update(online, {node: answer for node, answer in read.items() if answer})
-        return self._roster
-
-    def _wait_for_nodes(self, grid: Grid) -> list[int]:
-        config = self.rounds.config
-        give_up = time.monotonic() + config.wait_for_nodes_s
-        while len(nodes := list(grid.get_node_ids())) < config.min_nodes:
-            if time.monotonic() > give_up:
-                raise too_few_nodes(config.min_nodes, config.wait_for_nodes_s, len(nodes))
-            time.sleep(NODES_POLL_S)
-        return nodes
-
-    def _question(self, node: str) -> Message:
-        task = self.rounds.probe_task(node)
-        config = ConfigRecord({PROBE_KEY: task.to_json()} if task else {})
-        return self._message(RecordDict({CONFIG: config}), MessageType.QUERY, node, 0)
-
-
-def _read_answer(node: str, reply: Message | None, question: Mapping[str, Any]) -> NodeAnswer | None:
-    try:
-        if reply is None or reply.has_error():
-            raise ValueError(reply.error.reason if reply else "no answer")
-        return unpack_answer(config_of(reply), with_budgets=PROBE_KEY in question)
-    except Exception as error:  # whatever a node answers must not stop the run
-        _log.warning("left out node %s: %r", node, error)
-        return None
 
 
 def _unpack(reply: Message) -> HeadReply | Refusal:

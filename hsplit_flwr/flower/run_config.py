@@ -8,7 +8,7 @@ from typing import Any
 from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
-from hsplit_flwr.federation.round_server import StrategyConfig
+from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.run_output import KEEP_CHECKPOINTS
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
 from hsplit_flwr.lora.spec import LoraSpec

@@ -1,5 +1,7 @@
 """Flower's own legacy server, with a worker for every client, results after every round, and an end that is true."""
 
+from typing import Any
+
 from flwr.server import Server, ServerAppComponents, ServerConfig, SimpleClientManager
 from flwr.server.history import History
 
@@ -45,7 +47,7 @@ class HSplitLoRAServer(Server):
         )
         return _RunHistory(history, self._output), seconds
 
-    def evaluate_round(self, server_round: int, timeout: float | None):  # type: ignore[no-untyped-def]
+    def evaluate_round(self, server_round: int, timeout: float | None) -> Any:
         """Flower's, the last of a round; then the results so far are written."""
         evaluated = super().evaluate_round(server_round, timeout)
         if self._output:

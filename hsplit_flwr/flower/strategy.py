@@ -4,8 +4,7 @@ What a round is stands in `federation/round_server.py`. Flower calls the hooks b
 where a run is resumed after some: `server_round` is its number, `round_number` the run's.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters, Scalar, parameters_to_ndarrays
 from flwr.server.client_manager import ClientManager
@@ -15,20 +14,15 @@ from flwr.server.strategy import Strategy
 from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.round_server import RoundServer, StrategyConfig
+from hsplit_flwr.federation.round_config import RoundOptions
 from hsplit_flwr.federation.trained_head import HeadReply, Refusal
-from hsplit_flwr.flower.doors import grpc_door
+from hsplit_flwr.flower.doors import flower_rounds
 from hsplit_flwr.flower.messages import TASK_KEY, named_arrays, unpack_each, unpack_trained
 from hsplit_flwr.flower.nodes import ConnectedNodes
 from hsplit_flwr.flower.task_proxy import TaskProxy
-from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.planning.plans import Plans
 from hsplit_flwr.reports.records import RoundRecord
-from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.step import StepReport
-from hsplit_flwr.training.workload import Workload
 
 FitResults = list[tuple[ClientProxy, FitRes]]
 EvaluateResults = list[tuple[ClientProxy, EvaluateRes]]
@@ -43,13 +37,8 @@ class HSplitLoRAStrategy(Strategy):
         plans: chosen from budgets and importance (`AdaptivePlanning`), or configured: client id -> its cut and
             adapters, or one plan for all.
         training: shared by heads and tail.
-        tail_lora: the tail's adapters where plans are configured (default: rank 8 on every linear layer).
-        workload: the largest batches where plans are configured (default: any); planning has its own.
-        config: rounds, sampling, evaluation.
         service: address, TLS and limits of the tail's gRPC service.
-        limits: waiting times of the step barrier.
-        eval_batches: server-side held-out batches; none: no central evaluation.
-        on_step: called after every tail step; default: a line of progress in the log now and then.
+        options: tail_lora, workload, config, limits, eval_batches, on_step: see `RoundOptions`.
 
     Raises:
         ConfigError: a plan's cut is not in 1..L-1, or a value is out of range.
@@ -61,29 +50,11 @@ class HSplitLoRAStrategy(Strategy):
         plans: Plans,
         training: TrainingConfig,
         *,
-        tail_lora: LoraSpec | None = None,
-        workload: Workload | None = None,
-        config: StrategyConfig | None = None,
         service: ServiceConfig | None = None,
-        limits: BarrierLimits | None = None,
-        eval_batches: Iterable[Batch] | None = None,
-        on_step: Callable[[StepReport], None] | None = None,
+        **options: Unpack[RoundOptions],
     ) -> None:
         super().__init__()
-        service = service or ServiceConfig()
-        self.rounds = RoundServer(
-            model,
-            plans,
-            training,
-            grpc_door(service, training),
-            tail_lora=tail_lora,
-            workload=workload,
-            config=config,
-            limits=limits,
-            max_frame_bytes=service.max_frame_bytes,
-            eval_batches=eval_batches,
-            on_step=on_step,
-        )
+        self.rounds = flower_rounds(model, plans, training, service, **options)
         self.nodes = ConnectedNodes(self.rounds)
 
     @property

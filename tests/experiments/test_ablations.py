@@ -18,7 +18,7 @@ from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.federation import tail_rounds
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.round_server import StrategyConfig
+from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.flower.local_federation import LocalNode, run_federation
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.models.assets import tiny_checkpoint

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from hsplit_flwr.errors import RunFailedError
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.round_server import StrategyConfig
+from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.run_output import RunOutput, Sample
 from hsplit_flwr.flower import watched_grid
 from hsplit_flwr.flower.client_node import ClientNode
@@ -204,11 +204,8 @@ def test_a_bad_client_is_left_out_and_nobody_waits_for_it(fault: Any, line: str)
 
 
 def test_a_node_that_flower_does_not_reach_is_a_failure_at_once() -> None:
-    strategy = message_strategy(federated_evaluation=False)
-    grid = ThreadGrid({100 + int(c): app_of(c) for c in CLIENTS})
-    strategy.start(grid, num_rounds=1)
     again = message_strategy(federated_evaluation=False, round_limit_s=45.0)
-    again._refresh(grid)  # knows all three; then one is gone
+    again.nodes.refresh(ThreadGrid({100 + int(c): app_of(c) for c in CLIENTS}))  # knows all three; then one is gone
     lost = ThreadGrid({100 + int(c): app_of(c) for c in CLIENTS}, refused=[102])
     again.start(lost, num_rounds=1)
     assert [client.client_id for client in again.history[0].clients] == ["0", "1"]

@@ -11,7 +11,7 @@ from flwr.common.config import parse_config_args
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
-from hsplit_flwr.federation.round_server import StrategyConfig
+from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.flower.apps import flwr_command
 from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, integers
 from hsplit_flwr.flower.run_config import read_settings

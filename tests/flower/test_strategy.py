@@ -29,7 +29,7 @@ from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation import head_client as client_module
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.round_server import StrategyConfig
+from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.trained_head import TrainedHead
 from hsplit_flwr.flower import task_proxy
 from hsplit_flwr.flower.messages import ARRAYS_KEY, CLIENTS_KEY, CONCURRENCY_KEY, TASK_KEY, pack_trained

@@ -17,7 +17,7 @@ from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.round_server import StrategyConfig
+from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.flower.messages import TASK_KEY
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.spec import LoraSpec

@@ -1,0 +1,69 @@
+"""SuperNodes behind Flower's grid: each is asked once who it hosts."""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from hsplit_flwr.federation.roster import NodeAnswer, Roster
+from hsplit_flwr.federation.round_server import RoundServer
+from hsplit_flwr.flower.message_client import CONFIG, config_of
+from hsplit_flwr.flower.messages import PROBE_KEY, unpack_answer
+from hsplit_flwr.flower.nodes import too_few_nodes
+
+NODES_POLL_S = 1.0
+_log = logging.getLogger("hsplit_flwr")
+
+
+class GridNodes:
+    """The clients of all connected nodes.
+
+    Args:
+        server: whose config says how many nodes to wait for, and how long; it knows what new nodes are asked with.
+    """
+
+    def __init__(self, server: RoundServer) -> None:
+        self._server = server
+        self.roster = Roster()
+
+    def refresh(self, grid: Grid) -> Roster:
+        """The roster of the nodes that are connected now and answer.
+
+        Raises:
+            ConfigError: not enough nodes in time, or nobody hosts a client.
+        """
+        online = {str(node) for node in self._wait_for_nodes(grid)}
+        new = self.roster.unknown(sorted(online, key=int))
+        questions = {node: self._question(node) for node in new}
+        replies = grid.send_and_receive(list(questions.values()), timeout=self._server.config.wait_for_nodes_s)
+        answers = {str(reply.metadata.src_node_id): reply for reply in replies}
+        read = {node: _read_answer(node, answers.get(node), config_of(questions[node])) for node in new}
+        self.roster.update(online, {node: answer for node, answer in read.items() if answer})
+        return self.roster
+
+    def _wait_for_nodes(self, grid: Grid) -> list[int]:
+        config = self._server.config
+        give_up = time.monotonic() + config.wait_for_nodes_s
+        while len(nodes := list(grid.get_node_ids())) < config.min_nodes:
+            if time.monotonic() > give_up:
+                raise too_few_nodes(config.min_nodes, config.wait_for_nodes_s, len(nodes))
+            time.sleep(NODES_POLL_S)
+        return nodes
+
+    def _question(self, node: str) -> Message:
+        task = self._server.probe_task(node)
+        content = RecordDict({CONFIG: ConfigRecord({PROBE_KEY: task.to_json()} if task else {})})
+        return Message(content, int(node), MessageType.QUERY, ttl=self._server.config.wait_for_nodes_s, group_id="0")
+
+
+def _read_answer(node: str, reply: Message | None, question: Mapping[str, Any]) -> NodeAnswer | None:
+    try:
+        if reply is None or reply.has_error():
+            raise ValueError(reply.error.reason if reply else "no answer")
+        return unpack_answer(config_of(reply), with_budgets=PROBE_KEY in question)
+    except Exception as error:  # whatever a node answers must not stop the run
+        _log.warning("left out node %s: %r", node, error)
+        return None
