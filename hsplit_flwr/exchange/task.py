@@ -6,11 +6,12 @@ from typing import Any, Literal, Self
 
 from hsplit_flwr.common.seeds import head_seed
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.codecs import codec_named
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 Mode = Literal["train", "evaluate", "probe"]
 
 
@@ -57,7 +58,7 @@ class RoundTask:
         """The task that `to_json` wrote.
 
         Raises:
-            ConfigError: not a task, or one of another protocol version.
+            ConfigError: not a task, one of another protocol version, or one with a codec that this version lacks.
         """
         try:
             data: dict[str, Any] = json.loads(text)
@@ -68,8 +69,10 @@ class RoundTask:
                     "Install the same hsplit_flwr version on server and clients."
                 )
             plan = ClientPlan(cut=data["plan"]["cut"], lora=LoraSpec.from_dict(data["plan"]["lora"]))
-            workload = Workload(**data["workload"]) if data["workload"] else None
+            for key in ("activation_codec", "gradient_codec"):
+                codec_named(data["training"][key])  # a server with more codecs than this client
             training = TrainingConfig(**data["training"])
+            workload = Workload(**data["workload"]) if data["workload"] else None
             return cls(**{**data, "plan": plan, "training": training, "workload": workload})
         except ConfigError:
             raise
