@@ -90,11 +90,11 @@ class Admission:
             self._tickets = tickets
         return tokens
 
-    def open_probe(self, node: str) -> str:
-        """Admit a node that measures its link, until the next round opens; returns its one-time token."""
+    def open_probe(self, node: str, round_number: int) -> str:
+        """Admit a node that measures its link, until round `round_number` opens; returns its one-time token."""
         token = secrets.token_urlsafe(32)
         with self._lock:
-            self._tickets[token] = Ticket(client=node, round=0, mode="probe", cut=1, first_step=0)
+            self._tickets[token] = Ticket(client=node, round=round_number, mode="probe", cut=1, first_step=0)
         return token
 
     def close_round(self) -> dict[str, Ticket]:

@@ -226,9 +226,9 @@ class TailService:
         """See `Admission.open_round`."""
         return self._admission.open_round(round_number, mode, cuts, first_step, steps=steps, workload=workload)
 
-    def open_probe(self, node: str) -> str:
+    def open_probe(self, node: str, round_number: int) -> str:
         """See `Admission.open_probe`."""
-        return self._admission.open_probe(node)
+        return self._admission.open_probe(node, round_number)
 
     def close_round(self) -> dict[str, Ticket]:
         """See `Admission.close_round`."""

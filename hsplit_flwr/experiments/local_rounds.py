@@ -56,7 +56,7 @@ class LocalDoor:
         }
         return dict.fromkeys(cuts, "")
 
-    def open_probe(self, node: str) -> str:
+    def open_probe(self, node: str, round_number: int) -> str:
         """Nobody measures a link here: devices are stated."""
         return ""
 

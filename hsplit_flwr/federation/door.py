@@ -29,8 +29,8 @@ class Door(Protocol):
     ) -> dict[str, str]:
         """Admit the clients of `cuts`; returns each one's one-time token."""
 
-    def open_probe(self, node: str) -> str:
-        """Admit a node that measures its link; returns its one-time token."""
+    def open_probe(self, node: str, round_number: int) -> str:
+        """Admit a node that measures its link before round `round_number`; returns its one-time token."""
 
     def close_round(self) -> dict[str, Ticket]:
         """End the round; returns what each client did."""

@@ -119,8 +119,9 @@ class RoundServer:
         """
         if not self._plans.asks_budgets:
             return None
-        token = self._opened_door().open_probe(node)
-        return self._task(self._round_number + 1, "probe", node, token, ClientPlan(1, LoraSpec(0)))
+        next_round = self._round_number + 1
+        token = self._opened_door().open_probe(node, next_round)
+        return self._task(next_round, "probe", node, token, ClientPlan(1, LoraSpec(0)))
 
     def open_training(self, round_number: int, present: Present) -> dict[str, RoundTask]:
         """Open the tail for a training round; returns every sampled client's task.

@@ -80,7 +80,7 @@ def test_who_does_not_come_in() -> None:
 def test_tokens_are_void_after_their_round(end: str) -> None:
     admission = Admission()
     tokens = admission.open_round(1, "train", {"a": 1}, 0)
-    probe = admission.open_probe("node")
+    probe = admission.open_probe("node", 1)
     if end == "close":
         admission.close_round()
     else:
@@ -92,9 +92,9 @@ def test_tokens_are_void_after_their_round(end: str) -> None:
 def test_a_probe_is_admitted_beside_an_open_round() -> None:
     admission = Admission()
     tokens = admission.open_round(1, "train", {"a": 1}, 0)
-    probe = admission.open_probe("node")
+    probe = admission.open_probe("node", 2)
     with admission.admit(Visitor(probe)) as ticket, admission.admit(Visitor(tokens["a"])):
-        assert (ticket.client, ticket.mode, ticket.round) == ("node", "probe", 0)
+        assert (ticket.client, ticket.mode, ticket.round) == ("node", "probe", 2)
 
 
 def test_closing_a_round_ends_the_streams_that_are_still_open() -> None:

@@ -362,7 +362,7 @@ def test_a_fresh_run_does_not_write_into_one_that_can_be_resumed(tmp_path: Path)
     assert RunOutput(model, MODEL, tmp_path / "out").folder == tmp_path / "out-2"
 
 
-def test_a_message_that_a_restarted_node_answers_is_of_the_round_that_opens() -> None:
+def test_a_node_that_joins_is_asked_for_the_round_that_opens() -> None:
     """A node that joined in round 3 said what it could afford in round 1."""
     asked: list[int] = []
 
@@ -373,7 +373,7 @@ def test_a_message_that_a_restarted_node_answers_is_of_the_round_that_opens() ->
     strategy = HSplitLoRAMessageStrategy(GlobalModel(ModelFiles.resolve(MODEL)), planning(), TRAINING)
     node = ClientNode(MODEL, data_of, Context(1, 1, {}, RecordDict(), {}), client_ids=["0"], budgets=noted)
     for played in (0, 2):
-        strategy.rounds._round_number = played
+        strategy.rounds.load_state({**strategy.rounds.state(), "round": played})
         task = strategy.rounds.probe_task("1")
         assert task
         node.answer({"hsplit-probe": task.to_json()})
