@@ -11,7 +11,11 @@ if TYPE_CHECKING:
     from hsplit_flwr.federation.client_data import ClientData
     from hsplit_flwr.federation.global_model import GlobalModel
     from hsplit_flwr.federation.round_config import StrategyConfig
+    from hsplit_flwr.federation.run_output import RunOutput
     from hsplit_flwr.flower.client import HSplitLoRAClient
+    from hsplit_flwr.flower.client_node import ClientNode
+    from hsplit_flwr.flower.message_client import client_app
+    from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
     from hsplit_flwr.flower.server import server_components
     from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
     from hsplit_flwr.lora.spec import LoraSpec
@@ -22,50 +26,61 @@ if TYPE_CHECKING:
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
     from hsplit_flwr.planning.planner import PlannerConfig
     from hsplit_flwr.planning.replanning import AdaptivePlanning, ReplanConfig
+    from hsplit_flwr.training.barrier import BarrierLimits
     from hsplit_flwr.training.config import ClientPlan, TrainingConfig
     from hsplit_flwr.training.workload import Workload
 
 _MODULE_OF = {
     "AdaptivePlanning": "planning.replanning",
+    "BarrierLimits": "training.barrier",
     "Budget": "planning.budgets.budget",
     "ClientData": "federation.client_data",
+    "ClientNode": "flower.client_node",
     "ClientPlan": "training.config",
     "DEVICES": "planning.budgets.devices",
     "Fleet": "planning.budgets.fleet",
     "GlobalModel": "federation.global_model",
     "HSplitLoRAClient": "flower.client",
+    "HSplitLoRAMessageStrategy": "flower.message_strategy",
     "HSplitLoRAStrategy": "flower.strategy",
     "LoraSpec": "lora.spec",
     "ModelCosts": "planning.costs.model_costs",
     "ModelFiles": "models.files",
     "PlannerConfig": "planning.planner",
     "ReplanConfig": "planning.replanning",
+    "RunOutput": "federation.run_output",
     "ServiceConfig": "exchange.grpc_transport",
-    "StrategyConfig": "flower.strategy",
+    "StrategyConfig": "federation.round_config",
     "TrainingConfig": "training.config",
     "Workload": "training.workload",
+    "client_app": "flower.message_client",
     "server_components": "flower.server",
 }
 
 __all__ = [
     "DEVICES",
     "AdaptivePlanning",
+    "BarrierLimits",
     "Budget",
     "ClientData",
+    "ClientNode",
     "ClientPlan",
     "Fleet",
     "GlobalModel",
     "HSplitLoRAClient",
+    "HSplitLoRAMessageStrategy",
     "HSplitLoRAStrategy",
     "LoraSpec",
     "ModelCosts",
     "ModelFiles",
     "PlannerConfig",
     "ReplanConfig",
+    "RunOutput",
     "ServiceConfig",
     "StrategyConfig",
     "TrainingConfig",
     "Workload",
+    "client_app",
     "server_components",
 ]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError, HSplitError
 from hsplit_flwr.planning.planner import PlannerConfig
-from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.training.config import WIRE_CODECS, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
 if TYPE_CHECKING:
@@ -82,8 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     _number(work, "--sequence-length", Workload.sequence_length, "tokens per row, padding included")
     _number(work, "--local-steps", TrainingConfig.local_steps, "steps per round")
     work.add_argument("--dtype", default=Workload.dtype, help="of the frozen weights: fp32, bf16 or fp16")
-    wire = "on the wire: fp32, bf16 or fp16"
-    work.add_argument("--activation-dtype", default=TrainingConfig.activation_dtype, metavar="DTYPE", help=wire)
+    codecs = ", ".join(WIRE_CODECS)
+    up, down = TrainingConfig.activation_codec, TrainingConfig.gradient_codec
+    work.add_argument("--activation-codec", default=up, metavar="CODEC", help=f"of activations, up: {codecs}")
+    work.add_argument("--gradient-codec", default=down, metavar="CODEC", help="of their gradients, down")
     work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
     measured = "first steps of a round that measure importance, too; 0: none"
     _number(work, "--importance-steps", TrainingConfig.importance_steps, measured)
@@ -166,7 +168,8 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
 def _workload(options: argparse.Namespace) -> Workload:
     training = TrainingConfig(
         local_steps=options.local_steps,
-        activation_dtype=options.activation_dtype,
+        activation_codec=options.activation_codec,
+        gradient_codec=options.gradient_codec,
         importance_steps=options.importance_steps,
         importance_rows=options.importance_rows,
     )
@@ -177,6 +180,11 @@ def _workload(options: argparse.Namespace) -> Workload:
         dtype=options.dtype,
         gradient_checkpointing=options.gradient_checkpointing,
     )
+
+
+def _wire(work: Workload) -> str:
+    up, down = work.activation_codec, work.gradient_codec
+    return up if up == down else f"{up} up and {down} down"
 
 
 def _planner_config(options: argparse.Namespace) -> PlannerConfig:
@@ -196,7 +204,7 @@ def _heading(options: argparse.Namespace, costs: "ModelCosts", config: PlannerCo
     checkpointing = ", gradient checkpointing" if work.gradient_checkpointing else ""
     lines = {
         "model": f"{options.model}, {costs.num_blocks} blocks, {len(costs.matrices)} matrices in them, {work.dtype}",
-        "step": f"{work.batch_size} x {work.sequence_length} tokens per client, {work.activation_dtype} on the wire"
+        "step": f"{work.batch_size} x {work.sequence_length} tokens per client, {_wire(work)} on the wire"
         f"{checkpointing}; {work.local_steps} steps a round",
         "ranks": f"0, {', '.join(map(str, config.ranks))}; tail {config.tail_rank} on average{targets}; {deadline}",
         "planner": "exact (integer programming)" if options.exact else "greedy",

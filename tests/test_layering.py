@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import hsplit_flwr
+
 PACKAGE = Path(__file__).resolve().parents[1] / "hsplit_flwr"
 FLOORS = (
     {"errors"},
@@ -76,3 +78,11 @@ def test_a_client_process_loads_nothing_of_the_server(face: str) -> None:
     assert not {module for module in ours if module.startswith(tuple(f"hsplit_flwr.{name}" for name in servers))}
     assert not loaded & {"scipy", "matplotlib"}
     assert len(ours) <= 50
+
+
+def test_every_public_name_is_there() -> None:
+    """They are imported on first use: a moved class was missed by nobody but its users."""
+    assert {name: getattr(hsplit_flwr, name).__name__ for name in hsplit_flwr.__all__ if name != "DEVICES"} == {
+        name: name for name in hsplit_flwr.__all__ if name != "DEVICES"
+    }
+    assert hsplit_flwr.DEVICES

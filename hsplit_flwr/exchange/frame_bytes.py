@@ -1,4 +1,4 @@
-"""Bytes of the frames that travel, exact, from the shapes of a step alone."""
+"""Bytes of the frames that travel, exact, from the form of a batch alone."""
 
 import json
 import math
@@ -6,8 +6,10 @@ import struct
 
 import torch
 
-from hsplit_flwr.exchange.codecs import CODECS, Codec, Layout, Shape, batch_layout
+from hsplit_flwr.exchange.batches import batch_layout
+from hsplit_flwr.exchange.codecs import Layout, codec_named
 from hsplit_flwr.exchange.frames import Header, encode
+from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.training.workload import Workload
 
 _ALIGNMENT = 8
@@ -32,20 +34,27 @@ _NAMES = {
 """dtype -> its name in a safetensors header, in the order in which tensors lie there"""
 
 
-def step_bytes_up(workload: Workload, hidden_size: int) -> int:
-    """Bytes of one ``train`` frame."""
-    return _frame_bytes(batch_layout(_codec(workload), _shape(workload, hidden_size)))
+def step_bytes_up(workload: Workload, hidden_size: int, form: BatchForm | None = None) -> int:
+    """Bytes of one ``train`` frame of a batch of `form`; by default of the workload's largest, without padding.
+
+    The default is what to plan for. No batch of contiguous rows takes more; where tokens or targets of a row are not
+    contiguous, bits instead of spans may take B x (T/8 - 8) bytes more each.
+    """
+    form = form or _largest(workload)
+    return _frame_bytes(batch_layout(codec_named(workload.activation_codec), form, hidden_size))
 
 
-def step_bytes_down(workload: Workload, hidden_size: int) -> int:
-    """Bytes of one ``gradient`` frame."""
-    return _frame_bytes(_codec(workload).layout("gradient", _shape(workload, hidden_size)))
+def step_bytes_down(workload: Workload, hidden_size: int, form: BatchForm | None = None) -> int:
+    """Bytes of one ``gradient`` frame of a batch of `form`; by default of the workload's largest, without padding."""
+    form = form or _largest(workload)
+    return _frame_bytes(codec_named(workload.gradient_codec).layout("gradient", (form.positions, hidden_size)))
 
 
 def payload_bytes(workload: Workload, hidden_size: int) -> int:
-    """Bytes that the activations of a step are packed into, or their gradient; no header, no mask, no labels."""
-    parts = _codec(workload).layout("activations", _shape(workload, hidden_size)).values()
-    return sum(part.nbytes for part in parts)
+    """Bytes of a step's activations on the wire, or of their gradient if they are more; nothing else of a frame."""
+    shape = (_largest(workload).positions, hidden_size)
+    codecs = (codec_named(workload.activation_codec), codec_named(workload.gradient_codec))
+    return max(sum(part.nbytes for part in codec.layout("values", shape).values()) for codec in codecs)
 
 
 def hello_bytes() -> int:
@@ -53,12 +62,8 @@ def hello_bytes() -> int:
     return _frame_bytes({})
 
 
-def _codec(workload: Workload) -> Codec:
-    return CODECS[workload.activation_dtype]
-
-
-def _shape(workload: Workload, hidden_size: int) -> Shape:
-    return (workload.batch_size, workload.sequence_length, hidden_size)
+def _largest(workload: Workload) -> BatchForm:
+    return BatchForm.full(workload.batch_size, workload.sequence_length)
 
 
 def _frame_bytes(layout: Layout) -> int:

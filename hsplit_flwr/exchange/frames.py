@@ -6,14 +6,14 @@ padded, so that a frame's size depends on the shapes of its tensors alone.
 
     head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none)
     tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come)
-    head -> tail   train     activations (B,T,H) by the run's codec, mask (B,T) uint8, labels (B,T) int32
-    tail -> head   gradient  gradient (B,T,H) of the client's own mean loss, as activations; header `loss`, `tokens`
+    head -> tail   train     activations, mask and labels of a batch (`batches.py`)
+    tail -> head   gradient  the activations' gradient of the client's own mean loss; header `loss`, `tokens`
     head -> tail   evaluate  as `train`
     tail -> head   score     no tensors; header `nll` (sum over tokens, nats), `tokens`
     head -> tail   probe     filler (n,) uint8; header `left`: bytes of filler wanted back (measures the link)
     tail -> head   probe     filler (left,) uint8
 
-Shapes: B batch, T sequence, H hidden. Nothing here trusts its input: a frame is refused by size before it is parsed,
+Nothing here trusts its input: a frame is refused by size before it is parsed,
 by header before its tensors are used, and by name, dtype, shape and finiteness before a model sees it.
 """
 
@@ -30,6 +30,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.task import PROTOCOL_VERSION
 
@@ -75,7 +76,7 @@ def encode(header: Header, tensors: Mapping[str, Tensor] | None = None) -> bytes
 
 
 def decode(frame: bytes, max_bytes: int) -> Frame:
-    """The frame in `frame`, checked for size and form, not yet for content (`exchange/codecs.py`).
+    """The frame in `frame`, checked for size and form, not yet for content (`exchange/batches.py`).
 
     Raises:
         ExchangeError: ``frame_too_large``, ``malformed_frame`` or ``protocol_version``.
@@ -128,6 +129,11 @@ def expect_header(header: Header, **expected: object) -> None:
         found = getattr(header, name)
         if found != value:
             raise ExchangeError(f"wrong_{name}", f"Expected {name}={value!r} in the frame, found {short(found)}.")
+
+
+def rounding_seed(header: Header) -> int:
+    """Decides on what a codec rounds by chance in the frame of `header`: other chances in every frame of a run."""
+    return derive_seed("rounding", header.kind, header.round, header.client, header.step)
 
 
 def probe_filler(size: int) -> dict[str, Tensor]:

@@ -65,7 +65,10 @@ class ServiceConfig:
     advertise: str = ""
     """address that clients are told (default: the bound one); a host without port gets the bound port"""
     max_frame_bytes: int = 64 << 20
-    activation_dtype: str = "fp32"
+    activation_codec: str = "fp32"
+    """what heads encode activations by"""
+    gradient_codec: str = "fp32"
+    """what the tail encodes their gradients by"""
     certificate: Path | None = None
     """PEM certificate chain; with `private_key` it turns on TLS"""
     private_key: Path | None = None

@@ -7,8 +7,10 @@ from typing import NamedTuple, Self
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError, ExchangeError
-from hsplit_flwr.exchange.codecs import CODECS, batch_tensors, check_gradient
-from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler
+from hsplit_flwr.exchange.batches import batch_tensors, check_gradient
+from hsplit_flwr.exchange.codecs import codec_named
+from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler, rounding_seed
+from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import Connect, FrameStream
 from hsplit_flwr.training.session import ScoreReply, StepReply
@@ -31,13 +33,17 @@ class RemoteTail:
         max_receive_bytes: the largest frame this client accepts.
         connect: opens the stream, e.g. ``partial(transport.connect, root_certificates=pem)``.
         max_delta_bytes: that all tensors of a delta may take; None: any.
+
+    Raises:
+        ConfigError: a codec that this version does not have.
     """
 
     def __init__(
         self, task: RoundTask, max_receive_bytes: int, connect: Connect, max_delta_bytes: int | None = None
     ) -> None:
         self._task = task
-        self._codec = CODECS[task.training.activation_dtype]
+        self._up = codec_named(task.training.activation_codec)
+        self._down = codec_named(task.training.gradient_codec)
         self._max_bytes = max_receive_bytes
         self._max_delta_bytes = max_delta_bytes
         self._connect = connect
@@ -90,18 +96,20 @@ class RemoteTail:
 
     def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
         """See `TailSession`."""
-        batch = batch_tensors(activations, attention_mask, labels, self._codec)
-        self._send(self._header("train", step=step), batch)
+        self._send_batch("train", step, activations, attention_mask, labels)
         header, tensors = self._receive("gradient", step)
-        gradient = check_gradient(tensors, like=activations, codec=self._codec)
+        gradient = check_gradient(tensors, traveling(attention_mask, labels), activations.shape[-1], self._down)
         return StepReply(gradient, header.loss, header.tokens)
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         """See `TailSession`."""
-        batch = batch_tensors(activations, attention_mask, labels, self._codec)
-        self._send(self._header("evaluate", step=step), batch)
+        self._send_batch("evaluate", step, activations, attention_mask, labels)
         header, _ = self._receive("score", step)
         return ScoreReply(header.nll, header.tokens)
+
+    def _send_batch(self, kind: str, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        header = self._header(kind, step=step)
+        self._send(header, batch_tensors(activations, attention_mask, labels, self._up, rounding_seed(header)))
 
     def _header(self, kind: str, **numbers: int) -> Header:
         task = self._task

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.admission import Admission, Ticket
-from hsplit_flwr.exchange.codecs import CODECS, Codec, check_batch
-from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler
+from hsplit_flwr.exchange.batches import check_batch, gradient_tensors
+from hsplit_flwr.exchange.codecs import Codec, codec_named
+from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler, rounding_seed
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.task import Mode
 from hsplit_flwr.exchange.transport import Caller, transport_of
 from hsplit_flwr.training.session import TailSession
@@ -62,15 +64,26 @@ class TailProtocol:
         tail: trains and scores.
         deltas: what clients lack of the weights.
         run: every frame must name it.
-        codec: of activations and gradients.
-        max_frame_bytes: larger frames are refused unread.
+        activation_codec: what comes up.
+        gradient_codec: what goes down.
+        max_frame_bytes: larger frames are refused unread, and batches that would need one if they had no padding.
     """
 
-    def __init__(self, tail: ServedTail, deltas: DeltaSource, run: str, *, codec: Codec, max_frame_bytes: int) -> None:
+    def __init__(
+        self,
+        tail: ServedTail,
+        deltas: DeltaSource,
+        run: str,
+        *,
+        activation_codec: Codec,
+        gradient_codec: Codec,
+        max_frame_bytes: int,
+    ) -> None:
         self._tail = tail
         self._deltas = deltas
         self._run = run
-        self._codec = codec
+        self._up = activation_codec
+        self._down = gradient_codec
         self._max_frame_bytes = max_frame_bytes
 
     def serve(
@@ -143,16 +156,18 @@ class TailProtocol:
             )
         batch = check_batch(
             tensors,
-            codec=self._codec,
+            codec=self._up,
             hidden_size=self._tail.segment.hidden_size,
             vocab_size=self._tail.segment.vocab_size,
             workload=ticket.workload,
+            max_bytes=self._max_frame_bytes,
         )
         if ticket.mode == "train":
             reply = session.train_step(header.step, *batch)
             ticket.count(reply.loss * reply.tokens, reply.tokens)
             answer = self._header("gradient", ticket, step=header.step, loss=reply.loss, tokens=reply.tokens)
-            return encode(answer, self._codec.encode("gradient", reply.gradient))
+            positions = traveling(*batch[1:])
+            return encode(answer, gradient_tensors(reply.gradient, positions, self._down, rounding_seed(answer)))
         score = session.score_step(header.step, *batch)
         ticket.count(score.nll, score.tokens)
         return encode(self._header("score", ticket, step=header.step, nll=score.nll, tokens=score.tokens))
@@ -176,12 +191,19 @@ class TailService:
         config: where to listen, and what to accept.
 
     Raises:
-        ConfigError: the address cannot be bound, or the TLS files cannot be read.
+        ConfigError: a codec that this version does not have, the address cannot be bound, or the TLS files cannot be
+            read.
     """
 
     def __init__(self, tail: ServedTail, deltas: DeltaSource, run: str, config: ServiceConfig) -> None:
-        codec = CODECS[config.activation_dtype]
-        self._protocol = TailProtocol(tail, deltas, run, codec=codec, max_frame_bytes=config.max_frame_bytes)
+        self._protocol = TailProtocol(
+            tail,
+            deltas,
+            run,
+            activation_codec=codec_named(config.activation_codec),
+            gradient_codec=codec_named(config.gradient_codec),
+            max_frame_bytes=config.max_frame_bytes,
+        )
         self._admission = Admission()
         self._listener = transport_of(config.bind).listen(self._serve, config)
         self._listener.start()

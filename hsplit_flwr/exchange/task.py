@@ -6,12 +6,13 @@ from typing import Any, Literal, Self, get_args
 
 from hsplit_flwr.common.seeds import head_seed
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.codecs import codec_named
 from hsplit_flwr.exchange.task_limits import check_lora_texts, check_task
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 Mode = Literal["train", "evaluate", "probe"]
 
 
@@ -58,7 +59,8 @@ class RoundTask:
         """The task that `to_json` wrote.
 
         Raises:
-            ConfigError: not a task, one of another protocol version, or one beyond the limits of `task_limits`.
+            ConfigError: not a task, one of another protocol version, one with a codec that this version lacks, or one
+                beyond the limits of `task_limits`.
         """
         try:
             data: dict[str, Any] = json.loads(text)
@@ -70,8 +72,10 @@ class RoundTask:
                 )
             check_lora_texts(data["plan"]["lora"])
             plan = ClientPlan(cut=data["plan"]["cut"], lora=LoraSpec.from_dict(data["plan"]["lora"]))
-            workload = Workload(**data["workload"]) if data["workload"] else None
+            for key in ("activation_codec", "gradient_codec"):
+                codec_named(data["training"][key])  # a server with more codecs than this client
             training = TrainingConfig(**data["training"])
+            workload = Workload(**data["workload"]) if data["workload"] else None
             task = cls(**{**data, "plan": plan, "training": training, "workload": workload})
             if task.mode not in get_args(Mode):
                 raise ValueError(f"mode {task.mode!r:.80}")

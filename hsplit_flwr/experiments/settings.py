@@ -53,8 +53,9 @@ class Size:
 #   python -c "from transformers import LlamaConfig
 #   from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 #   from hsplit_flwr.experiments.settings import Size
-#   print(Size.of(ModelCosts(LlamaConfig(), Workload(4, 128, dtype='bf16', activation_dtype='bf16'))))"
-LLAMA_2_7B = Size(head_bytes=18_888_951_045, step_flops=13_722_621_837_312, step_bytes_up=4_197_672)
+#   wire = {'activation_codec': 'bf16', 'gradient_codec': 'bf16'}
+#   print(Size.of(ModelCosts(LlamaConfig(), Workload(4, 128, dtype='bf16', **wire))))"
+LLAMA_2_7B = Size(head_bytes=18_888_951_045, step_flops=13_722_621_837_312, step_bytes_up=4_197_360)
 
 
 @dataclass(frozen=True)

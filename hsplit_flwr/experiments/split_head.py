@@ -6,8 +6,9 @@ from typing import Self
 
 import numpy as np
 
+from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.exchange.task import RoundTask
-from hsplit_flwr.experiments.work import BatchShape, recorded
+from hsplit_flwr.experiments.work import recorded
 from hsplit_flwr.federation.trained_head import HeadReply, TrainedHead
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
@@ -29,8 +30,8 @@ class SplitHead:
     optimizer: Optimizer
     download_bytes: int = 0
     """what it was sent before its first step"""
-    shapes: list[BatchShape] = field(default_factory=list)
-    """shapes of the round's batches"""
+    forms: list[BatchForm] = field(default_factory=list)
+    """forms of the round's batches"""
     snapshot: dict[str, LoraFactors] = field(default_factory=dict)
     """its adapters before its last step"""
 
@@ -50,8 +51,8 @@ class SplitHead:
 
     def train(self, task: RoundTask, batches: Iterator[Batch], session: TailSession) -> HeadReply:
         """One round against the tail; the reply is what a deployed client sends."""
-        self.shapes.clear()
-        noted = self._with_snapshot(recorded(batches, self.shapes), task.training.local_steps)
+        self.forms.clear()
+        noted = self._with_snapshot(recorded(batches, self.forms), task.training.local_steps)
         report = train_head(self.segment, self.adapters, noted, session, task.training, task.first_step, self.optimizer)
         trained = TrainedHead(
             client=task.client,

@@ -183,7 +183,7 @@ class SplitTrainer:
             head.plan.cut,
             head.ranks,
             self._tail_ranks(),
-            head.shapes,
+            head.forms,
             download_bytes=head.download_bytes,
             upload_bytes=costs.update_bytes(head.plan.cut, head.ranks),
         )

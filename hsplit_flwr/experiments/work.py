@@ -1,13 +1,15 @@
 """What a round makes a device do, for the virtual clock: FLOPs of the cost model, bytes of the real batches.
 
-The cost model is of batches at their full length; a round's FLOPs are scaled by the positions its batches really had.
+The cost model is of batches at their full length; a round's FLOPs are scaled by the positions its batches really had,
+padding included, for it is computed on. On the wire it is not, and there bytes are of the frames as they are.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 
 from hsplit_flwr.exchange import frame_bytes
+from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.experiments.clock import ClientWork
 from hsplit_flwr.lora import factors as lora_factors
 from hsplit_flwr.lora.factors import LoraFactors
@@ -15,8 +17,6 @@ from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.training.batch import Batch
 
 Ranks = Mapping[str, int]
-BatchShape = tuple[int, int]
-"""rows and positions"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +34,17 @@ class RoundOutcome:
     """FLOPs of the server outside of the steps, or of all of its training if there are no clients"""
 
 
-def recorded(batches: Iterable[Batch], shapes: list[BatchShape]) -> Iterator[Batch]:
-    """`batches`, with the shape of each noted in `shapes`."""
+def recorded(batches: Iterable[Batch], forms: list[BatchForm]) -> Iterator[Batch]:
+    """`batches`, with the form of each noted in `forms`."""
     for batch in batches:
-        rows, positions = batch["input_ids"].shape
-        shapes.append((rows, positions))
+        forms.append(BatchForm.of(batch["attention_mask"], batch["labels"]))
         yield batch
 
 
-def length_factor(costs: ModelCosts, shapes: Sequence[BatchShape]) -> float:
-    """Positions of a mean batch over those that `costs` is for."""
+def length_factor(costs: ModelCosts, forms: Sequence[BatchForm]) -> float:
+    """Positions of a mean batch, padding included, over those that `costs` is for."""
     full = costs.workload.batch_size * costs.workload.sequence_length
-    return fmean(rows * positions for rows, positions in shapes) / full
+    return fmean(form.rows * form.width for form in forms) / full
 
 
 def split_work(
@@ -54,22 +53,21 @@ def split_work(
     cut: int,
     ranks: Ranks,
     tail_ranks: Ranks,
-    shapes: Sequence[BatchShape],
+    forms: Sequence[BatchForm],
     *,
     download_bytes: float,
     upload_bytes: float,
 ) -> ClientWork:
     """A head's round. Its forward pass without adapters counts as forward, all else as backward."""
-    factor = length_factor(costs, shapes)
-    forward = costs.head_flops(cut, {})
-    loads = [replace(costs.workload, batch_size=rows, sequence_length=positions) for rows, positions in shapes]
+    factor = length_factor(costs, forms)
+    forward, load = costs.head_flops(cut, {}), costs.workload
     return ClientWork(
         client=client,
-        steps=len(shapes),
+        steps=len(forms),
         forward_flops=factor * forward,
         backward_flops=factor * (costs.head_flops(cut, ranks) - forward),
-        step_bytes_up=fmean(frame_bytes.step_bytes_up(load, costs.hidden_size) for load in loads),
-        step_bytes_down=fmean(frame_bytes.step_bytes_down(load, costs.hidden_size) for load in loads),
+        step_bytes_up=fmean(frame_bytes.step_bytes_up(load, costs.hidden_size, form) for form in forms),
+        step_bytes_down=fmean(frame_bytes.step_bytes_down(load, costs.hidden_size, form) for form in forms),
         tail_flops=factor * costs.tail_flops(cut, tail_ranks),
         download_bytes=download_bytes,
         upload_bytes=upload_bytes,
@@ -80,15 +78,15 @@ def whole_work(
     client: str,
     costs: ModelCosts,
     step_flops: float,
-    shapes: Sequence[BatchShape],
+    forms: Sequence[BatchForm],
     *,
     download_bytes: float,
     upload_bytes: float,
 ) -> ClientWork:
     """A round of a client that trains the whole model by itself; `step_flops` is of a full batch."""
-    total = length_factor(costs, shapes) * step_flops
-    forward = min(total, length_factor(costs, shapes) * whole_forward_flops(costs))
-    return ClientWork(client, len(shapes), forward, total - forward, 0, 0, 0, download_bytes, upload_bytes)
+    total = length_factor(costs, forms) * step_flops
+    forward = min(total, length_factor(costs, forms) * whole_forward_flops(costs))
+    return ClientWork(client, len(forms), forward, total - forward, 0, 0, 0, download_bytes, upload_bytes)
 
 
 def whole_flops(costs: ModelCosts, ranks: Ranks) -> float:

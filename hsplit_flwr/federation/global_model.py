@@ -1,6 +1,8 @@
 """The weights everyone agrees on: the base W_0 on disk plus the cumulative delta, in any segment of the model."""
 
+import hashlib
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.loss import Score, score_segment
+
+_SAMPLED_VALUES = 64
+"""of each tensor, to tell base models apart"""
 
 
 class GlobalModel:
@@ -41,6 +46,23 @@ class GlobalModel:
     def num_blocks(self) -> int:
         """L, the number of blocks; a cut is 1..L-1."""
         return self.segment.num_blocks
+
+    @cached_property
+    def identity(self) -> dict[str, str | int]:
+        """What tells this base model from another: its form, and a SHA-256 over a sample of each tensor of W_0."""
+        digest = hashlib.sha256()
+        for name in self.files.weight_names():
+            tensor = self.files.read(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            flat = tensor.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLED_VALUES)].contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return {
+            "type": str(self.files.config.model_type),
+            "blocks": self.num_blocks,
+            "dtype": str(next(self.segment.parameters()).dtype),
+            "weights": digest.hexdigest(),
+        }
 
     def head_names(self, cut: int) -> list[str]:
         """The linear layers of blocks 0..cut-1, in the order of the model."""

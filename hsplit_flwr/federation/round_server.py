@@ -11,10 +11,12 @@ import random
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
+from hsplit_flwr.common.dataclass_state import to_state
 from hsplit_flwr.common.progress import describe_participants
 from hsplit_flwr.common.seeds import derive_seed
+from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, ExchangeError, RunFailedError
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.federation.acceptance import Accepted, Expected, Replies, accept, tokens_of
@@ -78,6 +80,8 @@ class RoundServer:
                 f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
                 f"{self.config.round_limit_s}: a round must not end at its gate. Lower start_gate_s."
             )
+        self.resumed_after = 0
+        """the last round of the run that this one goes on from; 0: it is a run of its own"""
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._journal = Journal()
         self._shapes = linear_shapes(model.segment)
@@ -103,12 +107,20 @@ class RoundServer:
         """What chooses cuts and ranks; None where they are configured."""
         return self._plans.adaptive
 
+    @property
+    def rounds_left(self) -> int:
+        """How many rounds this server plays, unless it is told otherwise."""
+        return self.training.rounds - self.resumed_after
+
     def probe_task(self, node: str) -> RoundTask | None:
-        """How `node` measures its link to the tail; None where plans do not depend on budgets."""
+        """How `node` measures its link to the tail; None where plans do not depend on budgets.
+
+        The task's round is the next one that opens: that is what the node's budget must be for.
+        """
         if not self._plans.asks_budgets:
             return None
         token = self._opened_door().open_probe(node)
-        return self._task(0, "probe", node, token, ClientPlan(1, LoraSpec(0)))
+        return self._task(self._round_number + 1, "probe", node, token, ClientPlan(1, LoraSpec(0)))
 
     def open_training(self, round_number: int, present: Present) -> dict[str, RoundTask]:
         """Open the tail for a training round; returns every sampled client's task.
@@ -119,7 +131,7 @@ class RoundServer:
         started = time.perf_counter()
         self._settle_plans(round_number, present)
         tasks = self._open_round(round_number, "train", present)
-        if round_number == 1:
+        if round_number == self.resumed_after + 1:
             _log.info("%s take part", describe_participants(len(tasks), present.count_nodes(tasks)))
         self.tail_rounds.open(round_number, tasks, present.concurrency(tasks))
         self._journal.phase(round_number, "configure", started)
@@ -204,6 +216,50 @@ class RoundServer:
             f"Expected a client that finishes a round, found none in {len(self.history)} rounds; the weights are the "
             f"base model's. The last reasons: {said}"
         )
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the results, as values that JSON knows: a run that resumes this one must have it alike."""
+        settings: dict[str, Any] = to_state(
+            {
+                "model": self.model.identity,
+                "training": self.training,
+                "aggregation": self.config.rule,
+                "fraction-clients": self.config.fraction_clients,
+                "federated-evaluation": self.config.federated_evaluation,
+                "plans": self._plans.settings(),
+            }
+        )
+        return settings
+
+    def state(self) -> State:
+        """All that the next round depends on, after the last one; `load_state` takes it back."""
+        initial = self.initial_score
+        return {
+            "round": self._round_number,
+            "initial_score": {"nll": initial.nll, "tokens": initial.tokens} if initial else {},
+            "model": self.model.state(),
+            "plans": self._plans.state(),
+            "tail": self.tail_rounds.state(),
+            "journal": self._journal.state(),
+        }
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave, with the next round; before the first, with the same `settings`.
+
+        The id of the run is a new one. Clients may hold versions of the weight delta that this server never made, or
+        will make anew with other increments (of a round that is played again); by the id they know that theirs are of
+        another run, and take the whole.
+
+        Raises:
+            ConfigError: a round was played already, or the state is of another model or other plans.
+            AggregationError: the weight delta is malformed, or of another model.
+        """
+        self.model.load_state(state["model"])
+        self._plans.load_state(state["plans"])
+        self.tail_rounds.load_state(state["tail"])  # under those plans
+        self._journal.load_state(state["journal"])
+        self.initial_score = Score(**state["initial_score"]) if state["initial_score"] else None
+        self.resumed_after = self._round_number = state["round"]
 
     def close(self) -> None:
         """Stop the tail and close the door. No round can be opened afterwards."""

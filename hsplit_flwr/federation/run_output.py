@@ -1,4 +1,4 @@
-"""What a run leaves behind: summary.json and report.txt after every round; pictures, adapter and model at the end."""
+"""What a run leaves behind: summary, report, checkpoint after every round; pictures, adapter and model at the end."""
 
 import logging
 import time
@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.common.provenance import command as this_command
 from hsplit_flwr.common.provenance import commit, versions
+from hsplit_flwr.common.state import State
 from hsplit_flwr.data.slots import SlotScore, score_slots
 from hsplit_flwr.errors import ConfigError, HSplitError
+from hsplit_flwr.federation import checkpoint
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.lora.export import AdapterExport, save_merged, save_peft_adapter
@@ -29,6 +32,7 @@ from hsplit_flwr.reports.run_tables import plan_history, run_report
 _log = logging.getLogger("hsplit_flwr")
 MAX_NEW_TOKENS = 48
 SUMMARY = "summary.json"
+KEEP_CHECKPOINTS = 2
 Result = TypeVar("Result")
 
 
@@ -53,9 +57,12 @@ class RunOutput:
         samples: prompts to show with what the model makes of them, before and after; greedily.
         prompts: further held-out prompts, to count what the model gets right of them (`data.slots`).
         adapter_rank: largest rank of the exported PEFT adapter; None: as much as exactness takes.
+        keep_checkpoints: how many checkpoints stay, the last ones; 0: none is written.
+        resume: the run to go on with, in its own folder: see `checkpoint.find`; empty: begin one.
+        decisive: what of `config` decides the results: a run that resumes this one must have it alike.
 
     Raises:
-        ConfigError: the folder cannot be created, or `adapter_rank` is no rank.
+        ConfigError: the folder cannot be created, there is no run to resume, or `adapter_rank` is no rank.
     """
 
     def __init__(
@@ -69,10 +76,17 @@ class RunOutput:
         samples: Sequence[Sample] = (),
         prompts: Sequence[str] = (),
         adapter_rank: int | None = None,
+        keep_checkpoints: int = KEEP_CHECKPOINTS,
+        resume: str = "",
+        decisive: Mapping[str, Any] | None = None,
     ) -> None:
         if adapter_rank is not None and adapter_rank < 1:
             raise ConfigError(f"Expected adapter-rank >= 1, or 0 for as much as exactness takes, found {adapter_rank}.")
-        self.folder = own_folder(folder)
+        require_whole("keep_checkpoints", keep_checkpoints, 0)
+        self._resumed = checkpoint.find(resume, folder) if resume else None
+        self._keep_checkpoints = keep_checkpoints
+        self._decisive = dict(decisive or {})
+        self.folder = checkpoint.run_folder(self._resumed) if self._resumed else own_folder(folder)
         self._model = model
         self._model_name = model_name
         self._command = command or this_command()
@@ -86,9 +100,24 @@ class RunOutput:
         self._commit = commit()  # that of the code which runs, not of what is checked out when it ends
         self._started = time.perf_counter()
 
+    def resume(self, server: RoundServer) -> None:
+        """Let `server`, which is new, go on where the run that is resumed stopped; nothing where none is.
+
+        Raises:
+            ConfigError: a damaged checkpoint, or one of another version, model or other settings.
+        """
+        if self._resumed is None:
+            return
+        state = checkpoint.load(self._resumed, self._settings(server))
+        server.load_state(state["server"])
+        self._started -= state["seconds"]
+        _log.info("resumed from %s: %d rounds are left", self._resumed, server.rounds_left)
+
     def after_round(self, server: RoundServer) -> None:
-        """Write summary and report as they are so far."""
+        """Write summary, report and checkpoint as they are so far."""
         self._attempt("the summary", lambda: self._write(self._summary(server, "running"), server))
+        if self._keep_checkpoints:
+            self._attempt("the checkpoint", lambda: self._save_checkpoint(server))
 
     def finish(self, server: RoundServer, error: BaseException | None = None) -> None:
         """Write all results of a run that ended, `error` being what ended it early; log its tables.
@@ -108,6 +137,14 @@ class RunOutput:
         self._attempt("the pictures", lambda: self._draw(summary, server))
         _log.info("%s", "\n".join(["", report or "", "", *self._sample_lines()]))
         _log.info("Results: %s", self.folder)
+
+    def _save_checkpoint(self, server: RoundServer) -> None:
+        state: State = {"server": server.state(), "seconds": time.perf_counter() - self._started}
+        round_number = state["server"]["round"]
+        checkpoint.save(self.folder, round_number, self._settings(server), state, self._keep_checkpoints)
+
+    def _settings(self, server: RoundServer) -> dict[str, Any]:
+        return {**self._decisive, **server.settings()}
 
     def _attempt(self, what: str, write: Callable[[], Result]) -> Result | None:
         try:
@@ -225,7 +262,7 @@ def own_folder(wanted: Path) -> Path:
     """
     folder, number = wanted, 1
     try:
-        while (folder / SUMMARY).exists():
+        while (folder / SUMMARY).exists() or checkpoint.saved(folder):
             number += 1
             folder = wanted.with_name(f"{wanted.name}-{number}")
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.run_output import RunOutput, Sample
 from hsplit_flwr.flower.flower_log import log_through_flower
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
-from hsplit_flwr.flower.run_config import Settings
+from hsplit_flwr.flower.run_config import INDECISIVE, Settings
 from hsplit_flwr.flower.server import server_components
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.models.dtypes import DTYPES
@@ -112,11 +112,14 @@ def _output(side: ServerSide, model: GlobalModel) -> RunOutput:
         model,
         side.model_name,
         side.settings.output_dir,
-        command=flwr_command(side.app, side.run_config),
+        command=flwr_command(side.app, {k: "" if k == "resume" else v for k, v in side.run_config.items()}),
         config=side.run_config,
         samples=side.samples,
         prompts=side.prompts,
         adapter_rank=side.settings.adapter_rank,
+        keep_checkpoints=side.settings.keep_checkpoints,
+        resume=side.settings.resume,
+        decisive={key: value for key, value in side.run_config.items() if key not in INDECISIVE},
     )
 
 

@@ -92,7 +92,8 @@ class ClientNode:
         """
         budgets: dict[str, Budget] = {}
         if PROBE_KEY in config and self._budgets:
-            budgets = {client: self._budgets(client, 1) for client in self._client_ids}
+            next_round = RoundTask.from_json(str(config[PROBE_KEY])).round
+            budgets = {client: self._budgets(client, next_round) for client in self._client_ids}
         elif PROBE_KEY in config:
             own = self._kept.measure(lambda: self._measure_link(config))
             budgets = dict.fromkeys(self._client_ids, own)

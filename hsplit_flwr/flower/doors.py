@@ -25,7 +25,8 @@ def flower_rounds(
     **options: Unpack[RoundOptions],
 ) -> RoundServer:
     """The rounds of a strategy, whose heads reach the tail over `service` (raises as `RoundServer`)."""
-    config = replace(service or ServiceConfig(), activation_dtype=training.activation_dtype)
+    given = service or ServiceConfig()
+    config = replace(given, activation_codec=training.activation_codec, gradient_codec=training.gradient_codec)
 
     def open_door(tail: SharedTail, model: GlobalModel, run: str) -> Door:
         door = TailService(tail, model.since, run, config)

@@ -1,6 +1,7 @@
 """The Message API's face of the server: a `flwr.serverapp.strategy.Strategy` that translates messages into rounds.
 
-What a round is stands in `federation/round_server.py`.
+What a round is stands in `federation/round_server.py`. Flower counts rounds from 1 also where a run is resumed after
+some: `server_round` is its number, `round_number` the run's.
 """
 
 import logging
@@ -40,10 +41,12 @@ class HSplitLoRAMessageStrategy(Strategy):
     Args:
         model: the global model; the strategy merges every round's update into it.
         plans: see `HSplitLoRAStrategy`, as are `training`, `service` and `options`.
-        output: what becomes of the results; None: they stay in `rounds.history` and in the model.
+        output: what becomes of the results, and whether a run is resumed; None: they stay in `rounds.history` and in
+            the model.
 
     Raises:
-        ConfigError: a plan's cut is not in 1..L-1, or a value is out of range.
+        ConfigError: a plan's cut is not in 1..L-1, a value is out of range, or a run cannot be resumed
+            (`RunOutput.resume`).
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class HSplitLoRAMessageStrategy(Strategy):
         """messages of the round under way, and the client that each is for"""
         self._resent: dict[str, str] = {}
         """id of a message that was sent again -> the client that it is for"""
+        if output:
+            output.resume(self.rounds)
 
     def start(
         self,
@@ -91,9 +96,11 @@ class HSplitLoRAMessageStrategy(Strategy):
         log_through_flower()
 
         def evaluated(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            score = self.rounds.score(server_round)
+            round_number = self.rounds.resumed_after + server_round
+            scored = server_round == 0 < round_number  # when the run began, or after its last round
+            score = None if scored else self.rounds.score(round_number)
             metrics: dict[str, Any] = dict(_metrics(score) or {})
-            metrics |= dict((evaluate_fn(server_round, arrays) if evaluate_fn else None) or {})
+            metrics |= dict((evaluate_fn(round_number, arrays) if evaluate_fn else None) or {})
             if self._output and server_round:
                 self._output.after_round(self.rounds)
             return MetricRecord(metrics) if metrics else None
@@ -104,7 +111,7 @@ class HSplitLoRAMessageStrategy(Strategy):
             lambda: super(HSplitLoRAMessageStrategy, self).start(
                 WatchedGrid(grid, self._on_reply),
                 initial_arrays or ArrayRecord(),
-                num_rounds or self.rounds.training.rounds,
+                self.rounds.rounds_left if num_rounds is None else num_rounds,
                 timeout or self.rounds.config.round_limit_s,
                 train_config,
                 evaluate_config,
@@ -137,7 +144,7 @@ class HSplitLoRAMessageStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Open the tail for a training round; a message with its task for every sampled client."""
-        tasks = self.rounds.open_training(server_round, self.nodes.refresh(grid))
+        tasks = self.rounds.open_training(self.rounds.resumed_after + server_round, self.nodes.refresh(grid))
         return self._messages(MessageType.TRAIN, server_round, tasks, config)
 
     def aggregate_train(
@@ -162,7 +169,7 @@ class HSplitLoRAMessageStrategy(Strategy):
         """Open the tail for scoring; a message with its task for every sampled client."""
         if not self.rounds.config.federated_evaluation:
             return []
-        tasks = self.rounds.open_scoring(server_round, self.nodes.refresh(grid))
+        tasks = self.rounds.open_scoring(self.rounds.resumed_after + server_round, self.nodes.refresh(grid))
         return self._messages(MessageType.EVALUATE, server_round, tasks, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

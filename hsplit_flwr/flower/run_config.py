@@ -5,9 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.federation.round_config import StrategyConfig
+from hsplit_flwr.federation.run_output import KEEP_CHECKPOINTS
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.planning.budgets.fleet import Fleet
@@ -16,6 +18,16 @@ from hsplit_flwr.planning.replanning import ReplanConfig
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
+
+INDECISIVE = frozenset(
+    (
+        *("output-dir", "keep-checkpoints", "resume", "adapter-rank", "server-threads"),
+        *("tail-bind", "tail-address", "tail-certificate", "tail-private-key", "tail-root-certificates"),
+        *("min-nodes", "wait-for-nodes-s", "round-limit-s", "start-gate-s", "straggler-limit-s", "step-limit-s"),
+        "max-frame-mib",
+    )
+)
+"""keys that a run which is resumed may have otherwise: they say where and how long, not what is computed"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,9 @@ class Settings:
     """torch threads of the server's process; 0: torch's default"""
     output_dir: Path
     adapter_rank: int | None
+    keep_checkpoints: int
+    resume: str
+    """which run to go on with, see `checkpoint.find`; empty: begin one"""
 
 
 def read_settings(run_config: RunConfig, folder: Path) -> Settings:
@@ -60,6 +75,8 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     adapter_rank = get(run_config, "adapter-rank", 0)
     if adapter_rank < 0:
         raise ConfigError(f"Expected adapter-rank >= 0 (0: as much as exactness takes), found {adapter_rank}.")
+    keep_checkpoints = get(run_config, "keep-checkpoints", KEEP_CHECKPOINTS)
+    require_whole("keep_checkpoints", keep_checkpoints, 0)
     return Settings(
         training=training,
         workload=Workload.of(
@@ -90,6 +107,8 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         server_threads=get(run_config, "server-threads", 0),
         output_dir=Path(get(run_config, "output-dir", "results")).resolve(),
         adapter_rank=adapter_rank or None,
+        keep_checkpoints=keep_checkpoints,
+        resume=get(run_config, "resume", ""),
     )
 
 

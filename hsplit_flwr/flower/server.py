@@ -1,5 +1,7 @@
 """Flower's own legacy server, with a worker for every client, results after every round, and an end that is true."""
 
+from typing import Any
+
 from flwr.server import Server, ServerAppComponents, ServerConfig, SimpleClientManager
 from flwr.server.history import History
 
@@ -19,7 +21,11 @@ class HSplitLoRAServer(Server):
 
     Args:
         strategy: decides rounds and limits.
-        output: what becomes of the results; None: they stay in ``strategy.rounds.history`` and in the model.
+        output: what becomes of the results, and whether a run is resumed; None: they stay in
+            ``strategy.rounds.history`` and in the model.
+
+    Raises:
+        ConfigError: a run cannot be resumed, see `RunOutput.resume`.
     """
 
     def __init__(self, strategy: HSplitLoRAStrategy, output: RunOutput | None = None) -> None:
@@ -27,6 +33,8 @@ class HSplitLoRAServer(Server):
         self.set_max_workers(MOST_CLIENTS)
         self._rounds = strategy.rounds
         self._output = output
+        if output:
+            output.resume(self._rounds)
 
     def fit(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
         """Flower's rounds, with the tail closed and the results written in any case.
@@ -39,7 +47,7 @@ class HSplitLoRAServer(Server):
         )
         return _RunHistory(history, self._output), seconds
 
-    def evaluate_round(self, server_round: int, timeout: float | None):  # type: ignore[no-untyped-def]
+    def evaluate_round(self, server_round: int, timeout: float | None) -> Any:
         """Flower's, the last of a round; then the results so far are written."""
         evaluated = super().evaluate_round(server_round, timeout)
         if self._output:
@@ -64,10 +72,13 @@ def server_components(strategy: HSplitLoRAStrategy, *, output: RunOutput | None 
     Args:
         strategy: decides rounds and limits.
         output: where the results go (summary, tables, pictures, adapter, merged model); None: nowhere.
+
+    Raises:
+        ConfigError: a run cannot be resumed, see `RunOutput.resume`.
     """
     log_through_flower()
-    rounds = strategy.rounds
+    server, rounds = HSplitLoRAServer(strategy, output), strategy.rounds
     return ServerAppComponents(
-        server=HSplitLoRAServer(strategy, output),
-        config=ServerConfig(num_rounds=rounds.training.rounds, round_timeout=rounds.config.round_limit_s),
+        server=server,
+        config=ServerConfig(num_rounds=rounds.rounds_left, round_timeout=rounds.config.round_limit_s),
     )

@@ -1,6 +1,7 @@
 """The legacy face of the server: a `flwr.server.strategy.Strategy` that translates Flower's hooks into rounds.
 
-What a round is stands in `federation/round_server.py`. Flower calls the hooks by keyword.
+What a round is stands in `federation/round_server.py`. Flower calls the hooks by keyword, and counts rounds from 1 also
+where a run is resumed after some: `server_round` is its number, `round_number` the run's.
 """
 
 from typing import Any, Unpack
@@ -73,7 +74,8 @@ class HSplitLoRAStrategy(Strategy):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """Open the tail for a training round and give every client its task."""
-        tasks = self.rounds.open_training(server_round, self.nodes.refresh(client_manager))
+        round_number = self.rounds.resumed_after + server_round
+        tasks = self.rounds.open_training(round_number, self.nodes.refresh(client_manager))
         return [
             (
                 TaskProxy(self.nodes.proxy(client), client, self.rounds.answered),
@@ -94,7 +96,10 @@ class HSplitLoRAStrategy(Strategy):
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
         """Central loss and perplexity on the server's held-out batches (round 0: before training)."""
-        score = self.rounds.score(server_round)
+        resumed_after = self.rounds.resumed_after
+        if server_round == 0 and resumed_after:
+            return None  # scored when the run began
+        score = self.rounds.score(resumed_after + server_round)
         return None if score is None else (score.loss, {"perplexity": score.perplexity})
 
     def configure_evaluate(
@@ -103,7 +108,8 @@ class HSplitLoRAStrategy(Strategy):
         """Open the tail for scoring and give every client its task."""
         if not self.rounds.config.federated_evaluation:
             return []
-        tasks = self.rounds.open_scoring(server_round, self.nodes.refresh(client_manager))
+        round_number = self.rounds.resumed_after + server_round
+        tasks = self.rounds.open_scoring(round_number, self.nodes.refresh(client_manager))
         return [
             (TaskProxy(self.nodes.proxy(client), client), EvaluateIns(parameters, {TASK_KEY: task.to_json()}))
             for client, task in tasks.items()

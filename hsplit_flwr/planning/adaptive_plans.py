@@ -1,6 +1,7 @@
 """Plans that a planner makes: heads and tail follow its plan in force."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from hsplit_flwr.common.state import State
 from hsplit_flwr.common.tables import client_order
@@ -92,6 +93,10 @@ class AdaptivePlans:
     ) -> None:
         """Learn from a round's measurements of importance: for the next plan."""
         self.history.update_from_round(heads, tail, shares, modules)
+
+    def settings(self) -> Mapping[str, Any]:
+        """See `AdaptivePlanning.settings`."""
+        return self.adaptive.settings()
 
     def state(self) -> State:
         """The planning's state: the plans in force follow from it."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from hsplit_flwr.common.state import State
 from hsplit_flwr.common.tables import client_order
@@ -107,6 +108,10 @@ class ConfiguredPlans:
     ) -> None:
         """Learn from a round's measurements of importance: for the reports."""
         self.history.update_from_round(heads, tail, shares, modules)
+
+    def settings(self) -> Mapping[str, Any]:
+        """The plans, the tail's adapters and the largest batches."""
+        return {"clients": self.plans, "tail": self.tail_lora, "workload": self.workload}
 
     def state(self) -> State:
         """The history's state; the plans themselves do not change."""

@@ -1,7 +1,7 @@
 """Who trains what, round by round: plans that are configured once, or planned from budgets and importance."""
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from hsplit_flwr.common.state import State
 from hsplit_flwr.lora.spec import LoraSpec
@@ -72,6 +72,9 @@ class PlansInForce(Protocol):
         modules: Iterable[str],
     ) -> None:
         """Learn from a round's measurements of importance: see `ImportanceHistory.update_from_round`."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """What never changes in a run: records and values for `common.dataclass_state.to_state`."""
 
     def state(self) -> State:
         """All that changes from round to round, as values that JSON knows; `load_state` takes it back."""

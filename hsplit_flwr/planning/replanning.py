@@ -9,6 +9,7 @@ Follows HSplitLoRA (arXiv:2505.02795), adaptive rank and split configuration; th
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from hsplit_flwr.common.checks import require
 from hsplit_flwr.common.dataclass_state import from_state, to_state
@@ -144,6 +145,15 @@ class AdaptivePlanning:
             ConfigError: see `planner.plan`.
         """
         return plan(self.costs, self.profile, budgets, self._server, self._planner)
+
+    def settings(self) -> Mapping[str, Any]:
+        """What plans are made by besides budgets and importance; the server's own budget may be measured."""
+        return {
+            "workload": self.costs.workload,
+            "planner": self._planner,
+            "replan": self._replan,
+            "lora-alpha": self._lora_alpha,
+        }
 
     def state(self) -> State:
         """Budgets, importance and the plan in force as values that JSON knows; `load_state` takes it back."""

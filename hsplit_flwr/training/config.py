@@ -6,9 +6,19 @@ from dataclasses import dataclass
 from hsplit_flwr.common.checks import is_above, is_at_least, is_whole, require, require_whole
 from hsplit_flwr.lora.spec import LoraSpec
 
-ACTIVATION_DTYPES = ("fp32", "bf16", "fp16")
-"""the wire codecs: keys of `exchange.codecs.CODECS`, which lies above and is not imported here"""
+WIRE_CODECS = ("fp32", "bf16", "fp16", "int8", "int4", "int4_stochastic")
+"""keys of `exchange.codecs.CODECS`, which lies above and is not imported here"""
 SCHEDULES = ("linear", "cosine", "constant")
+
+
+def require_codecs(activation_codec: str, gradient_codec: str) -> None:
+    """Refuses a codec that this version does not have.
+
+    Raises:
+        ConfigError: naming the setting, what there is and what was found.
+    """
+    for name, value in (("activation_codec", activation_codec), ("gradient_codec", gradient_codec)):
+        require(value in WIRE_CODECS, name, f"as one of {WIRE_CODECS}", value)
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,10 @@ class TrainingConfig:
     schedule: str = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    activation_dtype: str = "fp32"
+    activation_codec: str = "fp32"
+    """how activations travel up to the tail, one of `WIRE_CODECS`"""
+    gradient_codec: str = "fp32"
+    """how their gradients travel down to the heads, one of `WIRE_CODECS`"""
     seed: int = 0
     importance_steps: int = 1
     """the first steps of every round that also measure weight importance (`training/importance.py`); 0: none"""
@@ -52,8 +65,7 @@ class TrainingConfig:
         require(is_at_least(self.max_grad_norm, 0), "max_grad_norm", ">= 0 (0: no clipping)", self.max_grad_norm)
         require(self.schedule in SCHEDULES, "schedule", f"as one of {SCHEDULES}", self.schedule)
         require(self.optimizer in OPTIMIZERS, "optimizer", f"as one of {tuple(OPTIMIZERS)}", self.optimizer)
-        known = self.activation_dtype in ACTIVATION_DTYPES
-        require(known, "activation_dtype", f"as one of {ACTIVATION_DTYPES}", self.activation_dtype)
+        require_codecs(self.activation_codec, self.gradient_codec)
 
     @property
     def total_steps(self) -> int:

@@ -5,7 +5,7 @@ from typing import Self
 
 from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.training.config import ACTIVATION_DTYPES, TrainingConfig
+from hsplit_flwr.training.config import TrainingConfig, require_codecs
 
 WEIGHT_DTYPES = ("fp32", "bf16", "fp16")
 """keys of `models.dtypes.DTYPES`"""
@@ -26,8 +26,10 @@ class Workload:
     """steps of a round"""
     dtype: str = "fp32"
     """of the frozen weights, and so of the activations inside a segment"""
-    activation_dtype: str = TrainingConfig.activation_dtype
-    """on the wire"""
+    activation_codec: str = TrainingConfig.activation_codec
+    """on the wire, up"""
+    gradient_codec: str = TrainingConfig.gradient_codec
+    """on the wire, down"""
     gradient_checkpointing: bool = False
     """heads compute the activations of a block again in the backward pass instead of keeping them"""
     importance_steps: int = TrainingConfig.importance_steps
@@ -42,8 +44,7 @@ class Workload:
         require_whole("importance_steps", self.importance_steps, 0)
         require_whole("importance_rows", self.importance_rows, 0)
         require(self.dtype in WEIGHT_DTYPES, "dtype", f"as one of {WEIGHT_DTYPES}", self.dtype)
-        known = self.activation_dtype in ACTIVATION_DTYPES
-        require(known, "activation_dtype", f"as one of {ACTIVATION_DTYPES}", self.activation_dtype)
+        require_codecs(self.activation_codec, self.gradient_codec)
 
     @classmethod
     def of(
@@ -65,7 +66,8 @@ class Workload:
             sequence_length=sequence_length,
             local_steps=training.local_steps,
             dtype=dtype,
-            activation_dtype=training.activation_dtype,
+            activation_codec=training.activation_codec,
+            gradient_codec=training.gradient_codec,
             gradient_checkpointing=gradient_checkpointing,
             importance_steps=training.importance_steps,
             importance_rows=training.importance_rows,
@@ -82,10 +84,10 @@ class Workload:
         """Refuse a run that trains otherwise than the costs are predicted for.
 
         Raises:
-            ConfigError: other steps or dtypes, or importance that is measured on other rows.
+            ConfigError: other steps or codecs, or importance that is measured on other rows.
         """
         trained = type(self).of(training, batch_size=self.batch_size)
-        for name in ("local_steps", "activation_dtype", "measured_rows"):
+        for name in ("local_steps", "activation_codec", "gradient_codec", "measured_rows"):
             expected, found = getattr(trained, name), getattr(self, name)
             if expected != found:
                 raise ConfigError(

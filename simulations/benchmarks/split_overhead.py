@@ -153,7 +153,14 @@ def measure(setting: Setting) -> dict[str, Any]:
     """One row."""
     files = ModelFiles.resolve(MODELS[setting.model]())
     total = setting.steps * (BLOCKS + WARM_UP)
-    config = TrainingConfig(rounds=1, local_steps=total, learning_rate=1e-4, activation_dtype=setting.dtype, seed=SEED)
+    config = TrainingConfig(
+        rounds=1,
+        local_steps=total,
+        learning_rate=1e-4,
+        activation_codec=setting.dtype,
+        gradient_codec=setting.dtype,
+        seed=SEED,
+    )
     lora = LoraSpec(setting.rank, 2.0 * setting.rank)
     run_monolithic = monolithic(setting, files, config)
 
@@ -163,7 +170,12 @@ def measure(setting: Setting) -> dict[str, Any]:
     limits = BarrierLimits(straggler_limit_s=HEAD_LIMIT_S)
     tail = SharedTail(segment, SegmentAdapters(segment, lora, names), config, limits, tail_reports.append)
     tail.open_training(["0"], concurrency=1, adapter_seed=SEED)
-    service = TailService(tail, lambda have, cut: (0, True, {}), "bench", ServiceConfig(activation_dtype=setting.dtype))
+    service = TailService(
+        tail,
+        lambda have, cut: (0, True, {}),
+        "bench",
+        ServiceConfig(activation_codec=setting.dtype, gradient_codec=setting.dtype),
+    )
     token = service.open_round(1, "train", {"0": setting.cut}, 0)["0"]
     plan = ClientPlan(setting.cut, lora)
     task = RoundTask("bench", 1, "0", "train", service.address, token, HEAD_LIMIT_S, 64 << 20, plan, config)

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.exchange import grpc_transport, tail_service
-from hsplit_flwr.exchange.codecs import CODECS, batch_tensors
+from hsplit_flwr.exchange.batches import batch_tensors
+from hsplit_flwr.exchange.codecs import CODECS
 from hsplit_flwr.exchange.frames import Header, encode
 from hsplit_flwr.exchange.grpc_transport import GrpcStream, ServiceConfig, connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
@@ -154,7 +155,7 @@ def serving(
     concurrency: int = 1,
     limits: BarrierLimits = LIMITS,
     mode: Mode = "train",
-    activation_dtype: str = "fp32",
+    codec: str = "fp32",
     deltas: DeltaSource = no_delta,
     on_step: Callable[[StepReport], None] | None = None,
     lora: LoraSpec = LORA,
@@ -163,13 +164,14 @@ def serving(
     **config: Any,
 ) -> Iterator[Served]:
     tail = make_tail(architecture, limits, on_step, lora)
-    settings = ServiceConfig(max_frame_bytes=MAX_FRAME, activation_dtype=activation_dtype, **config)
+    settings = ServiceConfig(max_frame_bytes=MAX_FRAME, activation_codec=codec, gradient_codec=codec, **config)
     service = TailService(tail, deltas, "run", settings)
     cuts = dict.fromkeys(clients, CUT)
     tokens = service.open_round(1, mode, cuts, 0, steps=steps, workload=workload)
     if mode == "train":
         tail.open_training(clients, concurrency, adapter_seed=7)
-    served = Served(tail, service, tokens, cuts, mode, replace(CONFIG, activation_dtype=activation_dtype))
+    training = replace(CONFIG, activation_codec=codec, gradient_codec=codec)
+    served = Served(tail, service, tokens, cuts, mode, training)
     try:
         yield served
     finally:
@@ -333,17 +335,19 @@ def tensors(**changes: Tensor) -> dict[str, Tensor]:
 
 def filled(name: str, value: float) -> Tensor:
     tensor = tensors()[name].clone()
-    tensor[0, 0] = value
+    tensor.view(-1)[-1] = value
     return tensor
 
 
-WIDE = torch.zeros(BATCH, LENGTH, HIDDEN_SIZE + 1)
+REAL = int(batch("bad", 0)[1].sum())
+"""positions that are no padding"""
+WIDE = torch.zeros(REAL, HIDDEN_SIZE + 1)
 FAULTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "malformed_frame"),
     "noise": (bytes(range(256)) * 4, "malformed_frame"),
     "truncated": (encode(header(), tensors())[:-100], "malformed_frame"),
     "other protocol": (encode(header(protocol=99), tensors()), "protocol_version"),
-    "too large": (encode(header(), tensors(activations=torch.zeros(64, 128, HIDDEN_SIZE))), "frame_too_large"),
+    "too large": (encode(header(), tensors(activations=torch.zeros(64 * 128, HIDDEN_SIZE))), "frame_too_large"),
     "hello twice": (encode(header(kind="hello")), "wrong_kind"),
     "evaluate in a training round": (encode(header(kind="evaluate"), tensors()), "wrong_kind"),
     "a server's frame": (encode(header(kind="gradient"), tensors()), "wrong_kind"),
@@ -356,8 +360,14 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "one tensor more": (encode(header(), tensors(extra=torch.zeros(1))), "wrong_tensors"),
     "dtype": (encode(header(), tensors(activations=WIDE[..., 1:].bfloat16())), "wrong_dtype"),
     "hidden size": (encode(header(), tensors(activations=WIDE)), "wrong_shape"),
-    "mask of another batch": (encode(header(), tensors(mask=torch.ones(3, 3, dtype=torch.uint8))), "wrong_shape"),
-    "mask of twos": (encode(header(), tensors(mask=filled("mask", 2))), "wrong_mask"),
+    "mask of another batch": (
+        encode(header(), tensors(**{"mask.spans": torch.ones(3, 2, dtype=torch.int32)})),
+        "wrong_shape",
+    ),
+    "mask beyond its row": (
+        encode(header(), tensors(**{"mask.spans": filled("mask.spans", LENGTH + 1)})),
+        "wrong_mask",
+    ),
     "NaN": (encode(header(), tensors(activations=filled("activations", float("nan")))), "non_finite"),
     "Inf": (encode(header(), tensors(activations=filled("activations", float("inf")))), "non_finite"),
     "label above the vocabulary": (encode(header(), tensors(labels=filled("labels", VOCAB_SIZE))), "wrong_labels"),
@@ -699,8 +709,8 @@ ANSWERS: dict[str, tuple[bytes, str]] = {
     "another client's": (encode(replace(GRADIENT, client="bad"), {"gradient": batch("good", 0)[0]}), "wrong_client"),
     "a score": (encode(replace(GRADIENT, kind="score")), "wrong_kind"),
     "no gradient": (encode(GRADIENT), "wrong_tensors"),
-    "shape": (encode(GRADIENT, {"gradient": torch.zeros(1, LENGTH, HIDDEN_SIZE)}), "wrong_shape"),
-    "NaN": (encode(GRADIENT, {"gradient": torch.full((BATCH, LENGTH, HIDDEN_SIZE), float("nan"))}), "non_finite"),
+    "shape": (encode(GRADIENT, {"gradient": torch.zeros(1, REAL, HIDDEN_SIZE)}), "wrong_shape"),
+    "NaN": (encode(GRADIENT, {"gradient": torch.full((REAL, HIDDEN_SIZE), float("nan"))}), "non_finite"),
 }
 
 
@@ -757,7 +767,7 @@ def test_the_address_that_clients_are_told(advertise: str, expected: str) -> Non
 
 def traffic(name: str) -> tuple[int, int]:
     """Bytes up and down of hello, delta and three steps, as both sides count them."""
-    with serving("good", activation_dtype=name) as served:
+    with serving("good", codec=name) as served:
         with RemoteTail(served.task("good"), MAX_FRAME, connect) as session:
             session.fetch_delta(0)
             replies = train(session, "good", range(STEPS))
@@ -773,7 +783,7 @@ def traffic(name: str) -> tuple[int, int]:
 def test_half_precision_activations_halve_the_bytes(name: str) -> None:
     up, down = traffic(name)
     up32, down32 = traffic("fp32")
-    halved = STEPS * BATCH * LENGTH * HIDDEN_SIZE * 2
+    halved = STEPS * REAL * HIDDEN_SIZE * 2
     tolerance = STEPS * 32  # "F32" and "BF16", loss digits, padding of the header
     assert up32 - up == pytest.approx(halved, abs=tolerance)
     assert down32 - down == pytest.approx(halved, abs=tolerance)
@@ -782,7 +792,7 @@ def test_half_precision_activations_halve_the_bytes(name: str) -> None:
 @pytest.mark.parametrize(("name", "tolerance"), [("bf16", 2e-2), ("fp16", 2e-3)])
 def test_half_precision_activations_train_like_full_ones(name: str, tolerance: float) -> None:
     _, replies = reference({"good": 0})
-    with serving("good", activation_dtype=name) as served:
+    with serving("good", codec=name) as served:
         (reply,) = train(served.ready("good"), "good", range(1))
     exact = replies["good0"]
     assert reply.loss == pytest.approx(exact.loss, rel=tolerance)
@@ -791,7 +801,7 @@ def test_half_precision_activations_train_like_full_ones(name: str, tolerance: f
 
 
 def test_an_activation_beyond_fp16_is_refused_with_the_remedy() -> None:
-    with serving("good", activation_dtype="fp16") as served:
+    with serving("good", codec="fp16") as served:
         session = served.ready("good")
         activations, mask, labels = batch("good", 0)
         error = refused(lambda: session.train_step(0, activations * 1e6, mask, labels), "non_finite")

@@ -13,8 +13,9 @@ from torch import Tensor
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange import frame_bytes, tail_service
 from hsplit_flwr.exchange.admission import Ticket
-from hsplit_flwr.exchange.codecs import CODECS, batch_tensors, check_gradient
-from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, probe_filler
+from hsplit_flwr.exchange.batches import batch_tensors, check_batch, check_gradient
+from hsplit_flwr.exchange.codecs import CODECS
+from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, probe_filler, rounding_seed
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.tail_service import MAX_PROBE_BYTES, MAX_PROBES, DeltaSource, TailProtocol
 from hsplit_flwr.exchange.task import Mode, RoundTask
@@ -77,8 +78,9 @@ def no_delta(have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
     return 7, False, {}
 
 
-def protocol(tail: Tail, deltas: DeltaSource = no_delta, codec: str = "fp32") -> TailProtocol:
-    return TailProtocol(tail, deltas, "run", codec=CODECS[codec], max_frame_bytes=LIMIT)
+def protocol(tail: Tail, deltas: DeltaSource = no_delta, codec: str = "fp32", down: str = "") -> TailProtocol:
+    up, down_codec = CODECS[codec], CODECS[down or codec]
+    return TailProtocol(tail, deltas, "run", activation_codec=up, gradient_codec=down_codec, max_frame_bytes=LIMIT)
 
 
 def ticket(mode: Mode = "train", **limits: Any) -> Ticket:
@@ -94,12 +96,15 @@ def batch(rows: int = ROWS, width: int = WIDTH) -> tuple[Tensor, Tensor, Tensor]
 
 
 def step(number: int, kind: str = "train", codec: str = "fp32", rows: int = ROWS, width: int = WIDTH) -> bytes:
-    return encode(head(kind, step=number), batch_tensors(*batch(rows, width), CODECS[codec]))
+    header = head(kind, step=number)
+    return encode(header, batch_tensors(*batch(rows, width), CODECS[codec], rounding_seed(header)))
 
 
-def there_and_back(values: Tensor, codec: str) -> Tensor:
-    """What arrives of `values`."""
-    return CODECS[codec].decode("x", CODECS[codec].encode("x", values))
+def there_and_back(values: Tensor, codec: str, header: Header) -> Tensor:
+    """What arrives of `values` (B, T, H) in the frame of `header`."""
+    flat = values.flatten(0, 1)
+    parts = CODECS[codec].encode("x", flat, rounding_seed(header))
+    return CODECS[codec].decode("x", parts, tuple(flat.shape)).view(values.shape)
 
 
 HELLO = encode(head("hello", have=5))
@@ -131,9 +136,12 @@ def test_a_training_round(codec: str) -> None:
     assert delta == (head("delta", version=7), {})
     for number, (frame, gradient) in enumerate(zip(sent[1:], gradients, strict=True)):
         assert gradient.header == head("gradient", step=number, loss=LOSS, tokens=ROWS * WIDTH)
-        activations = CODECS[codec].decode("activations", decode(frame, LIMIT).tensors)
-        found = check_gradient(gradient.tensors, activations, CODECS[codec])
-        assert torch.equal(found, there_and_back(2 * activations, codec))
+        sent_tensors = decode(frame, LIMIT).tensors
+        activations, mask, _ = check_batch(
+            sent_tensors, codec=CODECS[codec], hidden_size=HIDDEN, vocab_size=VOCAB, workload=Workload(ROWS, WIDTH)
+        )
+        found = check_gradient(gradient.tensors, mask.bool(), HIDDEN, CODECS[codec])
+        assert torch.equal(found, there_and_back(2 * activations.float(), codec, gradient.header))
     (session,) = tail.sessions
     assert session.joined == ("me", CUT, 40)
     assert session.steps == [("train", number) for number in range(3)]
@@ -141,7 +149,7 @@ def test_a_training_round(codec: str) -> None:
     assert (own.bytes_up, own.bytes_down) == (sum(map(len, sent)), sum(map(len, answers)))
     assert (own.steps, own.tokens, own.nll) == (3, 3 * ROWS * WIDTH, 3 * ROWS * WIDTH * LOSS)
     assert own.delta_bytes == len(answers[0])
-    workload = Workload(ROWS, WIDTH, activation_dtype=codec)
+    workload = Workload(ROWS, WIDTH, activation_codec=codec, gradient_codec=codec)
     assert {len(frame) for frame in sent[1:]} == {frame_bytes.step_bytes_up(workload, HIDDEN)}
     assert {len(answer) for answer in answers[1:]} == {frame_bytes.step_bytes_down(workload, HIDDEN)}
     assert len(HELLO) == frame_bytes.hello_bytes()
@@ -328,8 +336,9 @@ class Direct:
         list(self._answers)
 
 
+@pytest.mark.parametrize("down", CODECS)
 @pytest.mark.parametrize("codec", CODECS)
-def test_a_remote_tail_over_any_transport(codec: str) -> None:
+def test_a_remote_tail_over_any_transport(codec: str, down: str) -> None:
     tail, own = Tail(), ticket()
     weights = {"w": torch.randn(3)}
     task = RoundTask(
@@ -342,13 +351,13 @@ def test_a_remote_tail_over_any_transport(codec: str) -> None:
         time_limit_s=60.0,
         max_frame_bytes=LIMIT,
         plan=ClientPlan(CUT, LoraSpec()),
-        training=TrainingConfig(activation_dtype=codec),
+        training=TrainingConfig(activation_codec=codec, gradient_codec=down),
     )
     asked = []
 
     def connect(*args: object) -> Direct:
         asked.append(args)
-        return Direct(protocol(tail, lambda have, cut: (8, True, weights), codec), own)
+        return Direct(protocol(tail, lambda have, cut: (8, True, weights), codec, down), own)
 
     with RemoteTail(task, LIMIT, connect) as remote:
         version, whole, tensors = remote.fetch_delta(0)
@@ -356,7 +365,8 @@ def test_a_remote_tail_over_any_transport(codec: str) -> None:
         reply = remote.train_step(0, activations, mask, labels)
     assert asked == [("nowhere", "t0k3n", 60.0, LIMIT)]
     assert (version, whole, json.dumps(tensors["w"].tolist())) == (8, True, json.dumps(weights["w"].tolist()))
-    assert torch.equal(reply.gradient, there_and_back(2 * there_and_back(activations, codec), codec))
+    arrived = there_and_back(activations, codec, head("train"))
+    assert torch.equal(reply.gradient, there_and_back(2 * arrived.float(), down, head("gradient")))
     assert (reply.loss, reply.tokens) == (LOSS, ROWS * WIDTH)
     assert (remote.bytes_up, remote.bytes_down) == (own.bytes_up, own.bytes_down)
     assert [session.closed for session in tail.sessions] == [1]

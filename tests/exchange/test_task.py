@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import PROTOCOL_VERSION, RoundTask
 from hsplit_flwr.exchange.task_limits import LONGEST_S
 from hsplit_flwr.lora.spec import LoraSpec
@@ -21,7 +23,7 @@ from hsplit_flwr.training.workload import Workload
 pytestmark = pytest.mark.timeout(20)
 
 LORA = LoraSpec(4, 8.0, ("q_proj", "v_proj"), {r"layers\.1\.q_proj": 2}, {r"layers\.2\.v_proj": 3.5})
-TRAINING = TrainingConfig(3, 7, learning_rate=1e-4, schedule="cosine", activation_dtype="bf16", seed=5)
+TRAINING = TrainingConfig(3, 7, learning_rate=1e-4, schedule="cosine", activation_codec="bf16", seed=5)
 TASK = RoundTask("run", 2, "client-1", "train", "127.0.0.1:80", "t0k3n", 60.5, 1 << 20, ClientPlan(3, LORA), TRAINING)
 
 
@@ -55,6 +57,18 @@ def test_a_task_of_another_version_is_refused_first(protocol: Any) -> None:
     text = json.dumps({"protocol": protocol, "something": "new"})
     with pytest.raises(ConfigError, match=f"protocol version {PROTOCOL_VERSION}, found {protocol}.*Install the same"):
         RoundTask.from_json(text)
+
+
+@pytest.mark.parametrize("key", ["activation_codec", "gradient_codec"])
+def test_a_task_with_a_codec_that_this_client_lacks_is_refused_by_name(key: str) -> None:
+    training = {**json.loads(TASK.to_json())["training"], key: "int3"}
+    with pytest.raises(ConfigError, match=r"this side has, one of fp32, .*, found 'int3'.*Install the same"):
+        RoundTask.from_json(edited(training=training))
+
+
+def test_a_server_with_a_codec_that_it_lacks_does_not_open() -> None:
+    with pytest.raises(ConfigError, match=r"one of fp32, .*, found 'int3'"):
+        TailService(None, lambda have, cut: (0, True, {}), "run", ServiceConfig(gradient_codec="int3"))  # type: ignore[arg-type]
 
 
 def edited(**changes: Any) -> str:

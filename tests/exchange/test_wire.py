@@ -15,7 +15,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
-from hsplit_flwr.exchange.codecs import CODECS, Codec, batch_tensors, check_batch, check_gradient
+from hsplit_flwr.exchange.batches import batch_tensors, check_batch, check_gradient
+from hsplit_flwr.exchange.codecs import CODECS, Codec
 from hsplit_flwr.exchange.frames import (
     KINDS,
     MAX_HEADER_BYTES,
@@ -279,6 +280,9 @@ def test_a_refusal_does_not_repeat_a_huge_value() -> None:
     assert len(str(refusal.value)) <= MAX_MESSAGE
 
 
+ALL_TRAVEL = torch.ones(2, 3, dtype=torch.bool)
+
+
 def good_batch() -> dict[str, Tensor]:
     labels = torch.tensor([[-100, 0, VOCAB - 1], [1, -100, 2]])
     return batch_tensors(torch.randn(2, 3, HIDDEN), torch.tensor([[1, 1, 0], [0, 1, 1]]), labels, CODECS["bf16"])
@@ -304,32 +308,43 @@ def at(tensor: Tensor, value: float) -> Tensor:
     return changed
 
 
+BEYOND = torch.tensor([[7], [8]], dtype=torch.uint8)
+"""bit 3 of a row of three"""
 BAD_BATCHES: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "no_labels": ({"labels": None}, "wrong_tensors"),
     "no_tensors": ({"labels": None, "mask": None, "activations": None}, "wrong_tensors"),
     "one_too_many": ({"extra": torch.zeros(1)}, "wrong_tensors"),
-    "activations_fp32": ({"activations": torch.zeros(2, 3, HIDDEN)}, "wrong_dtype"),
-    "activations_int": ({"activations": torch.zeros(2, 3, HIDDEN, dtype=torch.int32)}, "wrong_dtype"),
-    "mask_int64": ({"mask": torch.ones(2, 3, dtype=torch.int64)}, "wrong_dtype"),
-    "labels_int64": ({"labels": torch.ones(2, 3, dtype=torch.int64)}, "wrong_dtype"),
-    "labels_float": ({"labels": torch.ones(2, 3)}, "wrong_dtype"),
-    "hidden_size": ({"activations": torch.zeros(2, 3, HIDDEN + 1, dtype=torch.bfloat16)}, "wrong_shape"),
-    "two_dimensions": ({"activations": torch.zeros(6, HIDDEN, dtype=torch.bfloat16)}, "wrong_shape"),
-    "four_dimensions": ({"activations": torch.zeros(1, 2, 3, HIDDEN, dtype=torch.bfloat16)}, "wrong_shape"),
+    "activations_fp32": ({"activations": torch.zeros(4, HIDDEN)}, "wrong_dtype"),
+    "activations_int": ({"activations": torch.zeros(4, HIDDEN, dtype=torch.int32)}, "wrong_dtype"),
+    "mask_int64": ({"mask.spans": torch.ones(2, 2, dtype=torch.int64)}, "wrong_dtype"),
+    "size_int64": ({"size": torch.ones(2, dtype=torch.int64)}, "wrong_dtype"),
+    "labels_int64": ({"labels": torch.ones(4, dtype=torch.int64)}, "wrong_dtype"),
+    "labels_float": ({"labels": torch.ones(4)}, "wrong_dtype"),
+    "hidden_size": ({"activations": torch.zeros(4, HIDDEN + 1, dtype=torch.bfloat16)}, "wrong_shape"),
+    "with_padding": ({"activations": torch.zeros(6, HIDDEN, dtype=torch.bfloat16)}, "wrong_shape"),
+    "three_dimensions": ({"activations": torch.zeros(2, 2, HIDDEN, dtype=torch.bfloat16)}, "wrong_shape"),
     "scalar": ({"activations": torch.zeros((), dtype=torch.bfloat16)}, "wrong_shape"),
-    "no_rows": ({"activations": torch.zeros(0, 3, HIDDEN, dtype=torch.bfloat16)}, "wrong_shape"),
-    "no_tokens": ({"activations": torch.zeros(2, 0, HIDDEN, dtype=torch.bfloat16)}, "wrong_shape"),
-    "mask_transposed": ({"mask": torch.ones(3, 2, dtype=torch.uint8)}, "wrong_shape"),
-    "mask_broadcasts": ({"mask": torch.ones(1, 3, dtype=torch.uint8)}, "wrong_shape"),
-    "labels_too_short": ({"labels": torch.zeros(2, 2, dtype=torch.int32)}, "wrong_shape"),
+    "no_rows": ({"size": torch.tensor([0, 3], dtype=torch.int32)}, "wrong_shape"),
+    "no_tokens": ({"size": torch.tensor([2, 0], dtype=torch.int32)}, "wrong_shape"),
+    "negative_size": ({"size": torch.tensor([-2, -3], dtype=torch.int32)}, "wrong_shape"),
+    "no_activations": ({"activations": torch.zeros(0, HIDDEN, dtype=torch.bfloat16)}, "wrong_shape"),
+    "mask_of_more_rows": ({"mask.spans": torch.ones(3, 2, dtype=torch.int32)}, "wrong_shape"),
+    "mask_broadcasts": ({"mask.spans": torch.ones(1, 2, dtype=torch.int32)}, "wrong_shape"),
+    "labels_too_short": ({"labels": torch.zeros(3, dtype=torch.int32)}, "wrong_shape"),
     "activations_nan": ({"activations": at(good_batch()["activations"], float("nan"))}, "non_finite"),
     "activations_inf": ({"activations": at(good_batch()["activations"], float("inf"))}, "non_finite"),
     "activations_minus_inf": ({"activations": at(good_batch()["activations"], -float("inf"))}, "non_finite"),
-    "mask_two": ({"mask": at(good_batch()["mask"], 2)}, "wrong_mask"),
-    "mask_255": ({"mask": at(good_batch()["mask"], 255)}, "wrong_mask"),
+    "mask_beyond_its_row": ({"mask.spans": at(good_batch()["mask.spans"], 3)}, "wrong_mask"),
+    "mask_negative": ({"mask.spans": at(good_batch()["mask.spans"], -1)}, "wrong_mask"),
+    "mask_overflows": ({"mask.spans": torch.full((2, 2), 2**31 - 1, dtype=torch.int32)}, "wrong_mask"),
+    "mask_twice": ({"mask.bits": torch.ones(2, 1, dtype=torch.uint8)}, "wrong_tensors"),
+    "mask_of_other_tokens": ({"mask.spans": torch.tensor([[0, 3], [0, 3]], dtype=torch.int32)}, "wrong_shape"),
+    "labels_beyond_their_row": ({"labels.spans": None, "labels.bits": BEYOND}, "wrong_labels"),
+    "labels_elsewhere": ({"labels.bits": None, "labels.spans": torch.zeros(2, 2, dtype=torch.int32)}, "wrong_shape"),
     "label_is_vocab_size": ({"labels": at(good_batch()["labels"], VOCAB)}, "wrong_labels"),
     "label_negative": ({"labels": at(good_batch()["labels"], -1)}, "wrong_labels"),
     "label_below_ignore": ({"labels": at(good_batch()["labels"], -101)}, "wrong_labels"),
+    "label_ignored": ({"labels": at(good_batch()["labels"], -100)}, "wrong_labels"),
     "label_smallest": ({"labels": at(good_batch()["labels"], -(2**31))}, "wrong_labels"),
     "label_largest": ({"labels": at(good_batch()["labels"], 2**31 - 1)}, "wrong_labels"),
 }
@@ -355,23 +370,26 @@ def test_many_strange_tensor_names_make_a_short_refusal() -> None:
     ("tensors", "code"),
     [
         ({}, "wrong_tensors"),
-        ({"gradient": torch.zeros(2, 3, HIDDEN), "extra": torch.zeros(1)}, "wrong_tensors"),
-        ({"gradient": torch.zeros(2, 3, HIDDEN, dtype=torch.float16)}, "wrong_dtype"),
-        ({"gradient": torch.zeros(1, 3, HIDDEN)}, "wrong_shape"),
-        ({"gradient": at(torch.zeros(2, 3, HIDDEN), float("nan"))}, "non_finite"),
-        ({"gradient": at(torch.zeros(2, 3, HIDDEN), float("inf"))}, "non_finite"),
+        ({"gradient": torch.zeros(6, HIDDEN), "extra": torch.zeros(1)}, "wrong_tensors"),
+        ({"gradient": torch.zeros(6, HIDDEN, dtype=torch.float16)}, "wrong_dtype"),
+        ({"gradient": torch.zeros(3, HIDDEN)}, "wrong_shape"),
+        ({"gradient": at(torch.zeros(6, HIDDEN), float("nan"))}, "non_finite"),
+        ({"gradient": at(torch.zeros(6, HIDDEN), float("inf"))}, "non_finite"),
     ],
     ids=["missing", "extra", "dtype", "shape", "nan", "inf"],
 )
 def test_bad_gradients_are_refused(tensors: dict[str, Tensor], code: str) -> None:
     with pytest.raises(ExchangeError, match=r"Expected .* found") as refusal:
-        check_gradient(tensors, like=torch.zeros(2, 3, HIDDEN), codec=CODECS["fp32"])
+        check_gradient(tensors, ALL_TRAVEL, HIDDEN, codec=CODECS["fp32"])
     assert refusal.value.code == code
 
 
 def test_a_good_gradient_passes_unchanged() -> None:
-    gradient = torch.randn(2, 3, HIDDEN, dtype=torch.float16)
-    assert check_gradient({"gradient": gradient}, torch.zeros(2, 3, HIDDEN), CODECS["fp16"]) is gradient
+    gradient = torch.randn(6, HIDDEN, dtype=torch.float16)
+    found = check_gradient({"gradient": gradient}, ALL_TRAVEL, HIDDEN, CODECS["fp16"])
+    assert found.shape == (2, 3, HIDDEN)
+    assert torch.equal(found.view(6, HIDDEN), gradient)
+    assert found.data_ptr() == gradient.data_ptr()  # not copied
 
 
 def test_the_numbers_of_a_header_do_not_change_the_size_of_a_frame() -> None:

@@ -47,7 +47,7 @@ def smollm2_config() -> PretrainedConfig:
 @cache
 def costs_of(model: str, batch: int = RunSpec.batch_size, length: int = RunSpec.max_length) -> ModelCosts:
     if model == "7b":
-        return ModelCosts(LlamaConfig(), Workload(4, 128, dtype="bf16", activation_dtype="bf16"))
+        return ModelCosts(LlamaConfig(), Workload(4, 128, dtype="bf16", activation_codec="bf16", gradient_codec="bf16"))
     tiny = ModelFiles.resolve(str(tiny_checkpoint())).config if model == "tiny" else None
     return ModelCosts(tiny or smollm2_config(), Workload(batch, length, RunSpec.local_steps))
 

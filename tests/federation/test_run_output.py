@@ -93,6 +93,7 @@ def test_the_files(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = trained
     assert {path.name for path in folder.iterdir()} == {
         "adapter",
+        "checkpoints",
         "merged_model",
         "report.txt",
         "run.png",

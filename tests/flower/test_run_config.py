@@ -85,7 +85,8 @@ def test_every_key_arrives() -> None:
             "schedule": "cosine",
             "weight-decay": 0.1,
             "max-grad-norm": 0.0,
-            "activation-dtype": "bf16",
+            "activation-codec": "bf16",
+            "gradient-codec": "int8",
             "seed": 9,
             "dtype": "bf16",
             "server-threads": 2,
@@ -105,8 +106,8 @@ def test_every_key_arrives() -> None:
         },
         HERE,
     )
-    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", 9, 2, 0, True, 3)
-    assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", True, importance_steps=2, importance_rows=0)
+    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", "int8", 9, 2, 0, True, 3)
+    assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", "int8", True, importance_steps=2, importance_rows=0)
     assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"))
     assert settings.replan == ReplanConfig(0.5, 0.3)
     assert settings.lora_alpha == 4.0
@@ -174,7 +175,8 @@ def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> N
         ({"learning-rate": True}, "Expected learning-rate as float, found True"),
         ({"federated-evaluation": 1}, "Expected federated-evaluation as bool, found 1"),
         ({"schedule": "step"}, "Expected schedule as one of"),
-        ({"activation-dtype": "int8"}, "Expected activation_dtype as one of"),
+        ({"activation-codec": "int3"}, "Expected activation_codec as one of"),
+        ({"gradient-codec": "int3"}, "Expected gradient_codec as one of .*run config: gradient-codec"),
         ({"aggregation": "mean"}, "Expected an aggregation rule among .*found 'mean'"),
         ({"fraction-clients": 0.0}, "Expected 0 < fraction_clients <= 1, found 0.0"),
         ({"max-share": 0.0}, "Expected max_share > 0 and at most 1, found 0.0 .run config: max-share"),

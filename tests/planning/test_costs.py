@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
-from hsplit_flwr.exchange.codecs import CODECS, batch_tensors
+from hsplit_flwr.exchange.batches import batch_tensors
+from hsplit_flwr.exchange.codecs import CODECS
 from hsplit_flwr.exchange.frames import Header, encode
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
@@ -289,17 +290,17 @@ def test_blocks_of_unequal_kind_keep_their_own_costs(architecture: str) -> None:
     assert len(costs.matrices) == 7 * len([m for m in costs.matrices if m.block == 0])
 
 
-@pytest.mark.parametrize("activation_dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(("up", "down"), [("fp32", "fp32"), ("bf16", "fp16"), ("fp16", "int8"), ("int4", "bf16")])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 16), (8, 129)])
-def test_step_bytes_are_those_of_real_frames(shape: tuple[int, int], activation_dtype: str) -> None:
-    workload = Workload(*shape, activation_dtype=activation_dtype)
+def test_step_bytes_are_those_of_real_frames(shape: tuple[int, int], up: str, down: str) -> None:
+    workload = Workload(*shape, activation_codec=up, gradient_codec=down)
     costs = ModelCosts(tiny_config("gpt2", True), workload)
     hidden = torch.randn(*shape, HIDDEN_SIZE)
     tokens = torch.ones(shape, dtype=torch.int64)
     header = Header("train", "a-run", 12, "client-7", 3, step=19)
-    assert costs.step_bytes_up == len(encode(header, batch_tensors(hidden, tokens, tokens, CODECS[activation_dtype])))
+    assert costs.step_bytes_up == len(encode(header, batch_tensors(hidden, tokens, tokens, CODECS[up])))
     answer = Header("gradient", "a-run", 12, "client-7", 3, step=19, loss=3.14159265358979, tokens=45)
-    assert costs.step_bytes_down == len(encode(answer, {"gradient": hidden.to(DTYPES[activation_dtype])}))
+    assert costs.step_bytes_down == len(encode(answer, CODECS[down].encode("gradient", hidden.flatten(0, 1))))
     assert costs.hello_bytes == len(encode(Header("hello", "a-run", 12, "client-7", 3, have=11)))
 
 

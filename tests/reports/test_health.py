@@ -262,7 +262,7 @@ def test_a_slow_link_is_a_warning() -> None:
         "10.0 MB per second of compute"
     )
     assert "bf16" in finding.remedy
-    half = replace(SETTINGS.training, activation_dtype="bf16")
+    half = replace(SETTINGS.training, activation_codec="bf16", gradient_codec="bf16")
     assert "bf16" not in communication(history, half).remedy
     assert "tail-passes" in communication(history, half).remedy
 

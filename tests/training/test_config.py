@@ -45,7 +45,8 @@ pytestmark = pytest.mark.timeout(20)
         ({"max_grad_norm": -1.0}, "max_grad_norm >= 0"),
         ({"schedule": "step"}, "schedule as one of .*'linear', 'cosine', 'constant'.*found 'step'"),
         ({"optimizer": "adam"}, r"optimizer as one of \('adamw',.*found 'adam'"),
-        ({"activation_dtype": "int8"}, "activation_dtype as one of .*'fp32', 'bf16', 'fp16'.*found 'int8'"),
+        ({"activation_codec": "int3"}, "activation_codec as one of .*'fp32', 'bf16', 'fp16'.*found 'int3'"),
+        ({"gradient_codec": "int3"}, "gradient_codec as one of .*'fp32', 'bf16', 'fp16'.*found 'int3'"),
     ],
     ids=str,
 )

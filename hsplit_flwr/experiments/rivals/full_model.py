@@ -6,10 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.whole_training import WholeReport, client_steps, train_whole
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, full_flops, whole_work
+from hsplit_flwr.experiments.work import RoundOutcome, full_flops, whole_work
 from hsplit_flwr.lora.aggregation import token_shares
 from hsplit_flwr.models.segments import load_segment
 from hsplit_flwr.training.loss import Score, score_segment
@@ -33,12 +34,12 @@ class FullTrainer:
         start = [parameter.detach().clone() for parameter in parameters]
         trained: dict[str, list[torch.Tensor]] = {}
         reports: dict[str, WholeReport] = {}
-        shapes: dict[str, list[BatchShape]] = {}
+        forms: dict[str, list[BatchForm]] = {}
         first = (round_number - 1) * self._task.training.local_steps
         for client in present:
             _assign(parameters, start)
-            shapes[client] = []
-            steps = client_steps(self._task, client, first, shapes[client])
+            forms[client] = []
+            steps = client_steps(self._task, client, first, forms[client])
             optimizer = Optimizer(parameters, self._task.training)
             reports[client] = train_whole(self._segment, optimizer, steps, first)
             trained[client] = [parameter.detach().clone() for parameter in parameters]
@@ -51,7 +52,7 @@ class FullTrainer:
                     client,
                     costs,
                     full_flops(costs),
-                    shapes[client],
+                    forms[client],
                     download_bytes=self._bytes if round_number > 1 else 0,
                     upload_bytes=self._bytes,
                 )

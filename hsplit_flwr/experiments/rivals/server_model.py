@@ -6,10 +6,11 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from hsplit_flwr.common.seeds import derive_seed
+from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.whole_training import client_steps, train_whole
 from hsplit_flwr.experiments.task import LARGEST_RANK, SCALING, Task
-from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, length_factor, whole_flops
+from hsplit_flwr.experiments.work import RoundOutcome, length_factor, whole_flops
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
@@ -38,15 +39,15 @@ class ServerTrainer:
     def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:
         """As many batches of every client as in a round of the others; the server has them all, whoever is away."""
         first = (round_number - 1) * self._task.training.local_steps
-        shapes: list[BatchShape] = []
-        streams = [client_steps(self._task, client, first, shapes) for client in self._task.devices]
+        forms: list[BatchForm] = []
+        streams = [client_steps(self._task, client, first, forms) for client in self._task.devices]
         joint = ([batch for batches in together for batch in batches] for together in zip(*streams, strict=True))
         steps = joint if self._joint else ([batch] for batches in joint for batch in batches)
         start = first if self._joint else first * len(streams)
         report = train_whole(self._segment, self._optimizer, steps, start)
         ranks = {name: pair.rank for name, pair in self._adapters.factors().items()}
         costs = self._task.costs
-        flops = len(shapes) * length_factor(costs, shapes) * whole_flops(costs, ranks)
+        flops = len(forms) * length_factor(costs, forms) * whole_flops(costs, ranks)
         return RoundOutcome(work=(), tokens=report.tokens, train_loss=report.loss, too_large=0, server_flops=flops)
 
     def score(self) -> Score:

@@ -8,12 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hsplit_flwr.common.seeds import derive_seed
+from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.adapted import adapted
 from hsplit_flwr.experiments.rivals.pruning import penalty, ranks_after
 from hsplit_flwr.experiments.rivals.whole_training import WholeReport, client_steps, train_whole
 from hsplit_flwr.experiments.task import LORA_ALPHA, SCALING, Task
-from hsplit_flwr.experiments.work import BatchShape, RoundOutcome, factor_bytes, merge_flops, whole_flops, whole_work
+from hsplit_flwr.experiments.work import RoundOutcome, factor_bytes, merge_flops, whole_flops, whole_work
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate, token_shares
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
@@ -32,7 +33,7 @@ class Trained:
 
     report: WholeReport
     factors: Factors
-    shapes: list[BatchShape]
+    forms: list[BatchForm]
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -83,7 +84,7 @@ class WholeTrainer:
                     client,
                     costs,
                     whole_flops(costs, done.ranks),
-                    done.shapes,
+                    done.forms,
                     download_bytes=downloads[client],
                     upload_bytes=factor_bytes(done.factors),
                 )
@@ -99,12 +100,12 @@ class WholeTrainer:
         """Round `round_number` of one client."""
         segment, adapters = self._client_model(client, round_number)
         before = adapters.factors()
-        shapes: list[BatchShape] = []
-        report = self._train(client, round_number, segment, adapters, shapes)
+        forms: list[BatchForm] = []
+        report = self._train(client, round_number, segment, adapters, forms)
         after = adapters.factors()
         if self._method.self_pruning:
             self._ranks[client] = ranks_after(before, after)
-        return Trained(report, after, shapes)
+        return Trained(report, after, forms)
 
     def contributions(self, trained: Mapping[str, Trained]) -> list[Contribution]:
         """What clients trained, weighted by their tokens."""
@@ -136,11 +137,11 @@ class WholeTrainer:
         return segment, adapters
 
     def _train(
-        self, client: str, round_number: int, segment: Segment, adapters: SegmentAdapters, shapes: list[BatchShape]
+        self, client: str, round_number: int, segment: Segment, adapters: SegmentAdapters, forms: list[BatchForm]
     ) -> WholeReport:
         training = self._task.training
         first = (round_number - 1) * training.local_steps
-        steps = client_steps(self._task, client, first, shapes)
+        steps = client_steps(self._task, client, first, forms)
         flat = adapters.parameters()
         pairs: list[tuple[Tensor, Tensor]] = list(zip(flat[::2], flat[1::2], strict=True))
         extra = (lambda: penalty(pairs)) if self._method.self_pruning else None

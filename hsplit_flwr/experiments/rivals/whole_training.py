@@ -7,8 +7,9 @@ from statistics import fmean
 
 from torch import Tensor
 
+from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.experiments.task import Task
-from hsplit_flwr.experiments.work import BatchShape, recorded
+from hsplit_flwr.experiments.work import recorded
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.loss import target_tokens, token_losses
@@ -59,7 +60,7 @@ def train_whole(
     return WholeReport(fmean(losses), trained)
 
 
-def client_steps(task: Task, client: str, first_step: int, shapes: list[BatchShape]) -> Iterable[list[Batch]]:
-    """The batches of `client` in a round, one per step, their shapes noted."""
+def client_steps(task: Task, client: str, first_step: int, forms: list[BatchForm]) -> Iterable[list[Batch]]:
+    """The batches of `client` in a round, one per step, their forms noted."""
     batches = islice(task.streams[client](first_step), task.training.local_steps)
-    return ([batch] for batch in recorded(batches, shapes))
+    return ([batch] for batch in recorded(batches, forms))

@@ -5,6 +5,7 @@ from hsplit_flwr.reports.health.facts import RunFacts
 from hsplit_flwr.reports.health.findings import Cause, judged, not_measured, percent, seconds
 from hsplit_flwr.reports.health.links import LinkUse, link_use
 from hsplit_flwr.reports.health.records import Finding
+from hsplit_flwr.training.config import TrainingConfig
 
 SIGN = "communication"
 LINK_SHARE = 0.5
@@ -24,7 +25,7 @@ def find(facts: RunFacts) -> Finding:
     )
     slow = sum(use.share >= LINK_SHARE for use in uses)
     why = f"{slow} of {len(uses)} clients spend at least half of their time on the link; {_rate(worst)}"
-    causes = [Cause(why, _link_remedy(facts.settings.training.activation_dtype))] if slow else []
+    causes = [Cause(why, _link_remedy(facts.settings.training))] if slow else []
     return judged(SIGN, 100 * worst.share, "% of a client's time on the link", measured, causes)
 
 
@@ -34,6 +35,8 @@ def _rate(use: LinkUse) -> str:
     return f"client {use.client} takes {per_step} per step{compute}"
 
 
-def _link_remedy(activation_dtype: str) -> str:
-    halve = "activation-dtype='bf16' halves the bytes of a step; " if activation_dtype == "fp32" else ""
+def _link_remedy(training: TrainingConfig) -> str:
+    wires = {"activation-codec": training.activation_codec, "gradient-codec": training.gradient_codec}
+    whole = " and ".join(key for key, codec in wires.items() if codec == "fp32")
+    halve = f"'bf16' as {whole} halves what fp32 sends; " if whole else ""
     return f"{halve}fewer, larger steps save round trips; tail-passes > 1 has the server train meanwhile"
