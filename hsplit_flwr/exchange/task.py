@@ -59,8 +59,8 @@ class RoundTask:
         """The task that `to_json` wrote.
 
         Raises:
-            ConfigError: not a task, one of another protocol version, beyond `task_limits`, or with a codec
-                that this version lacks.
+            ConfigError: not a task, one of another protocol version, one with a codec that this version lacks, or one
+                beyond the limits of `task_limits`.
         """
         try:
             data: dict[str, Any] = json.loads(text)
