@@ -84,8 +84,8 @@ def assert_planned(summary: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "federation",
-    [[], simulation(nodes=5, actors=5), simulation(nodes=5, actors=2)],
-    ids=["as-typed", "five-actors", "two-actors-in-waves"],
+    [[], simulation(nodes=5, actors=2)],
+    ids=["as-typed", "two-actors-in-waves"],
 )
 def test_quickstart_finishes_with_all_clients(home: FlowerHome, tmp_path: Path, federation: list[str]) -> None:
     values = {"rounds": 2, "local-steps": 4, "warmup-steps": 2, "output-dir": str(tmp_path)}
@@ -111,11 +111,11 @@ def test_both_faces_give_bit_equal_summaries(home: FlowerHome, tmp_path: Path) -
         assert f"Results: {tmp_path / name}" in "\n".join(log.splitlines()[-8:])
     legacy, messages = (timeless(read_summary(tmp_path / name)) for name in ("legacy", "messages"))
     assert messages == legacy
+    assert_all_trained(read_summary(tmp_path / "legacy"), rounds=2, steps=4)
     assert legacy["history"][1]["plan"]
 
 
-@pytest.mark.parametrize("app", [FAULTS, MESSAGES], ids=["legacy", "messages"])
-def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, tmp_path: Path, app: Path) -> None:
+def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, tmp_path: Path) -> None:
     """In round 1 client 1 raises, the process of client 2 is killed and client 3 sleeps past the round's limit."""
     values = {
         "faults": "1:raise 2:kill 3:stall",
@@ -125,15 +125,13 @@ def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, t
         "straggler-limit-s": 4.0,
         "rounds": 4,
         "output-dir": str(tmp_path),
-        **(CONFIGURED if app == MESSAGES else {}),
     }
-    home.run(app, values, *simulation(nodes=5, actors=5), timeout_s=RUN_S)
+    home.run(FAULTS, values, *simulation(nodes=5, actors=5), timeout_s=RUN_S)
     summary = read_summary(tmp_path)
     first, *later = summary["history"]
     assert clients_of(first) == ["0", "4"]
     assert first["train_loss"] == pytest.approx(weighted_loss(first), rel=1e-9)
-    silent = "no answer within round-limit-s = 60 s" if app == MESSAGES else "Message Unavailable"
-    for client, reason in {"1": "was told to raise", "2": "ActorDiedError", "3": silent}.items():
+    for client, reason in {"1": "was told to raise", "2": "ActorDiedError", "3": "Message Unavailable"}.items():
         said = [failure for failure in first["failures"] if failure.startswith(f"client {client}: ")]
         assert any(reason in failure for failure in said), said
     assert first["seconds"]["fit"] < 75  # the round's limit, not the sleeper's 80 s
@@ -146,10 +144,13 @@ def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, t
     print([(clients_of(record), round(record["seconds"]["fit"], 1)) for record in summary["history"]])
 
 
-def test_a_dead_actor_costs_one_client_one_round(home: FlowerHome, tmp_path: Path) -> None:
+@pytest.mark.parametrize("app", [FAULTS, MESSAGES], ids=["legacy", "messages"])
+def test_a_dead_actor_costs_one_client_one_round(home: FlowerHome, tmp_path: Path, app: Path) -> None:
     """Two actors, five clients in waves; one actor dies in round 1 and is never replaced."""
     values = {"faults": "1:kill", "start-gate-s": 3.0, "rounds": 2, "output-dir": str(tmp_path)}
-    home.run(FAULTS, values, *simulation(nodes=5, actors=2), timeout_s=RUN_S)
+    if app == MESSAGES:
+        values |= CONFIGURED
+    home.run(app, values, *simulation(nodes=5, actors=2), timeout_s=RUN_S)
     first, second = read_summary(tmp_path)["history"]
     assert clients_of(first) == ["0", "2", "3", "4"]
     assert any(failure.startswith("client 1: ") and "ActorDiedError" in failure for failure in first["failures"])
