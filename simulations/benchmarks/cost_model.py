@@ -35,7 +35,9 @@ from _provenance import provenance
 from _step_flops import head_flops, tail_flops
 from torch import Tensor
 
+from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
@@ -187,10 +189,13 @@ def memory_row(point: Point, costs: ModelCosts, files: ModelFiles, repeats: int)
     runs = [measure_head(point, files) for _ in range(repeats)]
     peaks = [run["peak_bytes"] for run in runs]
     measured = statistics.median(peaks)
+    work = point.workload  # its rows have padding, which the planner's upper bound does not count on
+    batch = batches(work, files.config.get_text_config().vocab_size)[0]
+    form = BatchForm.of(batch["attention_mask"], batch["labels"])
     predicted_wire = {
         "hello": costs.hello_bytes,
-        "step_up": costs.step_bytes_up,
-        "step_down": costs.step_bytes_down,
+        "step_up": frame_bytes.step_bytes_up(work, costs.hidden_size, form),
+        "step_down": frame_bytes.step_bytes_down(work, costs.hidden_size, form),
         "update": costs.update_bytes(point.cut, ranks),
     }
     wire = runs[-1]["wire_bytes"]

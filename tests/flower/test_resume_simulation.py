@@ -28,7 +28,15 @@ SERVER = "flwr-simulation"
 
 
 def servers(home: FlowerHome) -> list[psutil.Process]:
-    return [process for process in home.processes() if any(Path(word).name == SERVER for word in process.cmdline()[:2])]
+    return [process for process in home.processes() if any(Path(word).name == SERVER for word in words_of(process)[:2])]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """The command of a process; none of one that has died meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def kill_in_round_2(folder: Path, out: Path) -> None:

@@ -418,7 +418,6 @@ def test_peak_memory_of_loading_a_head(smollm2: Path, smollm2_cache: Path, dtype
         from pathlib import Path
         from hsplit_flwr.models.files import ModelFiles
         from hsplit_flwr.models.segments import load_segment
-from hsplit_flwr.models.tensor_files import INDEX, WEIGHTS
 
         def status(key):
             lines = Path("/proc/self/status").read_text().splitlines()
