@@ -34,9 +34,10 @@ def servers(home: FlowerHome) -> list[psutil.Process]:
 def words_of(process: psutil.Process) -> list[str]:
     """The command of a process; none of one that has died meanwhile."""
     try:
-        return process.cmdline()
+        words: list[str] = process.cmdline()
     except psutil.Error:
         return []
+    return words
 
 
 def kill_in_round_2(folder: Path, out: Path) -> None:
