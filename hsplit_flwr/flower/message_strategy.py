@@ -31,7 +31,6 @@ from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.loss import Score
 
 _log = logging.getLogger("hsplit_flwr")
-NODES_POLL_S = 1.0
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 

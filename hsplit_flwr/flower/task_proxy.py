@@ -19,9 +19,8 @@ from flwr.common import (
 from flwr.server.client_proxy import ClientProxy
 
 from hsplit_flwr.common.reasons import describe_failure
+from hsplit_flwr.flower.watched_grid import LOST_ACTOR
 
-LOST_ACTOR = "ray.exceptions.Actor"
-"""in the reason of a message that a dead actor was given"""
 RETRY_S = 1.0
 
 Ins = TypeVar("Ins", FitIns, EvaluateIns)
