@@ -2,7 +2,7 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from hsplit_flwr.models.segments import segment_from_model
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import train_head
-from hsplit_flwr.training.session import StepReply
+from hsplit_flwr.training.session import BatchPart, StepReply, TailSession
 from hsplit_flwr.training.tail import SharedTail
 from tests.helpers.models import tiny_model
 
@@ -48,7 +48,9 @@ def padded_batches(count: int, vocab: int = 90) -> list[Batch]:
     return batches
 
 
-def monolithic_peft(name: str, batches: list[Batch], cut: int) -> tuple[list[float], dict[str, Tensor]]:
+def monolithic_peft(
+    name: str, batches: list[Batch], cut: int, steps_per_rate: int = 1
+) -> tuple[list[float], dict[str, Tensor]]:
     """The reference: PEFT on the whole model, transformers' own loss, torch's AdamW. None of our training code."""
     import peft
 
@@ -77,7 +79,7 @@ def monolithic_peft(name: str, batches: list[Batch], cut: int) -> tuple[list[flo
     losses = []
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = CONFIG.learning_rate_at(step)
+            group["lr"] = CONFIG.learning_rate_at(step // steps_per_rate)
         loss = wrapped(**batch).loss
         optimizer.zero_grad()
         loss.backward()
@@ -90,27 +92,29 @@ def seed_of(side: str) -> int:
     return derive_seed(0, "head", 1, "0") if side == "head" else 77
 
 
-def split(name: str, batches: list[Batch], cut: int, over_grpc: bool) -> tuple[list[float], dict[str, Tensor]]:
+def split(
+    name: str, batches: list[Batch], cut: int, over_grpc: bool, config: TrainingConfig = CONFIG
+) -> tuple[list[float], dict[str, Tensor]]:
     model = tiny_model(name)
     head = segment_from_model(copy.deepcopy(model), 0, cut)
     whole = segment_from_model(model)
     tail_names = [n for n in whole.linear_modules() if n not in head.linear_modules()]
     head_adapters = SegmentAdapters(head, LORA)
-    tail = SharedTail(whole, SegmentAdapters(whole, LORA, tail_names), CONFIG)
+    tail = SharedTail(whole, SegmentAdapters(whole, LORA, tail_names), config)
     tail.open_training(["0"], concurrency=1, adapter_seed=77)
     head_adapters.reset(seed_of("head"))
     if over_grpc:
-        service = TailService(tail, lambda have, cut: (0, True, {}), "run", ServiceConfig())
+        service = TailService(tail, lambda have, cut: (0, True, {}), "run", ServiceConfig(frames_ahead=1))
         token = service.open_round(1, "train", {"0": cut}, 0)["0"]
         plan = ClientPlan(cut, LORA)
-        task = RoundTask("run", 1, "0", "train", service.address, token, 60.0, 1 << 22, plan, CONFIG)
+        task = RoundTask("run", 1, "0", "train", service.address, token, 60.0, 1 << 22, plan, config)
         with RemoteTail(task, 1 << 22, connect) as session:
             session.fetch_delta(0)
-            report = train_head(head, head_adapters, batches, session, CONFIG)
+            report = train_head(head, head_adapters, batches, session, config)
         service.stop()
     else:
         local = tail.join("0", cut, 0)
-        report = train_head(head, head_adapters, batches, local, CONFIG)
+        report = train_head(head, head_adapters, batches, local, config)
         local.close()
     tail.close_training()
     tensors = {}
@@ -128,6 +132,35 @@ def test_one_client_equals_monolithic_peft(name: str, cut: int, over_grpc: bool)
     losses, found = split(name, batches, cut, over_grpc)
     assert losses == pytest.approx(expected_losses, abs=TOLERANCE)
     assert losses[-1] < losses[0]  # 20 steps of real training, not a comparison of standing still
+    require_alike(found, expected)
+
+
+@pytest.mark.parametrize("over_grpc", [False, True], ids=["in-process", "grpc"])
+@pytest.mark.parametrize(("parts", "in_flight"), [(2, 1), (2, 2), (3, 3), (8, 2)])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_batch_in_parts_equals_monolithic_peft(cut: int, parts: int, in_flight: int, over_grpc: bool) -> None:
+    """Parts have unequal rows and target tokens; 8 parts of 3 rows are 3."""
+    batches = padded_batches(STEPS)
+    config = replace(CONFIG, micro_batches=parts, micro_batches_in_flight=in_flight)
+    expected_losses, expected = monolithic_peft("llama", batches, cut)
+    losses, found = split("llama", batches, cut, over_grpc, config)
+    assert losses == pytest.approx(expected_losses, abs=TOLERANCE)
+    require_alike(found, expected)
+
+
+@pytest.mark.parametrize("over_grpc", [False, True], ids=["in-process", "grpc"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_step_per_part_equals_monolithic_peft_on_the_parts(cut: int, over_grpc: bool) -> None:
+    """With one part in flight nothing is old: as training on single rows, whose learning rate is that of the batch."""
+    batches = padded_batches(STEPS)
+    config = replace(CONFIG, micro_batches=3, micro_batches_in_flight=1, micro_steps=True)
+    rows = [{key: tensor[i : i + 1] for key, tensor in batch.items()} for batch in batches for i in range(3)]
+    tokens = [int((row["labels"][:, 1:] != -100).sum()) for row in rows]
+    expected_losses, expected = monolithic_peft("llama", rows, cut, steps_per_rate=3)
+    losses, found = split("llama", batches, cut, over_grpc, config)
+    weighted = [loss * count for loss, count in zip(expected_losses, tokens, strict=True)]
+    by_batch = [sum(weighted[i : i + 3]) / sum(tokens[i : i + 3]) for i in range(0, len(rows), 3)]
+    assert losses == pytest.approx(by_batch, abs=TOLERANCE)
     require_alike(found, expected)
 
 
@@ -163,6 +196,17 @@ class OneStep:
     trained: dict[str, LoraFactors]
 
 
+def in_parts(session: TailSession, count: int, hidden: Tensor, batch: Batch) -> StepReply:
+    """A step whose rows are sent in `count` parts before any answer; the answers' token-weighted mean."""
+    split = [torch.tensor_split(t, count) for t in (hidden, batch["attention_mask"], batch["labels"])]
+    for index, (sent, mask, labels) in enumerate(zip(*split, strict=True)):
+        session.send_part(BatchPart(0, index, count), sent, mask, labels)
+    replies = [session.receive_part() for _ in range(count)]
+    tokens = sum(reply.tokens for reply in replies)
+    gradient = torch.cat([reply.gradient * reply.tokens / tokens for reply in replies])
+    return StepReply(gradient, sum(reply.loss * reply.tokens for reply in replies) / tokens, tokens)
+
+
 def one_step(training: TrainingConfig) -> OneStep:
     whole = segment_from_model(tiny_model("llama"))
     names = [n for n in whole.linear_modules() if int(n.split(".")[2]) >= TAIL_NAMES_FROM]
@@ -180,7 +224,7 @@ def one_step(training: TrainingConfig) -> OneStep:
     def step(client: str) -> StepReply:
         session = tail.join(client, UNEQUAL_CUTS[client], 0)
         batch = batches[client]
-        reply = session.train_step(0, inputs[client], batch["attention_mask"], batch["labels"])
+        reply = in_parts(session, training.micro_batches, inputs[client], batch)
         session.close()
         return reply
 
@@ -190,14 +234,16 @@ def one_step(training: TrainingConfig) -> OneStep:
     return OneStep(batches, inputs, replies, tail.adapters.factors())
 
 
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("joint", [False, True], ids=["one-by-one", "joint"])
-def test_a_step_of_unequal_clients_equals_peft(joint: bool, passes: int) -> None:
+def test_a_step_of_unequal_clients_equals_peft(joint: bool, passes: int, parts: int) -> None:
     """PEFT on the whole model and AdamW: a step per client in their order, or one on all tokens; then again.
 
     Every client gets the gradient of its own mean loss, at the tail that it meets in the first pass.
     """
     training = TrainingConfig(1, 1, 1e-2, warmup_steps=0, max_grad_norm=0.0, joint_steps=joint, tail_passes=passes)
+    training = replace(training, micro_batches=parts)
     found = one_step(training)
     tokens = {c: int((b["labels"][:, 1:] != -100).sum()) for c, b in found.batches.items()}
     assert {c: r.tokens for c, r in found.replies.items()} == tokens

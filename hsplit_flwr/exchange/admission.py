@@ -32,15 +32,18 @@ class Ticket:
     """of `bytes_down`: the weight delta"""
     used: bool = False
     steps: int = 0
+    """that were answered to their last part"""
+    step_rows: int = 0
+    """rows of the step under way that came so far"""
     tokens: int = 0
     """target tokens that the tail itself counted"""
     nll: float = 0.0
     """summed loss of those tokens, nats"""
     errors: list[str] = field(default_factory=list)
 
-    def count(self, nll: float, tokens: int) -> None:
-        """Note a step that was answered."""
-        self.steps += 1
+    def count(self, nll: float, tokens: int, *, ends_step: bool = True) -> None:
+        """Note a step that was answered, or a part of it."""
+        self.steps += ends_step
         self.nll += nll
         self.tokens += tokens
 

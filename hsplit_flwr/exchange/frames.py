@@ -2,12 +2,14 @@
 
 A frame is one safetensors buffer (https://huggingface.co/docs/safetensors#format). Its ``__metadata__`` holds one
 JSON header under the key ``hsplit``: protocol, kind, run, round, client, cut, step, and the kind's own numbers. It is
-padded, so that a frame's size depends on the shapes of its tensors alone.
+padded, so that a frame's size depends on the shapes of its tensors alone. Answers come in the order of what they
+answer; a head may send further parts before it has them.
 
     head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none)
     tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come)
-    head -> tail   train     activations, mask and labels of a batch (`batches.py`)
-    tail -> head   gradient  the activations' gradient of the client's own mean loss; header `loss`, `tokens`
+    head -> tail   train     activations, mask and labels of a batch or of a part of it (`batches.py`); header `part`,
+                             `parts`
+    tail -> head   gradient  the activations' gradient of the mean loss of what was sent; header `loss`, `tokens`
     head -> tail   evaluate  as `train`
     tail -> head   score     no tensors; header `nll` (sum over tokens, nats), `tokens`
     head -> tail   probe     filler (n,) uint8; header `left`: bytes of filler wanted back (measures the link)
@@ -51,6 +53,8 @@ class Header:
     client: str
     cut: int
     step: int = 0
+    part: int = 0
+    parts: int = 1
     have: int = 0
     version: int = 0
     whole: bool = False
@@ -133,7 +137,7 @@ def expect_header(header: Header, **expected: object) -> None:
 
 def rounding_seed(header: Header) -> int:
     """Decides on what a codec rounds by chance in the frame of `header`: other chances in every frame of a run."""
-    return derive_seed("rounding", header.kind, header.round, header.client, header.step)
+    return derive_seed("rounding", header.kind, header.round, header.client, header.step, header.part)
 
 
 def probe_filler(size: int) -> dict[str, Tensor]:

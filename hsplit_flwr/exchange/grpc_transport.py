@@ -69,6 +69,8 @@ class ServiceConfig:
     """what heads encode activations by"""
     gradient_codec: str = "fp32"
     """what the tail encodes their gradients by"""
+    frames_ahead: int = 0
+    """of one client, taken in while the tail computes on the one before"""
     certificate: Path | None = None
     """PEM certificate chain; with `private_key` it turns on TLS"""
     private_key: Path | None = None

@@ -1,5 +1,6 @@
 """The tail as a client sees it: a `TailSession` over one stream of frames. Contract: `exchange/frames.py`."""
 
+from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -13,7 +14,7 @@ from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_he
 from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import Connect, FrameStream
-from hsplit_flwr.training.session import ScoreReply, StepReply
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 
 
 class DeltaTensors(NamedTuple):
@@ -25,7 +26,16 @@ class DeltaTensors(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-class RemoteTail:
+class _Unanswered(NamedTuple):
+    """A part whose gradient has not come."""
+
+    part: BatchPart
+    positions: Tensor
+    """(B, T) that travel"""
+    hidden_size: int
+
+
+class RemoteTail(TailSession):
     """One client's stream for one round. Use as a context manager; first `fetch_delta`, then the steps.
 
     Args:
@@ -48,6 +58,7 @@ class RemoteTail:
         self._max_delta_bytes = max_delta_bytes
         self._connect = connect
         self._stream: FrameStream | None = None
+        self._unanswered: deque[_Unanswered] = deque()
         self.bytes_up = 0
         self.bytes_down = 0
 
@@ -79,11 +90,11 @@ class RemoteTail:
             AggregationError: more bytes come than `max_delta_bytes`.
         """
         self._send(self._header("hello", have=have))
-        frame = self._receive("delta", 0)
+        frame = self._receive("delta")
         tensors = dict(frame.tensors)
         for left in reversed(range(frame.header.left)):
             _check_bytes(tensors, self._max_delta_bytes)
-            frame = self._receive("delta", 0)
+            frame = self._receive("delta")
             expect_header(frame.header, left=left)
             tensors |= frame.tensors
         _check_bytes(tensors, self._max_delta_bytes)
@@ -92,23 +103,27 @@ class RemoteTail:
     def probe(self, bytes_up: int, bytes_down: int) -> None:
         """Send so many bytes and get so many back; only with a task to ``probe``."""
         self._send(self._header("probe", left=bytes_down), probe_filler(bytes_up))
-        self._receive("probe", 0)
+        self._receive("probe")
 
-    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
+    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
         """See `TailSession`."""
-        self._send_batch("train", step, activations, attention_mask, labels)
-        header, tensors = self._receive("gradient", step)
-        gradient = check_gradient(tensors, traveling(attention_mask, labels), activations.shape[-1], self._down)
-        return StepReply(gradient, header.loss, header.tokens)
+        header = self._header("train", step=part.step, part=part.number, parts=part.parts)
+        self._send_batch(header, activations, attention_mask, labels)
+        self._unanswered.append(_Unanswered(part, traveling(attention_mask, labels), activations.shape[-1]))
+
+    def receive_part(self) -> StepReply:
+        """See `TailSession`."""
+        part, positions, hidden_size = self._unanswered.popleft()
+        header, tensors = self._receive("gradient", step=part.step, part=part.number)
+        return StepReply(check_gradient(tensors, positions, hidden_size, self._down), header.loss, header.tokens)
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         """See `TailSession`."""
-        self._send_batch("evaluate", step, activations, attention_mask, labels)
-        header, _ = self._receive("score", step)
+        self._send_batch(self._header("evaluate", step=step), activations, attention_mask, labels)
+        header, _ = self._receive("score", step=step)
         return ScoreReply(header.nll, header.tokens)
 
-    def _send_batch(self, kind: str, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
-        header = self._header(kind, step=step)
+    def _send_batch(self, header: Header, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
         self._send(header, batch_tensors(activations, attention_mask, labels, self._up, rounding_seed(header)))
 
     def _header(self, kind: str, **numbers: int) -> Header:
@@ -120,7 +135,7 @@ class RemoteTail:
         self.bytes_up += len(frame)
         self._connected().send(frame)
 
-    def _receive(self, kind: str, step: int) -> Frame:
+    def _receive(self, kind: str, step: int = 0, part: int = 0) -> Frame:
         data = self._connected().receive()
         if data is None:
             raise ExchangeError("round_closed", "Expected an answer from the tail, found the end of the stream.")
@@ -129,7 +144,7 @@ class RemoteTail:
         task = self._task
         expect_header(
             frame.header,
-            kind=kind, run=task.run, round=task.round, client=task.client, cut=task.plan.cut, step=step,
+            kind=kind, run=task.run, round=task.round, client=task.client, cut=task.plan.cut, step=step, part=part,
         )  # fmt: skip
         return frame
 

@@ -18,9 +18,10 @@ from hsplit_flwr.exchange.codecs import Codec, codec_named
 from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler, rounding_seed
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.positions import traveling
+from hsplit_flwr.exchange.read_ahead import read_ahead
 from hsplit_flwr.exchange.task import Mode
 from hsplit_flwr.exchange.transport import Caller, transport_of
-from hsplit_flwr.training.session import TailSession
+from hsplit_flwr.training.session import BatchPart, TailSession
 from hsplit_flwr.training.workload import Workload
 
 DELTA_FRAME_BYTES = 4 << 20
@@ -163,9 +164,14 @@ class TailProtocol:
             max_bytes=self._max_frame_bytes,
         )
         if ticket.mode == "train":
-            reply = session.train_step(header.step, *batch)
-            ticket.count(reply.loss * reply.tokens, reply.tokens)
-            answer = self._header("gradient", ticket, step=header.step, loss=reply.loss, tokens=reply.tokens)
+            part = BatchPart(header.step, header.part, header.parts)
+            _bound_rows(ticket, part, rows=len(batch[-1]))
+            session.send_part(part, *batch)
+            reply = session.receive_part()
+            ticket.count(reply.loss * reply.tokens, reply.tokens, ends_step=part.is_last)
+            answer = self._header(
+                "gradient", ticket, step=part.step, part=part.number, loss=reply.loss, tokens=reply.tokens
+            )
             positions = traveling(*batch[1:])
             return encode(answer, gradient_tensors(reply.gradient, positions, self._down, rounding_seed(answer)))
         score = session.score_step(header.step, *batch)
@@ -204,6 +210,7 @@ class TailService:
             gradient_codec=codec_named(config.gradient_codec),
             max_frame_bytes=config.max_frame_bytes,
         )
+        self._frames_ahead = config.frames_ahead
         self._admission = Admission()
         self._listener = transport_of(config.bind).listen(self._serve, config)
         self._listener.start()
@@ -243,12 +250,23 @@ class TailService:
         ticket: Ticket | None = None
         try:
             with self._admission.admit(caller) as ticket:
-                yield from self._protocol.serve(frames, ticket, caller.on_gone)
+                yield from self._protocol.serve(read_ahead(frames, self._frames_ahead), ticket, caller.on_gone)
         except ExchangeError as error:
             if ticket:
                 ticket.errors.append(str(error))
             _log.warning("tail: refused %s: %s", ticket.client if ticket else "an unknown client", error)
             raise
+
+
+def _bound_rows(ticket: Ticket, part: BatchPart, rows: int) -> None:
+    """Parts of a step are together no larger than a batch may be."""
+    ticket.step_rows = rows + (ticket.step_rows if part.number else 0)
+    if ticket.workload and ticket.step_rows > ticket.workload.batch_size:
+        raise ExchangeError(
+            "batch_too_large",
+            f"Expected at most {ticket.workload.batch_size} rows in all parts of a step, as this round was planned "
+            f"for, found {ticket.step_rows}. Raise the strategy's workload (batch-size), or use smaller batches.",
+        )
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """A server's rounds without a network: everybody is there, and heads meet the tail in one process."""
 
+from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ from torch import Tensor
 from hsplit_flwr.exchange.admission import Ticket
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.planning.budgets.budget import Budget
-from hsplit_flwr.training.session import ScoreReply, StepReply, TailSession
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.workload import Workload
 
@@ -75,17 +76,23 @@ class LocalDoor:
         self._tickets = {}
 
 
-class _CountedSession:
+class _CountedSession(TailSession):
     """`session`, whose steps, tokens and losses are noted on `ticket`."""
 
     def __init__(self, session: TailSession, ticket: Ticket) -> None:
         self._session = session
         self._ticket = ticket
+        self._unanswered: deque[BatchPart] = deque()
 
-    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
+    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
         """See `TailSession`."""
-        reply = self._session.train_step(step, activations, attention_mask, labels)
-        self._ticket.count(reply.loss * reply.tokens, reply.tokens)
+        self._session.send_part(part, activations, attention_mask, labels)
+        self._unanswered.append(part)
+
+    def receive_part(self) -> StepReply:
+        """See `TailSession`."""
+        reply = self._session.receive_part()
+        self._ticket.count(reply.loss * reply.tokens, reply.tokens, ends_step=self._unanswered.popleft().is_last)
         return reply
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:

@@ -26,7 +26,12 @@ def flower_rounds(
 ) -> RoundServer:
     """The rounds of a strategy, whose heads reach the tail over `service` (raises as `RoundServer`)."""
     given = service or ServiceConfig()
-    config = replace(given, activation_codec=training.activation_codec, gradient_codec=training.gradient_codec)
+    config = replace(
+        given,
+        activation_codec=training.activation_codec,
+        gradient_codec=training.gradient_codec,
+        frames_ahead=training.micro_batches_in_flight - 1 if training.micro_batches > 1 else 0,
+    )
 
     def open_door(tail: SharedTail, model: GlobalModel, run: str) -> Door:
         door = TailService(tail, model.since, run, config)

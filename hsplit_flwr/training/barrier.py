@@ -1,16 +1,19 @@
-"""Who takes part in the tail's next step: start gate, step barrier, straggler limit. No tensors, no threads.
+"""Who takes part in the tail's next step, and whose turn it is: start gate, turns, straggler limit. No tensors.
 
 *Gate*: while no client is under way, the first ones wait for `concurrency` clients (or for all that are still to come,
 if those are fewer) or for `start_gate_s`, so that those who run at the same time start together.
-*Barrier*: a step takes the requests of every member; who has not asked `straggler_limit_s` after the first request of
-the step is dropped from this step (not from the round), and is not waited for until it asks again.
+*Turns*: a step takes every member once, in the order of their names, whoever asks first: what is computed does not
+depend on who is fast. Each has its turn as soon as it has asked, while those after it may still be under way; a batch
+that comes in parts is one turn. Where members step *together*, a turn takes one part of everybody.
+*Stragglers*: who is waited for and has not asked after `straggler_limit_s`, though others have, is dropped from this
+step (not from the round), and is not waited for until it asks again.
 """
 
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from hsplit_flwr.common.checks import require
 from hsplit_flwr.errors import ExchangeError
@@ -33,28 +36,59 @@ class BarrierLimits:
             require(getattr(self, name) > 0, name, "> 0 s", getattr(self, name))
 
 
+class Turn(NamedTuple, Generic[Request]):
+    """What the tail computes next."""
+
+    requests: list[Request]
+    """ordered by client; none: those who were still waited for in this step are late or gone"""
+    ends_step: bool
+    """as far as is known, nobody else has a turn in this step"""
+
+
+class _Asked(NamedTuple, Generic[Request]):
+    request: Request
+    last: bool
+
+
 class StepBarrier(Generic[Request]):
-    """Collects one request per client and hands out the set of requests that make a step."""
+    """Collects one request per client and hands them out turn by turn.
+
+    Args:
+        clients: who is expected in the round.
+        concurrency: how many of them run at a time.
+        limits: waiting times.
+        together: a turn takes everybody, not one client.
+        clock: seconds.
+    """
 
     def __init__(
         self,
         clients: Iterable[str],
         concurrency: int,
         limits: BarrierLimits,
+        *,
+        together: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._to_come = set(clients)
         self._withdrawn: set[str] = set()
         self._concurrency = max(1, concurrency)
         self._limits = limits
+        self._together = together
         self._clock = clock
         self._changed = threading.Condition()
         self._members: set[str] = set()
         self._lagging: set[str] = set()
-        self._pending: dict[str, Request] = {}
+        self._done: set[str] = set()
+        """members that had their turn in this step"""
+        self._turn: str | None = None
+        """whose batch is under way: some of its parts were handed out, and more are to come"""
+        self._under_way = False
+        """something of this step was handed out"""
+        self._pending: dict[str, _Asked[Request]] = {}
         self._gate_since = clock()
         self._gate_open = False
-        self._asked_since = clock()
+        self._waiting_since = clock()
         self._closed = False
         self.dropped: dict[str, int] = {}
         """steps from which each straggler was dropped"""
@@ -89,28 +123,31 @@ class StepBarrier(Generic[Request]):
             self._lagging.discard(client)
             untaken = self._pending.pop(client, None)
             self._changed.notify_all()
-            return untaken
+            return untaken.request if untaken else None
 
-    def ask(self, client: str, request: Request) -> None:
-        """Put in `client`'s request for the next step."""
+    def ask(self, client: str, request: Request, *, last: bool = True) -> None:
+        """Put in `client`'s request for its next turn; `last`: it ends the client's turn, no part is to follow."""
         with self._changed:
             if self._closed or client not in self._members:
                 raise ExchangeError("round_closed", "Expected an open round, found a closed one. Ask for a new task.")
             if client in self._pending:
                 raise ExchangeError("wrong_step", f"Expected one request at a time, found a second of {client!r}.")
             if not self._pending:
-                self._asked_since = self._clock()
-            self._pending[client] = request
+                self._waiting_since = self._clock()
+            self._pending[client] = _Asked(request, last)
             self._lagging.discard(client)
             self._changed.notify_all()
 
-    def take(self) -> list[Request] | None:
-        """The requests of the next step, ordered by client; None once the round is closed."""
+    def take(self) -> Turn[Request] | None:
+        """The next turn; None once the round is closed. Whoever takes it has answered the turn before."""
         with self._changed:
+            self._waiting_since = self._clock()  # while the tail computed, nobody waited for a client
             while not self._closed:
+                if self._under_way and not self._expected():
+                    return self._hand_out(())
                 wait_s = self._seconds_to_wait()
                 if wait_s <= 0:
-                    return self._hand_out()
+                    return self._hand_out(self._next())
                 self._changed.wait(min(wait_s, _POLL_S))
             return None
 
@@ -118,10 +155,25 @@ class StepBarrier(Generic[Request]):
         """Close the round; returns the requests that nobody took."""
         with self._changed:
             self._closed = True
-            left = list(self._pending.values())
+            left = [asked.request for asked in self._pending.values()]
             self._pending.clear()
             self._changed.notify_all()
             return left
+
+    def _expected(self) -> set[str]:
+        """Those who are still to have their turn in this step: they have asked, or are waited for."""
+        return {
+            client for client in self._members - self._done if client in self._pending or client not in self._lagging
+        }
+
+    def _next(self) -> tuple[str, ...]:
+        """Whose requests the next turn takes, once they have asked."""
+        expected = self._expected()
+        if self._together:
+            return tuple(sorted(expected))
+        if self._turn in expected:
+            return (self._turn,)
+        return tuple(sorted(expected)[:1])
 
     def _seconds_to_wait(self) -> float:
         if not self._pending:
@@ -133,16 +185,24 @@ class StepBarrier(Generic[Request]):
             if len(self._members) < expected and now < opens:
                 return opens - now
             self._gate_open = True
-            self._asked_since = now
-        if self._members - self._lagging <= self._pending.keys():
+            self._waiting_since = now
+        missing = set(self._next()) - self._pending.keys()
+        if not missing:
             return 0.0
-        return self._asked_since + self._limits.straggler_limit_s - now
-
-    def _hand_out(self) -> list[Request]:
-        late = self._members - self._lagging - self._pending.keys()
-        for client in late:
+        left_s = self._waiting_since + self._limits.straggler_limit_s - now
+        if left_s > 0:
+            return left_s
+        for client in missing:
             self.dropped[client] = self.dropped.get(client, 0) + 1
-        self._lagging |= late
-        step = [self._pending[client] for client in sorted(self._pending)]
-        self._pending.clear()
-        return step
+        self._lagging |= missing
+        return self._seconds_to_wait() if self._next() else 0.0
+
+    def _hand_out(self, clients: Iterable[str]) -> Turn[Request]:
+        taken = [(client, self._pending.pop(client)) for client in clients]
+        self._turn = next((client for client, asked in taken if not asked.last), None)
+        self._done |= {client for client, asked in taken if asked.last}
+        ends_step = not self._expected()
+        self._under_way = not ends_step
+        if ends_step:
+            self._done.clear()
+        return Turn([asked.request for _, asked in taken], ends_step)

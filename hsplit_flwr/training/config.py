@@ -52,11 +52,18 @@ class TrainingConfig:
     and compute"""
     optimizer: str = "adamw"
     """one of `optimizer.OPTIMIZERS`, of heads and tail alike"""
+    micro_batches: int = 1
+    """parts by rows, of about equal size, that a client's batch travels in: while one is at the tail, the next is
+    computed and sent. Batches of fewer rows have fewer parts"""
+    micro_batches_in_flight: int = 2
+    """parts whose gradient a head may be waiting for at a time: they and their activations take its memory"""
+    micro_steps: bool = False
+    """heads and tail take an optimizer step on each part; else one on the whole batch, as if it were in one piece"""
 
     def __post_init__(self) -> None:
         from hsplit_flwr.training.optimizer import OPTIMIZERS  # torch: who only reads the defaults need not wait for it
 
-        for name in ("rounds", "local_steps", "tail_passes"):
+        for name in ("rounds", "local_steps", "tail_passes", "micro_batches", "micro_batches_in_flight"):
             require_whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "importance_steps", "importance_rows"):
             require_whole(name, getattr(self, name), 0)

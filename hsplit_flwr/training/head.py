@@ -1,7 +1,9 @@
 """A head's part of a round, against any `TailSession`: forward, exchange, backward, step."""
 
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -15,9 +17,9 @@ from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.host_memory import trim_heap
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
-from hsplit_flwr.training.loss import tensors_of
+from hsplit_flwr.training.loss import target_tokens, tensors_of
 from hsplit_flwr.training.optimizer import Optimizer
-from hsplit_flwr.training.session import ScoreReply, TailSession
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class TrainReport:
     compute_s: float
     """forward, backward and optimizer of the head"""
     exchange_s: float
-    """from activations out to gradient in: transfer, waiting for others, the tail's compute"""
+    """waiting for the exchange: transfer, others, the tail's compute, as far as nothing was computed meanwhile"""
     importance: dict[str, float] = field(default_factory=dict)
     """of every linear layer of the head by whole-model name (`training/importance.py`); empty if it was not measured"""
 
@@ -57,44 +59,128 @@ def train_head(
         ConfigError: the batches run out, or see `tensors_of`.
         ExchangeError: the tail refused a step or could not be reached.
     """
-    optimizer = optimizer or Optimizer(adapters.parameters(), config)
-    importance = MeanImportance()
-    losses: list[float] = []
-    tokens = 0
-    exchange_s = 0.0
+    training = _HeadTraining(head, session, config, first_step, optimizer or Optimizer(adapters.parameters(), config))
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, config.local_steps)):
-        input_ids, mask, labels = tensors_of(batch, head)
-        optimizer.zero_grad()
-        with _probe(head, labels, step, config) as probe:
-            hidden = head(input_ids, mask)
-            sent = time.perf_counter()
-            reply = session.train_step(step, hidden.detach(), mask, labels)
-            exchange_s += time.perf_counter() - sent
-            if hidden.requires_grad:
-                hidden.backward(reply.gradient.to(hidden.device, hidden.dtype))
-                optimizer.step(first_step + step)
-        for values in probe.values():
-            importance.add(values)
-        trim_heap()
-        losses.append(reply.loss)
-        tokens += reply.tokens
-    if len(losses) < config.local_steps:
+        training.step(step, *tensors_of(batch, head))
+    training.finish()
+    if len(training.losses) < config.local_steps:
         raise ConfigError(
-            f"Expected at least {config.local_steps} training batches, found {len(losses)}. "
+            f"Expected at least {config.local_steps} training batches, found {len(training.losses)}. "
             "Give an endless iterable (itertools.cycle) or lower local_steps."
         )
     total_s = time.perf_counter() - started
-    return TrainReport(len(losses), tokens, tuple(losses), total_s - exchange_s, exchange_s, importance.mean())
+    return TrainReport(
+        steps=len(training.losses),
+        tokens=training.tokens,
+        losses=tuple(training.losses),
+        compute_s=total_s - training.exchange_s,
+        exchange_s=training.exchange_s,
+        importance=training.importance.mean(),
+    )
 
 
-def _probe(head: Segment, labels: Tensor, step: int, config: TrainingConfig) -> ImportanceProbe:
-    """Measures this step if it is one of the round's first `importance_steps`; otherwise does nothing."""
-    if step >= config.importance_steps:
-        return ImportanceProbe(head, [], labels.shape)
-    # The gradient that comes in is that of the mean loss over the whole batch.
-    sample = sample_rows(labels, config.importance_rows)
-    return ImportanceProbe(head, [sample] if sample else [], labels.shape)
+@dataclass(frozen=True, kw_only=True)
+class _Sent:
+    """A part that is at the tail, or on its way there or back."""
+
+    part: BatchPart
+    hidden: Tensor
+    share: float
+    """of the batch's target tokens; 1 where each part has an optimizer step of its own"""
+
+
+class _HeadTraining:
+    """A head's round under way: parts that were sent wait here, oldest first, for their gradients."""
+
+    def __init__(
+        self, head: Segment, session: TailSession, config: TrainingConfig, first_step: int, optimizer: Optimizer
+    ) -> None:
+        self._head = head
+        self._session = session
+        self._config = config
+        self._first_step = first_step
+        self._optimizer = optimizer
+        self._in_flight: deque[_Sent] = deque()
+        self._nll = 0.0
+        self._step_tokens = 0
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.exchange_s = 0.0
+        self.importance = MeanImportance()
+
+    def step(self, step: int, input_ids: Tensor, mask: Tensor, labels: Tensor) -> None:
+        """Compute and send a batch part by part; gradients that are there are used."""
+        if not self._config.micro_steps:
+            self.finish()  # the batch before must have moved the adapters that this one goes through
+        rows = range(len(labels))
+        count = min(self._config.micro_batches, len(rows))
+        whole = target_tokens(labels)
+        for index in range(count):
+            chosen = slice(len(rows) * index // count, len(rows) * (index + 1) // count)
+            while len(self._in_flight) >= self._config.micro_batches_in_flight:
+                self._receive()
+            objective = target_tokens(labels[chosen]) if self._config.micro_steps else whole
+            with self._measured(BatchPart(step, index, count), labels[chosen], objective):
+                self._send(BatchPart(step, index, count), input_ids[chosen], mask[chosen], labels[chosen], objective)
+
+    def finish(self) -> None:
+        """Wait for what is in flight, and use it."""
+        while self._in_flight:
+            self._receive()
+
+    def _send(self, part: BatchPart, input_ids: Tensor, mask: Tensor, labels: Tensor, objective_tokens: int) -> None:
+        hidden = self._head(input_ids, mask)
+        share = target_tokens(labels) / objective_tokens if objective_tokens else 0.0
+        self._in_flight.append(_Sent(part=part, hidden=hidden, share=share))
+        with self._exchanging():
+            self._session.send_part(part, hidden.detach(), mask, labels)
+
+    def _receive(self) -> None:
+        with self._exchanging():
+            reply = self._session.receive_part()
+        sent = self._in_flight.popleft()
+        ends_batch = self._config.micro_steps or sent.part.is_last
+        if sent.hidden.requires_grad:
+            gradient = reply.gradient.to(sent.hidden.device, sent.hidden.dtype)
+            torch.autograd.backward(sent.hidden, gradient if sent.share == 1 else gradient * sent.share)
+            if ends_batch:
+                self._optimizer.step(self._first_step + sent.part.step)
+                self._optimizer.zero_grad()
+        trim_heap()
+        self._count(sent.part, reply)
+
+    def _count(self, part: BatchPart, reply: StepReply) -> None:
+        self._nll += reply.loss * reply.tokens
+        self._step_tokens += reply.tokens
+        self.tokens += reply.tokens
+        if part.is_last:
+            whole = reply.loss if part.parts == 1 else self._nll / max(1, self._step_tokens)
+            self.losses.append(whole)
+            self._nll, self._step_tokens = 0.0, 0
+
+    @contextmanager
+    def _measured(self, part: BatchPart, labels: Tensor, objective_tokens: int) -> Iterator[None]:
+        """Measures importance on what is sent inside, if it is the first part of one of the round's first steps.
+
+        The backward pass is measured too: nothing else may be in flight, and the gradient is waited for.
+        """
+        if part.step >= self._config.importance_steps or part.number:
+            yield
+            return
+        self.finish()
+        sample = sample_rows(labels, self._config.importance_rows, objective_tokens=objective_tokens)
+        with ImportanceProbe(self._head, [sample] if sample else [], labels.shape) as probe:
+            yield
+            self.finish()
+        for values in probe.values():
+            self.importance.add(values)
+
+    @contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.exchange_s += time.perf_counter() - started
 
 
 def score_head(head: Segment, batches: Iterable[Batch], session: TailSession) -> ScoreReply:

@@ -5,15 +5,31 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 
+class BatchPart(NamedTuple):
+    """Which part of which batch: a batch travels in one piece, or in several micro-batches one after another."""
+
+    step: int
+    """of the round, from 0: one batch each"""
+    number: int = 0
+    """of the step's parts, from 0"""
+    parts: int = 1
+    """parts of the step"""
+
+    @property
+    def is_last(self) -> bool:
+        """The step is complete with it."""
+        return self.number == self.parts - 1
+
+
 class StepReply(NamedTuple):
-    """The tail's answer to one training step."""
+    """The tail's answer to one training step, or to a part of it."""
 
     gradient: Tensor
-    """(B, T, H): gradient of the client's own mean loss with respect to its activations"""
+    """(B, T, H): gradient of the mean loss of what was sent with respect to its activations"""
     loss: float
-    """the client's own mean loss per target token, nats"""
+    """mean loss per target token of what was sent, nats"""
     tokens: int
-    """target tokens of the client's batch"""
+    """target tokens of what was sent"""
 
 
 class ScoreReply(NamedTuple):
@@ -28,14 +44,22 @@ class ScoreReply(NamedTuple):
 class TailSession(Protocol):
     """One client's use of the tail during one round. Shapes: (B, T, H) activations, (B, T) mask and labels."""
 
-    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
-        """Train the tail on a batch, together with the other clients of this step; blocks until it is done.
+    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        """Hand over the next part of a step, to be trained on; does not wait for its answer. Raises `ExchangeError`."""
 
-        `step` counts the round's steps from 0. Raises `ExchangeError`.
-        """
+    def receive_part(self) -> StepReply:
+        """The answer to the oldest part that has none yet; blocks until it is there. Raises `ExchangeError`."""
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         """Score a batch without training. Raises `ExchangeError`."""
 
     def close(self) -> None:
         """Leave the round. The tail no longer waits for this client."""
+
+    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
+        """Train the tail on a batch in one piece; blocks until it is done. `step` counts the round's steps from 0.
+
+        Raises `ExchangeError`.
+        """
+        self.send_part(BatchPart(step), activations, attention_mask, labels)
+        return self.receive_part()

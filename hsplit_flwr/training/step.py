@@ -20,7 +20,7 @@ class StepReport:
     """token-weighted mean over the clients, nats per token"""
     tokens: int
     answered_s: tuple[float, ...]
-    """client by client: the tail's own forward, backward and optimizer steps until the client had its answer"""
+    """client by client: the tail's own forward, backward and optimizer steps until the client had its last answer"""
     round_clients: int
     """clients that were given this round's task"""
 
@@ -32,7 +32,7 @@ class StepReport:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepRequest:
-    """One client's batch of a step."""
+    """One client's batch of a step, or a part of it."""
 
     client: str
     cut: int
@@ -44,13 +44,15 @@ class StepRequest:
     """(B, T)"""
     labels: Tensor
     """(B, T)"""
+    ends_batch: bool = True
+    """no further part of what the client's optimizer step is taken on follows"""
     measured: bool = False
     """the tail's importance is measured on it"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedBatch:
-    """What one optimizer step made of the requests that it was taken on."""
+    """What became of the requests that were trained on at a time, and of the optimizer step taken on them, if any."""
 
     requests: list[StepRequest] = field(default_factory=list)
     """those that were trained on"""
@@ -75,11 +77,12 @@ def step_report(batches: Sequence[TrainedBatch], round_clients: int) -> StepRepo
     """One report of a step, whose `batches` (at least one) were trained on one after another."""
     tokens = sum(batch.tokens for batch in batches)
     ends = accumulate(batch.seconds for batch in batches)
+    answered = {client: end for end, batch in zip(ends, batches, strict=True) for client in batch.replies}
     return StepReport(
         step=max(request.run_step for batch in batches for request in batch.requests),
-        clients=tuple(client for batch in batches for client in batch.replies),
+        clients=tuple(answered),
         loss=sum(batch.loss * batch.tokens for batch in batches) / max(1, tokens),
         tokens=tokens,
-        answered_s=tuple(end for end, batch in zip(ends, batches, strict=True) for _ in batch.replies),
+        answered_s=tuple(answered.values()),
         round_clients=round_clients,
     )

@@ -16,7 +16,7 @@ from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment
-from hsplit_flwr.training.barrier import BarrierLimits, StepBarrier
+from hsplit_flwr.training.barrier import BarrierLimits, StepBarrier, Turn
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.local_session import Asked, LocalSession, refuse
 from hsplit_flwr.training.session import ScoreReply
@@ -92,7 +92,7 @@ class SharedTail:
         self._trainer.open_round(adapter_seed, keep)
         members = list(clients)
         self._round_clients = len(members)
-        self._barrier = StepBarrier(members, concurrency, self._limits)
+        self._barrier = StepBarrier(members, concurrency, self._limits, together=self._config.joint_steps)
         self._worker = threading.Thread(target=self._run_steps, args=(self._barrier,), name="tail-steps", daemon=True)
         self._worker.start()
 
@@ -141,6 +141,8 @@ class SharedTail:
             cut=cut,
             first_step=first_step,
             measured_steps=self._config.importance_steps,
+            most_parts=self._config.micro_batches,
+            micro_steps=self._config.micro_steps,
             step_limit_s=self._limits.step_limit_s,
             barrier=self._barrier,
             score=self.score,
@@ -176,34 +178,36 @@ class SharedTail:
         self._trainer.load_state(state)
 
     def _run_steps(self, barrier: StepBarrier[Asked]) -> None:
-        asked: list[Asked] | None = []
+        turn: Turn[Asked] | None = None
+        taken: list[tuple[TrainedBatch, bool]] = []
         try:
-            while (asked := barrier.take()) is not None:
-                self._take_step(asked)
+            while (turn := barrier.take()) is not None:
+                taken.append((self._train(turn), turn.ends_step))
+                if turn.ends_step:
+                    self._end_step([(batch, ends) for batch, ends in taken if batch.requests])
+                    taken = []
         except BaseException as error:  # whatever ends this thread, no client may wait for it, and people must hear why
             _log.error("the tail's worker ended, the round cannot go on: %r", error, exc_info=error)
             refusal = ExchangeError(
                 "tail_failed", f"Expected the tail to take steps, found its worker ended by {error!r}. See its log."
             )
-            refuse([*(asked or []), *barrier.close()], refusal)
+            refuse([*(turn.requests if turn else []), *barrier.close()], refusal)
 
-    def _take_step(self, asked: list[Asked]) -> None:
+    def _train(self, turn: Turn[Asked]) -> TrainedBatch:
+        """Train on a turn; every client of it has its answer."""
         with self._compute:
-            trained = [batch for batch in self._train(asked) if batch.requests]
-            self._trainer.train_again([batch.requests for batch in trained])
+            batch = self._trainer.train([asked.request for asked in turn.requests], ends_step=turn.ends_step)
+        waiting = {asked.request.client: asked.reply for asked in turn.requests}
+        for client, failure in batch.refused.items():
+            waiting[client].set_exception(failure)
+        for client, reply in batch.replies.items():
+            waiting[client].set_result(reply)
+        return batch
+
+    def _end_step(self, trained: list[tuple[TrainedBatch, bool]]) -> None:
+        """Further passes over a step that all have had their turn in, and its report."""
+        with self._compute:
+            self._trainer.train_again([(batch.requests, ends) for batch, ends in trained])
         if trained and self._on_step:
             with self._progress.spared():
-                self._on_step(step_report(trained, self._round_clients))
-
-    def _train(self, asked: list[Asked]) -> list[TrainedBatch]:
-        """Train on what was asked; every client has its answer as soon as there is one."""
-        waiting = {one.request.client: one.reply for one in asked}
-        done = []
-        for requests in self._trainer.batches([one.request for one in asked]):
-            batch = self._trainer.train(requests)
-            for client, failure in batch.refused.items():
-                waiting[client].set_exception(failure)
-            for client, reply in batch.replies.items():
-                waiting[client].set_result(reply)
-            done.append(batch)
-        return done
+                self._on_step(step_report([batch for batch, _ in trained], self._round_clients))

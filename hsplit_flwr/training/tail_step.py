@@ -5,6 +5,10 @@ loss, n_i: target tokens of client i; SplitFedV2, arXiv:2004.12088): as many tok
 With `TrainingConfig.joint_steps` it takes one on the token-weighted mean over all clients, J = sum_i S_i / sum_i n_i;
 clients of equal cut and length then run as one batch, groups accumulate. Either way client i gets the gradient of its
 own mean loss. Further passes over the same batches (`tail_passes`) are for the tail alone.
+A batch may come in parts (`micro_batches`). Their gradients add up, one client's apart from another's, and the step is
+taken on their token-weighted mean once the last is there. All parts of a client's batch see the same adapters because
+they have their turn in one go (`barrier`): gradients from before another client's step are worth nothing (measured,
+simulations/README.md).
 In its first steps of a round the importance of the tail's weights is measured too, on each client's rows apart.
 """
 
@@ -22,6 +26,7 @@ from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.training.gradient_mean import GradientMean
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, SampledRows, sample_rows
 from hsplit_flwr.training.loss import target_tokens, token_losses
 from hsplit_flwr.training.optimizer import Optimizer
@@ -41,10 +46,12 @@ class TailTrainer:
     def __init__(self, segment: Segment, adapters: SegmentAdapters, config: TrainingConfig) -> None:
         self.segment = segment
         self.adapters = adapters
-        self._config = config
+        self.config = config
         self._optimizer = Optimizer(adapters.parameters(), config)
         self._at_open: State = {}
         """what `state` gave when the round was opened"""
+        self._open: dict[str, tuple[GradientMean, int]] = {}
+        """gradients that no step was taken on yet, and the run step: by client, or of all together under ``""``"""
         self._importance: dict[str, MeanImportance] = {}
         self._further_passes = OptionalWork("the tail leaves out further passes of this step")
         self._measuring = OptionalWork("the tail does not measure importance in this step")
@@ -60,6 +67,7 @@ class TailTrainer:
         self.adapters.reset(adapter_seed, fresh)
         self._optimizer.restart(self.adapters.parameters(fresh))
         self._at_open = self.state()
+        self._open = {}
         self._importance = defaultdict(MeanImportance)
 
     def close_round(self) -> None:
@@ -78,7 +86,7 @@ class TailTrainer:
             adapters: all new, but for the tensors of `keep`.
             keep: modules whose optimizer state stays.
         """
-        former, self._optimizer = self._optimizer, Optimizer(adapters.parameters(), self._config)
+        former, self._optimizer = self._optimizer, Optimizer(adapters.parameters(), self.config)
         self._optimizer.adopt(former, adapters.parameters(keep))
         self.adapters = adapters
 
@@ -90,14 +98,14 @@ class TailTrainer:
         means = {client: importance.mean() for client, importance in self._importance.items()}
         return {client: mean for client, mean in means.items() if mean}
 
-    def batches(self, requests: Sequence[StepRequest]) -> list[list[StepRequest]]:
-        """The requests of a step (one per client), by the optimizer steps that are to be taken on them, in order."""
-        return [list(requests)] if self._config.joint_steps else [[request] for request in requests]
-
-    def train(self, requests: Sequence[StepRequest]) -> TrainedBatch:
-        """Take one optimizer step on `requests`, of different clients.
+    def train(self, requests: Sequence[StepRequest], *, ends_step: bool = True) -> TrainedBatch:
+        """Add the gradients of `requests`, and take the optimizer step if it is due.
 
         Who fails even alone is refused, and the step is taken as if it had not asked.
+
+        Args:
+            requests: of different clients; one, or none, unless the clients step jointly.
+            ends_step: nobody else's are to come in this step: a joint step is taken.
         """
         asked, refused = list(requests), dict[str, Exception]()
         while asked:
@@ -108,23 +116,28 @@ class TailTrainer:
                 asked = self._without_failing(asked, error, refused)
                 continue
             try:
-                if any(reply.tokens for reply in replies.values()):
-                    self._optimizer.step(max(request.run_step for request in asked))
+                self._collect(asked, ends_step)
             except Exception as error:  # not once more: the adapters may have moved
                 return TrainedBatch(refused=refused | dict.fromkeys(replies, error))
             for client, values in importance.items():  # only now: a step that failed is taken again
                 self._importance[client].add(values)
             seconds = time.perf_counter() - started
             return TrainedBatch(requests=asked, replies=replies, refused=refused, seconds=seconds)
+        self._collect([], ends_step)  # what others brought to a joint step
         return TrainedBatch(refused=refused)
 
-    def train_again(self, batches: Sequence[Sequence[StepRequest]]) -> None:
-        """The further passes over a step's batches, whose clients have their answers; the rest of them if one fails."""
+    def train_again(self, turns: Sequence[tuple[Sequence[StepRequest], bool]]) -> None:
+        """The further passes over a step's turns, whose clients have their answers; the rest of them if one fails.
+
+        Args:
+            turns: the requests that were trained on at a time, and whether they ended the step.
+        """
+        under_way, self._open = self._open, {}  # of a client that is late with the rest of its batch
         with self._further_passes.spared():
-            for batch in (batch for _ in range(self._config.tail_passes - 1) for batch in batches):
-                self._accumulate_all([replace(request, measured=False) for request in batch])
-                if sum(target_tokens(request.labels) for request in batch):
-                    self._optimizer.step(max(request.run_step for request in batch))
+            for requests, ends_step in (turn for _ in range(self.config.tail_passes - 1) for turn in turns):
+                self._accumulate_all([replace(request, measured=False) for request in requests])
+                self._collect(requests, ends_step)
+        self._open = under_way
 
     def score(self, cut: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         """Loss of a batch that enters before block `cut`, without gradients.
@@ -146,6 +159,21 @@ class TailTrainer:
         """Go on from what `state` gave. Raises `ConfigError` if it is of other adapters or another optimizer."""
         self.adapters.load_state(state["adapters"])
         self._optimizer.load_state(state["optimizer"])
+
+    def _collect(self, requests: Sequence[StepRequest], ends_step: bool) -> None:
+        """Take over the gradients of `requests`; take the optimizer step on all that belongs to it, if it is due."""
+        joint = self.config.joint_steps
+        key = "" if joint or not requests else requests[0].client
+        if requests:
+            mean, run_step = self._open.get(key) or (GradientMean(list(self.adapters.parameters())), 0)
+            mean.add(sum(target_tokens(request.labels) for request in requests))
+            self._open[key] = mean, max(run_step, *(request.run_step for request in requests))
+        due = ends_step if joint else all(request.ends_batch for request in requests)
+        if due and key in self._open:
+            mean, run_step = self._open.pop(key)
+            if mean.tokens:
+                mean.put()
+                self._optimizer.step(run_step)
 
     def _without_failing(
         self, requests: list[StepRequest], error: Exception, refused: dict[str, Exception]
@@ -203,7 +231,7 @@ class TailTrainer:
         samples: dict[str, SampledRows] = {}
         start = 0
         for request in group:
-            sample = sample_rows(request.labels, self._config.importance_rows, start, total)
+            sample = sample_rows(request.labels, self.config.importance_rows, start, total)
             if request.measured and sample:
                 samples[request.client] = sample
             start += len(request.labels)

@@ -23,7 +23,7 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment, load_segment
 from hsplit_flwr.training.head import train_head
 from hsplit_flwr.training.host_memory import return_freed_tensors
-from hsplit_flwr.training.session import ScoreReply, StepReply
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 
 
 def resident_bytes(key: str) -> int:
@@ -39,19 +39,23 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-class TimedTail:
+class TimedTail(TailSession):
     """A `TailSession` that notes the seconds and the payload of each step."""
 
     def __init__(self, tail: RemoteTail) -> None:
         self.tail = tail
         self.exchange_s: list[float] = []
         self.payload_bytes = 0
+        self._sent = (0.0, 0)
 
-    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
-        started = time.perf_counter()
-        reply = self.tail.train_step(step, activations, attention_mask, labels)
+    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        self._sent = time.perf_counter(), labels.numel()
+        self.tail.send_part(part, activations, attention_mask, labels)
+
+    def receive_part(self) -> StepReply:
+        reply = self.tail.receive_part()
+        started, positions = self._sent
         self.exchange_s.append(time.perf_counter() - started)
-        positions = labels.numel()
         self.payload_bytes = 2 * reply.gradient.nbytes + positions * (1 + 4)  # mask uint8, labels int32
         return reply
 

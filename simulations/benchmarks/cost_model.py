@@ -47,7 +47,7 @@ from hsplit_flwr.models.segments import load_segment
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.host_memory import CLIENT_TUNABLES
-from hsplit_flwr.training.session import ScoreReply, StepReply
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 
 SEED = 0
 STEPS = 3
@@ -121,7 +121,7 @@ QUICK = (
 )
 
 
-class RandomGradients:
+class RandomGradients(TailSession):
     """Stands in for the tail, which the head's memory has nothing to do with: answers with noise."""
 
     def __init__(self, files: ModelFiles) -> None:
@@ -132,9 +132,13 @@ class RandomGradients:
         """It is its own session."""
         return self
 
-    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
+    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
         """See `TailSession`."""
-        return StepReply(1e-3 * torch.randn_like(activations), 1.0, labels.numel())
+        self._reply = StepReply(1e-3 * torch.randn_like(activations), 1.0, labels.numel())
+
+    def receive_part(self) -> StepReply:
+        """See `TailSession`."""
+        return self._reply
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         """See `TailSession`."""

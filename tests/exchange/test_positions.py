@@ -35,7 +35,7 @@ from hsplit_flwr.models.segments import segment_from_model
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import TrainReport, score_head, train_head
-from hsplit_flwr.training.session import ScoreReply, StepReply, TailSession
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.workload import Workload
 from tests.exchange.test_protocol import Direct, no_delta
@@ -93,15 +93,18 @@ class Seen:
     bytes_down: int
 
 
-class Watched:
+class Watched(TailSession):
     """A session whose replies are kept."""
 
     def __init__(self, session: TailSession) -> None:
         self._session = session
         self.replies: list[StepReply] = []
 
-    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
-        self.replies.append(self._session.train_step(step, activations, attention_mask, labels))
+    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        self._session.send_part(part, activations, attention_mask, labels)
+
+    def receive_part(self) -> StepReply:
+        self.replies.append(self._session.receive_part())
         return self.replies[-1]
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:

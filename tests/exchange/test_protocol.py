@@ -21,7 +21,7 @@ from hsplit_flwr.exchange.tail_service import MAX_PROBE_BYTES, MAX_PROBES, Delta
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
-from hsplit_flwr.training.session import ScoreReply, StepReply
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 from hsplit_flwr.training.workload import Workload
 
 pytestmark = pytest.mark.timeout(20)
@@ -33,16 +33,20 @@ LOSS = 0.5
 
 
 @dataclass
-class Session:
+class Session(TailSession):
     """Doubles activations and calls that their gradient; every position is a target of loss `LOSS`."""
 
     joined: tuple[Any, ...]
     steps: list[tuple[str, int]] = field(default_factory=list)
     closed: int = 0
+    replies: list[StepReply] = field(default_factory=list)
 
-    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
-        self.steps.append(("train", step))
-        return StepReply(2 * activations.float(), LOSS, labels.numel())
+    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        self.steps.append(("train", part.step))
+        self.replies.append(StepReply(2 * activations.float(), LOSS, labels.numel()))
+
+    def receive_part(self) -> StepReply:
+        return self.replies.pop(0)
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         self.steps.append(("evaluate", step))
@@ -95,8 +99,10 @@ def batch(rows: int = ROWS, width: int = WIDTH) -> tuple[Tensor, Tensor, Tensor]
     return torch.randn(rows, width, HIDDEN), torch.ones(rows, width), torch.ones(rows, width, dtype=torch.int64)
 
 
-def step(number: int, kind: str = "train", codec: str = "fp32", rows: int = ROWS, width: int = WIDTH) -> bytes:
-    header = head(kind, step=number)
+def step(
+    number: int, kind: str = "train", codec: str = "fp32", rows: int = ROWS, width: int = WIDTH, **part: int
+) -> bytes:
+    header = head(kind, step=number, **part)
     return encode(header, batch_tensors(*batch(rows, width), CODECS[codec], rounding_seed(header)))
 
 
@@ -280,6 +286,26 @@ def test_batches_larger_than_planned_are_refused_before_anything_is_computed(mod
     assert error.code == "batch_too_large"
     assert tail.sessions[0].steps == [(mode, 0)]
     assert own.steps == 1
+
+
+def test_parts_of_a_step_are_answered_one_by_one_and_make_one_step() -> None:
+    tail, own = Tail(), ticket(workload=Workload(ROWS, WIDTH), max_steps=1)
+    parts = [step(0, rows=1, part=0, parts=2), step(0, rows=1, part=1, parts=2)]
+    _, *answers = served(tail, own, HELLO, *parts)
+    assert [(header.kind, header.step, header.part) for header, _ in answers] == [
+        ("gradient", 0, 0),
+        ("gradient", 0, 1),
+    ]
+    assert (own.steps, own.tokens) == (1, 2 * WIDTH)
+
+
+def test_a_step_is_not_larger_for_coming_in_parts() -> None:
+    tail, own = Tail(), ticket(workload=Workload(ROWS, WIDTH))
+    parts = [step(0, rows=ROWS, part=0, parts=2), step(0, rows=1, part=1, parts=2)]
+    error = refusal(tail, own, HELLO, *parts)
+    assert error.code == "batch_too_large"
+    assert f"Expected at most {ROWS} rows in all parts of a step" in str(error)
+    assert own.steps == 0
 
 
 def test_without_limits_there_are_none() -> None:

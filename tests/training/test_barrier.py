@@ -4,7 +4,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
@@ -49,11 +49,19 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[Take]:
 
         def start(barrier: StepBarrier[str]) -> "Future[Step]":
             taken_from.append(barrier)
-            return pool.submit(barrier.take)
+            step = pool.submit(step_of, barrier)
+            while not (step.done() or barrier._changed._waiters):  # type: ignore[attr-defined]
+                time.sleep(0.001)  # the clock is not turned before the thread has looked at it
+            return step
 
         yield start
         for barrier in taken_from:
             barrier.close()
+
+
+def step_of(barrier: StepBarrier[str]) -> Step:
+    turn = barrier.take()
+    return None if turn is None else turn.requests
 
 
 def waits(step: "Future[Step]") -> bool:
@@ -64,9 +72,16 @@ def waits(step: "Future[Step]") -> bool:
     return False
 
 
+def joint(clients: Iterable[str], concurrency: int, clock: Clock) -> StepBarrier[str]:
+    """All of a step in one turn."""
+    return StepBarrier(clients, concurrency, LIMITS, together=True, clock=clock)
+
+
 def running(clock: Clock, take: Take, members: str, to_come: str = "", concurrency: int = 1) -> StepBarrier[str]:
     """A barrier whose gate has opened: `members` have taken one step together."""
-    barrier: StepBarrier[str] = StepBarrier([*members, *to_come], max(concurrency, len(members)), LIMITS, clock)
+    barrier: StepBarrier[str] = StepBarrier(
+        [*members, *to_come], max(concurrency, len(members)), LIMITS, together=True, clock=clock
+    )
     for client in members:
         barrier.join(client)
     for client in members:
@@ -79,7 +94,7 @@ def running(clock: Clock, take: Take, members: str, to_come: str = "", concurren
 
 
 def test_the_gate_waits_for_as_many_as_run_at_a_time(clock: Clock, take: Take) -> None:
-    barrier: StepBarrier[str] = StepBarrier("abcd", 3, LIMITS, clock)
+    barrier: StepBarrier[str] = joint("abcd", 3, clock)
     step = take(barrier)
     barrier.join("c")
     barrier.ask("c", "c0")
@@ -95,7 +110,7 @@ def test_the_gate_waits_for_as_many_as_run_at_a_time(clock: Clock, take: Take) -
 
 
 def test_the_gate_waits_for_fewer_where_fewer_are_left(clock: Clock, take: Take) -> None:
-    barrier: StepBarrier[str] = StepBarrier("ab", 5, LIMITS, clock)
+    barrier: StepBarrier[str] = joint("ab", 5, clock)
     barrier.join("a")
     barrier.ask("a", "a0")
     step = take(barrier)
@@ -106,7 +121,7 @@ def test_the_gate_waits_for_fewer_where_fewer_are_left(clock: Clock, take: Take)
 
 
 def test_the_gate_waits_for_fewer_after_a_client_left(clock: Clock, take: Take) -> None:
-    barrier: StepBarrier[str] = StepBarrier("ab", 5, LIMITS, clock)
+    barrier: StepBarrier[str] = joint("ab", 5, clock)
     barrier.join("a")
     barrier.ask("a", "a0")
     step = take(barrier)
@@ -118,7 +133,7 @@ def test_the_gate_waits_for_fewer_after_a_client_left(clock: Clock, take: Take) 
 @pytest.mark.parametrize("start", [0.0, 1e6], ids=["clock-at-zero", "clock-running"])
 def test_the_gate_opens_after_its_time(take: Take, start: float) -> None:
     clock = Clock(start)
-    barrier: StepBarrier[str] = StepBarrier("abc", 3, LIMITS, clock)
+    barrier: StepBarrier[str] = joint("abc", 3, clock)
     barrier.join("a")
     step = take(barrier)
     clock.now += 20.0
@@ -131,7 +146,7 @@ def test_the_gate_opens_after_its_time(take: Take, start: float) -> None:
 
 
 def test_the_straggler_limit_starts_when_the_gate_opens(clock: Clock, take: Take) -> None:
-    barrier: StepBarrier[str] = StepBarrier("ab", 2, LIMITS, clock)
+    barrier: StepBarrier[str] = joint("ab", 2, clock)
     barrier.join("a")
     barrier.ask("a", "a0")
     step = take(barrier)
@@ -175,7 +190,7 @@ def test_clients_come_in_waves(clock: Clock, take: Take) -> None:
 
 @pytest.mark.parametrize("concurrency", [0, -3, 1])
 def test_a_concurrency_of_one_or_less_waits_for_nobody(clock: Clock, take: Take, concurrency: int) -> None:
-    barrier: StepBarrier[str] = StepBarrier("ab", concurrency, LIMITS, clock)
+    barrier: StepBarrier[str] = joint("ab", concurrency, clock)
     barrier.join("b")
     barrier.ask("b", "b0")
     assert take(barrier).result(SOON_S) == ["b0"]
@@ -288,7 +303,7 @@ def refusal(action: Callable[[], object]) -> str:
 
 
 def test_only_clients_still_to_come_may_join(clock: Clock) -> None:
-    barrier: StepBarrier[str] = StepBarrier("ab", 1, LIMITS, clock)
+    barrier: StepBarrier[str] = joint("ab", 1, clock)
     assert refusal(lambda: barrier.join("stranger")) == "unknown_client"
     barrier.join("a")
     assert refusal(lambda: barrier.join("a")) == "unknown_client"
@@ -327,7 +342,7 @@ def test_closing_wakes_the_taker_and_returns_what_nobody_took(clock: Clock, take
 
 def test_closing_wakes_a_taker_without_requests(clock: Clock) -> None:
     """With the poll at its real second: the taker is woken, it does not find out by polling."""
-    barrier: StepBarrier[str] = StepBarrier("a", 1, LIMITS, clock)
+    barrier: StepBarrier[str] = joint("a", 1, clock)
     with ThreadPoolExecutor(1) as pool:
         step = pool.submit(barrier.take)
         with pytest.raises(FutureTimeoutError):
@@ -354,14 +369,16 @@ def test_waiting_times_must_be_positive(name: str, value: float) -> None:
 def test_every_request_is_taken_exactly_once_whatever_the_order(seed: int) -> None:
     """Twelve clients on four actors; some vanish, with and without a request pending. Nothing is lost or stuck."""
     clients = [f"{n:02}" for n in range(12)]
-    barrier: StepBarrier[tuple[str, int, threading.Event]] = StepBarrier(clients, 4, BarrierLimits(0.05, 0.03, 5.0))
+    barrier: StepBarrier[tuple[str, int, threading.Event]] = StepBarrier(
+        clients, 4, BarrierLimits(0.05, 0.03, 5.0), together=True
+    )
     taken: list[tuple[str, int]] = []
     steps: list[list[str]] = []
 
     def tail() -> None:
-        while (step := barrier.take()) is not None:
-            steps.append([client for client, _, _ in step])
-            for client, number, done in step:
+        while (turn := barrier.take()) is not None:
+            steps.append([client for client, _, _ in turn.requests])
+            for client, number, done in turn.requests:
                 taken.append((client, number))
                 done.set()
 
@@ -400,15 +417,134 @@ def test_every_request_is_taken_exactly_once_whatever_the_order(seed: int) -> No
 def test_the_gate_does_not_wait_for_a_client_that_failed_before_it_joined() -> None:
     """A client that raised while it loaded its data cost every other client the whole start gate, round after round."""
     clock = Clock()
-    barrier = StepBarrier[str](["a", "b", "c"], 3, LIMITS, clock)
+    barrier = StepBarrier[str](["a", "b", "c"], 3, LIMITS, together=True, clock=clock)
     barrier.withdraw("c")
     barrier.join("a")
     barrier.join("b")
     barrier.ask("a", "A")
     barrier.ask("b", "B")
-    assert barrier.take() == ["A", "B"]
+    assert step_of(barrier) == ["A", "B"]
     barrier.join("c")  # its second try got through after all
     barrier.ask("c", "C")
     barrier.ask("a", "A2")
     barrier.ask("b", "B2")
-    assert barrier.take() == ["A2", "B2", "C"]
+    assert step_of(barrier) == ["A2", "B2", "C"]
+
+
+# ---------------------------------------------------------------------------------------------- turns
+
+
+def in_turns(members: str, clock: Clock) -> StepBarrier[str]:
+    barrier: StepBarrier[str] = StepBarrier(members, len(members), LIMITS, clock=clock)
+    for client in members:
+        barrier.join(client)
+    return barrier
+
+
+def test_each_has_its_turn_in_the_order_of_names_and_as_soon_as_it_has_asked(clock: Clock, take: Take) -> None:
+    """The tail computes a's batch while b's is on the way; c, who was first, waits for both."""
+    barrier = in_turns("abc", clock)
+    barrier.ask("c", "c0")
+    turn = take(barrier)
+    assert waits(turn)
+    barrier.ask("a", "a0")
+    assert turn.result(SOON_S) == ["a0"]
+    turn = take(barrier)
+    assert waits(turn)
+    barrier.ask("a", "a1")  # a is early for the next step
+    assert waits(turn)
+    barrier.ask("b", "b0")
+    assert turn.result(SOON_S) == ["b0"]
+    assert barrier.take() == (["c0"], True)
+    assert barrier.take() == (["a1"], False)
+
+
+def test_a_batch_in_parts_is_one_turn(clock: Clock, take: Take) -> None:
+    """All parts of a batch meet the same adapters: nobody's step is taken in between."""
+    barrier = in_turns("ab", clock)
+    barrier.ask("a", "a0.0", last=False)
+    barrier.ask("b", "b0.0", last=False)
+    assert barrier.take() == (["a0.0"], False)
+    turn = take(barrier)
+    assert waits(turn)
+    barrier.ask("a", "a0.1")
+    assert turn.result(SOON_S) == ["a0.1"]
+    assert barrier.take() == (["b0.0"], False)
+    barrier.ask("b", "b0.1")
+    assert barrier.take() == (["b0.1"], True)
+
+
+def test_joint_parts_are_taken_together_until_everybodys_last(clock: Clock, take: Take) -> None:
+    barrier = joint("ab", 2, clock)
+    for client in "ab":
+        barrier.join(client)
+    barrier.ask("a", "a0.0", last=False)
+    barrier.ask("b", "b0.0")
+    assert barrier.take() == (["a0.0", "b0.0"], False)
+    barrier.ask("b", "b1.0")  # of the next step
+    turn = take(barrier)
+    assert waits(turn)
+    barrier.ask("a", "a0.1")
+    assert turn.result(SOON_S) == ["a0.1"]
+    assert barrier.dropped == {}
+
+
+def test_a_straggler_costs_its_own_turn(clock: Clock, take: Take) -> None:
+    barrier = in_turns("abc", clock)
+    barrier.ask("c", "c0")
+    turn = take(barrier)
+    clock.now += STRAGGLER_S - 1
+    barrier.ask("b", "b0")
+    assert waits(turn)
+    clock.now += 1
+    assert turn.result(SOON_S) == ["b0"]
+    assert barrier.dropped == {"a": 1}
+    barrier.ask("a", "a0")  # late, but the step is still under way
+    assert barrier.take() == (["a0"], False)
+    assert barrier.take() == (["c0"], True)
+
+
+def test_the_limit_does_not_run_while_the_tail_computes(clock: Clock, take: Take) -> None:
+    """A long step made those late who were still on their way with the next one."""
+    barrier = in_turns("ab", clock)
+    barrier.ask("a", "a0")
+    assert barrier.take() == (["a0"], False)
+    barrier.ask("a", "a1")
+    clock.now += 2 * STRAGGLER_S  # the tail computes
+    turn = take(barrier)
+    assert waits(turn)
+    barrier.ask("b", "b0")
+    assert turn.result(SOON_S) == ["b0"]
+    assert barrier.dropped == {}
+
+
+@pytest.mark.parametrize("parts_left", [False, True], ids=["before its turn", "amid its turn"])
+def test_a_step_ends_without_those_who_leave(parts_left: bool, clock: Clock, take: Take) -> None:
+    barrier = in_turns("ab", clock)
+    barrier.ask("a", "a0")
+    assert barrier.take() == (["a0"], False)
+    if parts_left:
+        barrier.ask("b", "b0.0", last=False)
+        assert barrier.take() == (["b0.0"], False)
+    turn = take(barrier)
+    assert waits(turn)
+    barrier.leave("b")
+    assert turn.result(SOON_S) == []
+    barrier.ask("a", "a1")
+    assert barrier.take() == (["a1"], True)
+
+
+def test_who_is_late_amid_its_batch_goes_on_with_it_later(clock: Clock, take: Take) -> None:
+    barrier = in_turns("ab", clock)
+    barrier.ask("a", "a0.0", last=False)
+    barrier.ask("b", "b0")
+    assert barrier.take() == (["a0.0"], False)
+    turn = take(barrier)
+    assert waits(turn)
+    clock.now += STRAGGLER_S
+    assert turn.result(SOON_S) == ["b0"]
+    assert barrier.dropped == {"a": 1}
+    barrier.ask("a", "a0.1")
+    barrier.ask("b", "b1")
+    assert barrier.take() == (["a0.1"], False)
+    assert barrier.take() == (["b1"], True)

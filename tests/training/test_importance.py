@@ -35,7 +35,7 @@ from hsplit_flwr.training.importance import (
     gradient_weight_product,
     sample_rows,
 )
-from hsplit_flwr.training.session import ScoreReply, StepReply, TailSession
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 from hsplit_flwr.training.tail import SharedTail
 from tests.helpers.models import ARCHITECTURES, tiny_model
 
@@ -130,16 +130,19 @@ class Played:
         return self.reports[client].importance | self.tail.get(client, {})
 
 
-class Watched:
+class Watched(TailSession):
     """A session that notes the adapters of both sides before each step, and sends NaN where told."""
 
     def __init__(self, inner: TailSession, note: Any, poison_step: int | None) -> None:
         self._inner, self._note, self._poison_step = inner, note, poison_step
 
-    def train_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> StepReply:
+    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
         self._note()  # the tail is at rest: it waits for this client's request
-        sent = activations * math.nan if step == self._poison_step else activations
-        return self._inner.train_step(step, sent, attention_mask, labels)
+        sent = activations * math.nan if part.step == self._poison_step else activations
+        self._inner.send_part(part, sent, attention_mask, labels)
+
+    def receive_part(self) -> StepReply:
+        return self._inner.receive_part()
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         return self._inner.score_step(step, activations, attention_mask, labels)

@@ -20,7 +20,7 @@ from hsplit_flwr.training import tail as tail_module
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.local_session import LocalSession
-from hsplit_flwr.training.session import StepReply
+from hsplit_flwr.training.session import BatchPart, StepReply
 from hsplit_flwr.training.step import StepReport
 from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.tail_step import TailTrainer
@@ -171,7 +171,7 @@ def test_whatever_ends_the_worker_everybody_hears_why(
     """Those in the step have nobody left to answer them, those for the next one nobody to take it."""
     holding, go = threading.Event(), threading.Event()
 
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         holding.set()
         assert go.wait(SOON_S)
         raise Stop("out of threads")
@@ -195,6 +195,28 @@ def test_whatever_ends_the_worker_everybody_hears_why(
         started = time.monotonic()
     assert time.monotonic() - started < SOON_S  # the end of the round does not wait either
     assert "the tail's worker ended, the round cannot go on: Stop('out of threads')" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (BatchPart(0, 1, 2), None),
+        (BatchPart(0, 0, 4), None),
+        (BatchPart(0, 0, 0), None),
+        (BatchPart(0, 0, 2), BatchPart(0, 0, 2)),
+        (BatchPart(0, 0, 2), BatchPart(0, 1, 3)),
+        (BatchPart(0, 0, 2), BatchPart(0, 2, 2)),
+    ],
+    ids=str,
+)
+def test_parts_come_in_order_and_no_more_than_were_agreed(first: BatchPart, then: BatchPart | None) -> None:
+    tail = make_tail(replace(CONFIG, micro_batches=3))
+    sent = (torch.zeros(1, 6, HIDDEN_SIZE), torch.ones(1, 6), torch.zeros(1, 6, dtype=torch.int64))
+    with in_round(tail, "a") as (session,):
+        if then:
+            session.send_part(first, *sent)
+        with pytest.raises(ExchangeError, match=r"\[wrong_part\].*Take micro-batches from the task"):
+            session.send_part(then or first, *sent)
 
 
 def test_the_round_after_a_worker_that_ended_is_a_new_one() -> None:

@@ -91,8 +91,9 @@ def trainer_of(config: TrainingConfig = CONFIG, architecture: str = "llama", lor
 
 def take(trainer: TailTrainer, *requests: StepRequest) -> list[TrainedBatch]:
     """A step with its further passes, as the shared tail takes it."""
-    done = [trainer.train(batch) for batch in trainer.batches(requests)]
-    trainer.train_again([batch.requests for batch in done if batch.requests])
+    turns = [list(requests)] if trainer.config.joint_steps else [[request] for request in requests]
+    done = [trainer.train(turn, ends_step=turn is turns[-1]) for turn in turns]
+    trainer.train_again([(batch.requests, batch is done[-1]) for batch in done if batch.requests])
     return done
 
 
@@ -353,7 +354,7 @@ def test_further_passes_that_are_interrupted_are_not_swallowed(monkeypatch: pyte
 
     monkeypatch.setattr(TailTrainer, "_accumulate", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        trainer.train_again([batch.requests])
+        trainer.train_again([(batch.requests, True)])
 
 
 # ------------------------------------------------------------------------------------------- importance
