@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Setting:
     steps: int
     dtype: str
     device: str
+    training: dict[str, Any] = field(default_factory=dict)
+    """other fields of `TrainingConfig` than its defaults; codecs that are not named here are those of `dtype`"""
 
 
 def random_batch(setting: Setting, vocab_size: int) -> dict[str, Tensor]:
@@ -153,13 +155,9 @@ def measure(setting: Setting) -> dict[str, Any]:
     """One row."""
     files = ModelFiles.resolve(MODELS[setting.model]())
     total = setting.steps * (BLOCKS + WARM_UP)
+    codecs = {"activation_codec": setting.dtype, "gradient_codec": setting.dtype}
     config = TrainingConfig(
-        rounds=1,
-        local_steps=total,
-        learning_rate=1e-4,
-        activation_codec=setting.dtype,
-        gradient_codec=setting.dtype,
-        seed=SEED,
+        rounds=1, local_steps=total, learning_rate=1e-4, seed=SEED, **{**codecs, **setting.training}
     )
     lora = LoraSpec(setting.rank, 2.0 * setting.rank)
     run_monolithic = monolithic(setting, files, config)
@@ -174,7 +172,7 @@ def measure(setting: Setting) -> dict[str, Any]:
         tail,
         lambda have, cut: (0, True, {}),
         "bench",
-        ServiceConfig(activation_codec=setting.dtype, gradient_codec=setting.dtype),
+        ServiceConfig(activation_codec=config.activation_codec, gradient_codec=config.gradient_codec),
     )
     token = service.open_round(1, "train", {"0": setting.cut}, 0)["0"]
     plan = ClientPlan(setting.cut, lora)
