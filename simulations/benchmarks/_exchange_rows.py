@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ class Link:
     """one way, as `measure_link` measures it before"""
 
 
-@lru_cache(maxsize=None)
+@cache
 def costs_of(deployment: Deployment, training: TrainingConfig) -> ModelCosts:
     """The cost model of batches at their full length."""
     workload = Workload.of(training, batch_size=deployment.batch, sequence_length=deployment.max_length)
@@ -96,7 +96,7 @@ def work_of(deployment: Deployment, training: TrainingConfig, measured: Measured
     costs = costs_of(deployment, training)
     names = {matrix.name: matrix.block for matrix in costs.matrices}
     ranks = {name: deployment.rank for name, block in names.items() if block < deployment.cut}
-    tail_ranks = {name: deployment.rank for name in names.keys() - ranks.keys()}
+    tail_ranks = dict.fromkeys(names.keys() - ranks.keys(), deployment.rank)
     return [
         split_work(client, costs, deployment.cut, ranks, tail_ranks, head.forms, download_bytes=0, upload_bytes=0)
         for client, head in zip(deployment.clients, measured.heads, strict=True)
@@ -106,8 +106,8 @@ def work_of(deployment: Deployment, training: TrainingConfig, measured: Measured
 def predicted_step_s(deployment: Deployment, training: TrainingConfig, measured: Measured, link: Link) -> float:
     """Seconds of a step by the virtual clock.
 
-    From the link's rates and latency, the frames' bytes and the cost model's FLOPs. How many FLOPs a second head and
-    tail do is taken from the compute seconds that they report of the same steps: this machine's pace is not the question.
+    From the link's rates and latency, the frames' bytes and the cost model's FLOPs. How many of them head and tail do
+    in a second is taken from what they report of the same steps: this machine's pace is not the question.
     """
     works = work_of(deployment, training, measured)
     devices = {
@@ -115,9 +115,7 @@ def predicted_step_s(deployment: Deployment, training: TrainingConfig, measured:
         for work, head in zip(works, measured.heads, strict=True)
     }
     server = _device(sum(work.tail_flops * work.steps for work in works) / sum(measured.tail_s), link)
-    timeline = play_round(
-        works, devices, server, joint_steps=training.joint_steps, tail_passes=training.tail_passes
-    )
+    timeline = play_round(works, devices, server, joint_steps=training.joint_steps, tail_passes=training.tail_passes)
     return timeline.duration_s / measured.steps
 
 
@@ -190,11 +188,12 @@ def summary(rows: Sequence[Row], links: Sequence[Mapping[str, Any]]) -> dict[str
     for row in rows:
         of_link = speedups.setdefault(row["model"], {}).setdefault(row["link"], {})
         of_link[row["technique"]] = row["speedup_over_bf16"]
+    byte_errors = [abs(row["bytes_per_step"] / row["predicted_bytes"] - 1) for row in rows]
     rate_errors = [abs(link[key]) for link in links for key in ("up_rate_error", "down_rate_error") if key in link]
     return {
         "worst_prediction_error": max((abs(row["prediction_error"]) for row in rows), default=None),
         "worst_rate_error": max(rate_errors, default=None),
-        "worst_byte_error": max((abs(row["bytes_per_step"] / row["predicted_bytes"] - 1) for row in rows), default=None),
+        "worst_byte_error": max(byte_errors, default=None),
         "speedup_over_bf16": speedups,
     }
 

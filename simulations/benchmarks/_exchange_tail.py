@@ -10,7 +10,7 @@ from _deployment import ROUND, RUN, SEED, Deployment
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
-from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
+from hsplit_flwr.models.segments import Segment, block_of, linear_shapes, load_segment
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.host_memory import return_freed_tensors
@@ -23,7 +23,9 @@ STEP_LIMIT_S = 120.0
 class Round:
     """An open round: a tail that trains, and a service that listens everywhere in this process's namespace."""
 
-    def __init__(self, deployment: Deployment, adapters: SegmentAdapters, segment: Any, training: dict[str, Any]) -> None:
+    def __init__(
+        self, deployment: Deployment, adapters: SegmentAdapters, segment: Segment, training: dict[str, Any]
+    ) -> None:
         config = TrainingConfig(**training)
         self._reports: list[StepReport] = []
         limits = BarrierLimits(straggler_limit_s=STEP_LIMIT_S, step_limit_s=STEP_LIMIT_S)

@@ -28,8 +28,8 @@ CONGESTION_CONTROL = "cubic"
 """Linux's default, whatever this machine's is"""
 HEAD_END, TAIL_END = "hsplit", "hsplit"
 """of a link, by the device's name; at the tail a number follows"""
-CHECK_S = 1.0
-"""of a transfer that checks a rate"""
+CHECK_S, CHECKS = 1.0, 3
+"""of a transfer that checks a rate, and how many"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def why_not() -> str | None:
         return "network namespaces and tc need root"
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         return f"there is no {', '.join(missing)} (packages util-linux, iproute2, procps)"
-    return None
+    tried = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
+    return f"this root may make no network namespace: {tried.stderr.strip()}" if tried.returncode else None
 
 
 class Namespace:
@@ -106,8 +107,8 @@ class Namespace:
     def _wait(self) -> None:
         """Until `unshare` has left this process's namespace: before, commands would change the machine's own."""
         end = time.monotonic() + NAMESPACE_LIMIT_S
-        own = os.readlink("/proc/self/ns/net")
-        while os.readlink(f"/proc/{self.pid}/ns/net") == own:
+        own = Path("/proc/self/ns/net").readlink()
+        while Path(f"/proc/{self.pid}/ns/net").readlink() == own:
             if self._holder.poll() is not None or time.monotonic() > end:
                 raise RuntimeError("Expected a network namespace of its own, found none (unshare --net).")
             time.sleep(0.005)
@@ -151,7 +152,13 @@ class Star:
                 namespace.run("tc", "qdisc", "replace", "dev", device, "root", "tbf", *bucket.split())
 
     def transfer(self, mbit_s: float, *, up: bool) -> Transfer:
-        """Send by plain TCP over the first head's link, up or down, as much as takes `CHECK_S` at `mbit_s`."""
+        """Send by plain TCP over the first head's link, up or down, as much as takes `CHECK_S` at `mbit_s`.
+
+        The fastest of `CHECKS`: a receiver that waits for a core makes a link look slower than it is.
+        """
+        return max((self._transfer(mbit_s, up=up) for _ in range(CHECKS)), key=lambda one: one.wire_mbit_s)
+
+    def _transfer(self, mbit_s: float, *, up: bool) -> Transfer:
         sender, receiver = (self.heads[0], self.tail) if up else (self.tail, self.heads[0])
         device = HEAD_END if up else f"{TAIL_END}0"
         address = "10.77.0.1" if up else "10.77.0.2"

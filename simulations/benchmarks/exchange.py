@@ -10,24 +10,23 @@ devices that are stated for 60/110, so that their link hardly counts beside it. 
 transfer takes the share of a step that it takes in the experiments' homogeneous setting. Columns:
 
 * ``s/step``: measured, mean; ``predicted``: by `experiments/clock.py` from stated rates, the cost model's FLOPs, the
-  frames' bytes and the latency that a client's probe measures on the idle link (half of a small exchange). The FLOP/s of
-  heads and tail are calibrated on the compute seconds that they report of the very same steps. On loopback the rate is
-  that of the probe.
+  frames' bytes and the latency that a client's probe measures on the idle link (half of a small exchange). The FLOP/s
+  of heads and tail are calibrated on the compute seconds that they report of the very same steps. On loopback the rate
+  is that of the probe.
 * ``bytes/step``: both ways, one head; ``/payload``: over positions x hidden size x bits / 8, both ways
 * ``bytes/rate``: the least that the bytes can take; ``beyond``: what a step takes beyond that and the compute of head
   and tail: packet headers, gRPC, packing, threads; negative where transfer and compute overlap
 
-The JSON also has ``worst_prediction_error`` (target <= 0.15), ``worst_rate_error`` (of plain TCP over a link against its
-stated rate, <= 0.02), goodput of TCP and of gRPC per link, ``speedup_over_bf16`` (over bf16 with padding; target >= 1.9
-for all techniques together), and ``loopback_over_monolithic`` (target >= 0.95; `split_overhead.py`'s ratio with
-the technique's codecs).
+The JSON also has ``worst_prediction_error`` (target <= 0.15), ``worst_rate_error`` (of plain TCP over a link against
+its stated rate, <= 0.02), ``worst_byte_error`` (0: a frame's size is known beforehand), goodput of TCP and of gRPC per
+link, ``speedup_over_bf16`` (over bf16 with padding; target >= 1.9 for all techniques together), and
+``loopback_over_monolithic`` (target >= 0.95; `split_overhead.py`'s ratio with the technique's codecs).
 """
 
 import argparse
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
@@ -160,7 +159,8 @@ def measure(
     """The rows of one model, link by link; what is found out about its links goes to `found`."""
     rates = dict(LINKS)
     with Star(deployment.heads) as star, ExitStack() as running:
-        tail = running.enter_context(closing(Child("_exchange_tail.py", asdict(deployment), star.tail.enter, ENVIRONMENT)))
+        child = Child("_exchange_tail.py", asdict(deployment), star.tail.enter, ENVIRONMENT)
+        tail = running.enter_context(closing(child))
         tail.hear(START_LIMIT_S)
         for name in links:
             limited = rates[name]
@@ -251,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

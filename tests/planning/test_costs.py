@@ -1,11 +1,8 @@
 """The cost model against independent counts: the flop counter, real frames and arrays, hand-made sums."""
 
 import importlib.util
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -26,6 +23,7 @@ from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.training.config import TrainingConfig
+from tests.helpers.benchmarks import benchmark
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, NUM_BLOCKS, VOCAB_SIZE, tiny_config, tiny_model
 
 FLOPS_TOLERANCE = 1e-6
@@ -36,23 +34,11 @@ BF16_ACTIVATIONS_TOLERANCE = 1.04
 """a tensor in the lower precision stays alive that autograd itself would not keep"""
 BATCH, LENGTH = 3, 16
 WORKLOAD = Workload(BATCH, LENGTH)
-BENCHMARKS = Path(__file__).parents[2] / "simulations" / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def llama() -> ModelCosts:
     return ModelCosts(tiny_config("llama", True), WORKLOAD)
-
-
-def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
 
 
 def batch() -> dict[str, Tensor]:
