@@ -58,14 +58,11 @@ class HeadRound:
 class Measured:
     """A round of steps, of all heads and the tail."""
 
+    steps: int
+    """of every head"""
     heads: tuple[HeadRound, ...]
-    tail_s: tuple[float, ...]
-    """its compute, step by step"""
-
-    @property
-    def steps(self) -> int:
-        """Of every head."""
-        return len(self.tail_s)
+    tail_s: float
+    """what the tail computed in all steps"""
 
     @property
     def step_s(self) -> float:
@@ -114,7 +111,7 @@ def predicted_step_s(deployment: Deployment, training: TrainingConfig, measured:
         work.client: _device((work.forward_flops + work.backward_flops) * work.steps / head.compute_s, link)
         for work, head in zip(works, measured.heads, strict=True)
     }
-    server = _device(sum(work.tail_flops * work.steps for work in works) / sum(measured.tail_s), link)
+    server = _device(sum(work.tail_flops * work.steps for work in works) / measured.tail_s, link)
     timeline = play_round(works, devices, server, joint_steps=training.joint_steps, tail_passes=training.tail_passes)
     return timeline.duration_s / measured.steps
 
@@ -128,7 +125,7 @@ def in_proportion(deployment: Deployment, training: TrainingConfig, measured: Me
     device, server = setting.devices(costs)[deployment.clients[0]], setting.server(costs)
     work, head = work_of(deployment, training, measured)[0], measured.heads[0]
     stated_s = (work.forward_flops + work.backward_flops) / device.flops_per_s + work.tail_flops / server.flops_per_s
-    here_s = (head.compute_s + sum(measured.tail_s) / deployment.heads) / measured.steps
+    here_s = (head.compute_s + measured.tail_s / deployment.heads) / measured.steps
     slowed = stated_s / here_s / BYTES_PER_S
     return Rates(device.uplink_bytes_per_s * slowed, device.downlink_bytes_per_s * slowed)
 
@@ -145,7 +142,7 @@ def row_of(
     up, down = (fmean(each) / steps for each in zip(*((h.bytes_up, h.bytes_down) for h in heads), strict=True))
     counted = [work_of(deployment, training, one) for one in repeats]
     head_s = fmean(head.compute_s for head in heads) / steps
-    tail_s = fmean(fmean(one.tail_s) for one in repeats)
+    tail_s = fmean(one.tail_s for one in repeats) / steps
     limit_s = up / (link.rates.up_mbit_s * BYTES_PER_S) + down / (link.rates.down_mbit_s * BYTES_PER_S)
     return {
         "model": deployment.model,
@@ -188,7 +185,7 @@ def summary(rows: Sequence[Row], links: Sequence[Mapping[str, Any]]) -> dict[str
     for row in rows:
         of_link = speedups.setdefault(row["model"], {}).setdefault(row["link"], {})
         of_link[row["technique"]] = row["speedup_over_bf16"]
-    byte_errors = [abs(row["bytes_per_step"] / row["predicted_bytes"] - 1) for row in rows]
+    byte_errors = [round(abs(row["bytes_per_step"] / row["predicted_bytes"] - 1), 12) for row in rows]  # of means
     rate_errors = [abs(link[key]) for link in links for key in ("up_rate_error", "down_rate_error") if key in link]
     return {
         "worst_prediction_error": max((abs(row["prediction_error"]) for row in rows), default=None),

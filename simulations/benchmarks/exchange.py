@@ -121,7 +121,7 @@ class Processes:
             head.tell({})
         reports = tuple(HeadRound.of(head.hear(ROUND_LIMIT_S)) for head in self._heads.values())
         tail_s = self._tail.ask({}, CLOSE_LIMIT_S)["compute_s"]
-        return Measured(heads=reports, tail_s=tuple(tail_s))
+        return Measured(steps=training.local_steps, heads=reports, tail_s=tail_s)
 
     def _told(self, mode: Mode, client: str, port: int, token: str, training: TrainingConfig) -> dict[str, Any]:
         trains = ClientPlan(self._deployment.cut, self._deployment.lora)
@@ -227,7 +227,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that namespaces and processes go with it, too
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    rows, links, monolithic = [], [], []
+    rows: list[Row] = []
+    links: list[dict[str, Any]] = []
+    monolithic: list[Row] = []
     print(HEADINGS)
     for model in arguments.models.split(","):
         deployment = replace(DEPLOYMENTS[model], heads=arguments.heads)

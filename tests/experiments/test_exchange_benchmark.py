@@ -50,7 +50,7 @@ def measured(rows: ModuleType, *seconds: float, form: BatchForm) -> Any:
     heads = [
         rows.HeadRound(seconds=total, compute_s=total / 4, exchange_s=3 * total / 4, **counts) for total in seconds
     ]
-    return rows.Measured(heads=tuple(heads), tail_s=(0.1, 0.3))
+    return rows.Measured(steps=2, heads=tuple(heads), tail_s=0.4)
 
 
 def training(exchange: ModuleType, technique: str, steps: int = 2) -> TrainingConfig:
@@ -206,7 +206,7 @@ def test_a_process_that_is_killed_leaves_no_namespace_behind(network: ModuleType
 def test_heads_and_tail_train_over_real_links(network: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = ["--models", "tiny-gpt2", "--links", "loopback,60/110", "--steps", "1", "--repeats", "1", "--heads", "2"]
-    command = [sys.executable, BENCHMARKS / "exchange.py", "--json", out, *options, "--without-monolithic"]
+    command = [sys.executable, str(BENCHMARKS / "exchange.py"), "--json", str(out), *options, "--without-monolithic"]
     subprocess.run(command, check=True, timeout=500)
     result = json.loads(out.read_text())
     assert [(row["link"], row["technique"]) for row in result["rows"]] == [
