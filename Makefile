@@ -20,9 +20,10 @@ test-fast:  ## unit tests only, offline
 tree:  ## the file tree of ARCHITECTURE.md
 	$(PYTHON) -m tests.helpers.file_tree
 
-bench:  ## the tables of docs/costs.md and docs/planning.md
+bench:  ## the tables of docs/costs.md, docs/planning.md and docs/exchange.md
 	mkdir -p results
 	$(PYTHON) simulations/benchmarks/split_overhead.py --json results/split_overhead.json
+	$(PYTHON) simulations/benchmarks/exchange.py --json results/exchange.json
 	$(PYTHON) simulations/benchmarks/aggregation.py --json results/aggregation.json
 	$(PYTHON) simulations/benchmarks/importance.py --json results/importance.json
 	$(PYTHON) simulations/benchmarks/cost_model.py --json results/cost_model.json

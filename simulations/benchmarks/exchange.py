@@ -35,6 +35,7 @@ from statistics import fmean
 from typing import Any
 
 import split_overhead
+import torch
 from _child import Child
 from _deployment import ROUND, RUN, SEED, Deployment
 from _exchange_rows import (
@@ -210,46 +211,58 @@ def against_monolithic(model: str, steps: int) -> list[Row]:
     return rows
 
 
-def main() -> None:
-    """Measure, print the table, write the JSON."""
+def asked() -> argparse.Namespace:
+    """The command line; ``models`` and ``links`` as lists of known names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
-    parser.add_argument("--models", default=",".join(DEPLOYMENTS))
-    parser.add_argument("--links", default=",".join(LINKS), help=f"{IN_PROPORTION!r} needs {LOOPBACK!r} before it")
+    parser.add_argument("--models", default=",".join(DEPLOYMENTS), help="with commas between them")
+    parser.add_argument("--links", default=",".join(LINKS), help="with commas between them")
     parser.add_argument("--heads", type=int, default=1, help="each with a link of its own")
     parser.add_argument("--steps", type=int, default=4, help="per technique and repeat; ten times as many of tiny-gpt2")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--without-monolithic", action="store_true", help="leave out loopback_over_monolithic")
     arguments = parser.parse_args()
+    for name, known in (("models", DEPLOYMENTS), ("links", LINKS)):
+        found = getattr(arguments, name).split(",")
+        if unknown := [one for one in found if one not in known]:
+            parser.error(f"Expected --{name} among {', '.join(known)}, found {', '.join(unknown)}.")
+        setattr(arguments, name, found)
+    before = arguments.links[: arguments.links.index(IN_PROPORTION)] if IN_PROPORTION in arguments.links else [LOOPBACK]
+    if LOOPBACK not in before:
+        parser.error(f"Expected {LOOPBACK} before {IN_PROPORTION}, whose rates follow from it, found it not. Add it.")
+    return arguments
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    arguments = asked()
     if reason := why_not():
         print(f"exchange.py measures nothing here: {reason}.")
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that namespaces and processes go with it, too
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # as the children, for the comparison with PEFT
     rows: list[Row] = []
     links: list[dict[str, Any]] = []
     monolithic: list[Row] = []
     print(HEADINGS)
-    for model in arguments.models.split(","):
+    for model in arguments.models:
         deployment = replace(DEPLOYMENTS[model], heads=arguments.heads)
         steps = arguments.steps * STEPS[model]
-        for row in measure(deployment, arguments.links.split(","), steps, arguments.repeats, links):
+        for row in measure(deployment, arguments.links, steps, arguments.repeats, links):
             rows.append(row)
             print(line_of(row), flush=True)
         if not arguments.without_monolithic:
             monolithic += against_monolithic(model, steps)
     add_speedups(rows, BASELINE)
+    figures = summary(rows, links)
     result = {
-        **summary(rows, links),
-        "loopback_over_monolithic": monolithic,
-        "links": links,
-        "rows": rows,
-        **provenance(SEED),
-    }
+        **figures, "loopback_over_monolithic": monolithic, "links": links, "rows": rows, **provenance(SEED),
+    }  # fmt: skip
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({key: result[key] for key in summary(rows, links)}, indent=2))
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

@@ -161,6 +161,23 @@ def test_without_root_nothing_is_measured_and_people_hear_why(
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("links", "expected"),
+    [("60/110,lopback", "found lopback"), ("in proportion,loopback", "Expected loopback before in proportion")],
+)
+def test_links_that_cannot_be_measured_are_refused(
+    exchange: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    links: str,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["exchange.py", "--json", "out.json", "--links", links])
+    with pytest.raises(SystemExit):
+        exchange.asked()
+    assert expected in capsys.readouterr().err
+
+
 def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark("_network", monkeypatch)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
