@@ -136,11 +136,13 @@ def row_of(
 ) -> Row:  # fmt: skip
     """One row: means over steps, heads and repeats."""
     measured_s = fmean(one.step_s for one in repeats)
-    predicted_s = fmean(predicted_step_s(deployment, training, one, link) for one in repeats)
+    known = training.micro_batches == 1  # the clock knows no parts of batches yet
+    predicted_s = fmean(predicted_step_s(deployment, training, one, link) for one in repeats) if known else None
     heads = [head for one in repeats for head in one.heads]
     steps = repeats[0].steps
     up, down = (fmean(each) / steps for each in zip(*((h.bytes_up, h.bytes_down) for h in heads), strict=True))
-    counted = [work_of(deployment, training, one) for one in repeats]
+    works = [work for one in repeats for work in work_of(deployment, training, one)]
+    predicted_bytes = fmean(work.step_bytes_up + work.step_bytes_down for work in works)
     head_s = fmean(head.compute_s for head in heads) / steps
     tail_s = fmean(one.tail_s for one in repeats) / steps
     limit_s = up / (link.rates.up_mbit_s * BYTES_PER_S) + down / (link.rates.down_mbit_s * BYTES_PER_S)
@@ -155,12 +157,12 @@ def row_of(
         "steps": steps * len(repeats),
         "measured_s": measured_s,
         "predicted_s": predicted_s,
-        "prediction_error": predicted_s / measured_s - 1,
+        "prediction_error": predicted_s / measured_s - 1 if predicted_s else None,
         "measured_each_s": [one.step_s for one in repeats],
         "bytes_per_step": up + down,
         "bytes_up": up,
         "bytes_down": down,
-        "predicted_bytes": fmean(work.step_bytes_up + work.step_bytes_down for works in counted for work in works),
+        "predicted_bytes": predicted_bytes if known else None,
         "full_batch_bytes": _full_batch_bytes(deployment, training, heads),
         "bytes_over_payload": (up + down) / _payload_bytes(deployment, training, heads),
         "head_s": head_s,
@@ -185,10 +187,11 @@ def summary(rows: Sequence[Row], links: Sequence[Mapping[str, Any]]) -> dict[str
     for row in rows:
         of_link = speedups.setdefault(row["model"], {}).setdefault(row["link"], {})
         of_link[row["technique"]] = row["speedup_over_bf16"]
-    byte_errors = [round(abs(row["bytes_per_step"] / row["predicted_bytes"] - 1), 12) for row in rows]  # of means
+    predicted = [row for row in rows if row["predicted_s"] is not None]
+    byte_errors = [round(abs(row["bytes_per_step"] / row["predicted_bytes"] - 1), 12) for row in predicted]  # of means
     rate_errors = [abs(link[key]) for link in links for key in ("up_rate_error", "down_rate_error") if key in link]
     return {
-        "worst_prediction_error": max((abs(row["prediction_error"]) for row in rows), default=None),
+        "worst_prediction_error": max((abs(row["prediction_error"]) for row in predicted), default=None),
         "worst_rate_error": max(rate_errors, default=None),
         "worst_byte_error": max(byte_errors, default=None),
         "speedup_over_bf16": speedups,
@@ -203,9 +206,11 @@ HEADINGS = (
 
 def line_of(row: Row) -> str:
     """The row below `HEADINGS`."""
+    known = row["predicted_s"] is not None
+    predicted = f"{row['predicted_s']:>11.3f}{row['prediction_error']:>+8.1%}" if known else f"{'-':>11}{'-':>8}"
     return (
-        f"{row['model']:13}{row['link']:14}{row['technique']:14}{row['measured_s']:>9.3f}{row['predicted_s']:>11.3f}"
-        f"{row['prediction_error']:>+8.1%}{row['bytes_per_step']:>12,.0f}{row['bytes_over_payload']:>10.3f}"
+        f"{row['model']:13}{row['link']:14}{row['technique']:14}{row['measured_s']:>9.3f}{predicted}"
+        f"{row['bytes_per_step']:>12,.0f}{row['bytes_over_payload']:>10.3f}"
         f"{row['head_s']:>8.3f}{row['tail_s']:>8.3f}{row['bytes_over_rate_s']:>12.4f}{1000 * row['beyond_s']:>11.1f}"
     )
 

@@ -37,6 +37,7 @@ class Round:
             "127.0.0.1",
             activation_codec=config.activation_codec,
             gradient_codec=config.gradient_codec,
+            frames_ahead=config.micro_batches_in_flight - 1 if config.micro_batches > 1 else 0,
         )
         self._service = TailService(self._tail, lambda have, cut: (0, True, {}), RUN, served)
         self.port = int(self._service.address.rpartition(":")[2])
