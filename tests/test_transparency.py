@@ -164,6 +164,67 @@ def test_a_step_per_part_equals_monolithic_peft_on_the_parts(cut: int, over_grpc
     require_alike(found, expected)
 
 
+def delayed(batches: list[Batch], cut: int, config: TrainingConfig) -> dict[str, Tensor]:
+    """The reference of parts in flight, in one loop: part k's head lacks the steps whose gradients are on their way.
+
+    Head and tail are PEFT's and torch's; a row a part, a step a part; each gradient is of the adapters its part met.
+    """
+    model = tiny_model("llama")
+    head, whole = segment_from_model(copy.deepcopy(model), 0, cut), segment_from_model(model)
+    sides = {
+        "head": SegmentAdapters(head, LORA),
+        "tail": SegmentAdapters(whole, LORA, [n for n in whole.linear_modules() if n not in head.linear_modules()]),
+    }
+    adamw = {}
+    for side, adapters in sides.items():
+        adapters.reset(seed_of(side))
+        adamw[side] = torch.optim.AdamW(adapters.parameters(), lr=1.0, weight_decay=0.0)
+
+    def step(side: str, number: int) -> None:
+        adamw[side].param_groups[0]["lr"] = config.learning_rate_at(number // 3)
+        adamw[side].step()
+        adamw[side].zero_grad()
+
+    in_flight = config.micro_batches_in_flight
+    waiting: list[tuple[int, list[Tensor]]] = []
+    rows = [{key: tensor[i : i + 1] for key, tensor in batch.items()} for batch in batches for i in range(3)]
+    for number in range(len(rows) + in_flight):
+        if len(waiting) == in_flight or number >= len(rows):
+            if not waiting:
+                break
+            done, gradients = waiting.pop(0)
+            for parameter, gradient in zip(sides["head"].parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            step("head", done)
+        if number >= len(rows):
+            continue
+        row = rows[number]
+        hidden = head(row["input_ids"], row["attention_mask"])
+        entered = hidden.detach().requires_grad_()
+        logits = whole(entered, row["attention_mask"], entry=cut)
+        torch.autograd.backward(torch.nn.functional.cross_entropy(logits[0, :-1], row["labels"][0, 1:]))
+        step("tail", number)
+        assert entered.grad is not None
+        head_gradients = torch.autograd.grad(hidden, sides["head"].parameters(), entered.grad)
+        waiting.append((number, list(head_gradients)))
+    tensors = {}
+    for adapters in sides.values():
+        for module, factors in adapters.factors().items():
+            tensors[f"{module}.A"], tensors[f"{module}.B"] = factors.A, factors.B
+    return tensors
+
+
+@pytest.mark.parametrize("over_grpc", [False, True], ids=["in-process", "grpc"])
+@pytest.mark.parametrize("in_flight", [2, 3])
+def test_parts_in_flight_lack_the_steps_that_are_on_their_way(in_flight: int, over_grpc: bool) -> None:
+    """And nothing else: once autograd refused a gradient whose adapters had moved, once it took the moved ones."""
+    batches = padded_batches(6)
+    config = replace(CONFIG, local_steps=6, micro_batches=3, micro_batches_in_flight=in_flight, micro_steps=True)
+    config = replace(config, importance_steps=0)  # what is measured is waited for
+    _, found = split("llama", batches, 2, over_grpc, config)
+    require_alike(found, delayed(batches, 2, config))
+
+
 def require_alike(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():

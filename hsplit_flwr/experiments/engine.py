@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from hsplit_flwr.data.text_batches import prompt_text
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.experiments.clock import RoundTimeline, play_round
 from hsplit_flwr.experiments.methods import METHODS, Method
 from hsplit_flwr.experiments.records import Evaluation, RunSpec, TextScores
 from hsplit_flwr.experiments.task import Task, spread
 from hsplit_flwr.experiments.text_metrics import score_texts
 from hsplit_flwr.experiments.work import RoundOutcome
 from hsplit_flwr.models.generation import generate_texts
+from hsplit_flwr.planning.clock import RoundTimeline, play_round
 from hsplit_flwr.training.loss import Score
 
 
@@ -77,8 +77,7 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
                 task.server,
                 start_s=evaluations[-1].virtual_s,
                 aggregate_flops=outcome.server_flops,
-                joint_steps=method.joint_steps,
-                tail_passes=method.tail_passes,
+                training=task.training,
             )
         )
         last = round_number == spec.rounds

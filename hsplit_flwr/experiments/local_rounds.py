@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hsplit_flwr.exchange.admission import Ticket
+from hsplit_flwr.exchange.batches import batch_tensors, check_batch, check_gradient, gradient_tensors
+from hsplit_flwr.exchange.codecs import codec_named
+from hsplit_flwr.exchange.frames import Header, rounding_seed
+from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.workload import Workload
@@ -32,12 +37,19 @@ class Everyone:
 
 
 class LocalDoor:
-    """Leads straight to `tail`. See `round_server.Door`."""
+    """Leads straight to `tail`; what travels is packed and unpacked as on the wire. See `round_server.Door`.
+
+    Args:
+        tail: trains and scores.
+        training: its codecs.
+        workload: the largest batches.
+    """
 
     address = "in this process"
 
-    def __init__(self, tail: SharedTail) -> None:
+    def __init__(self, tail: SharedTail, training: TrainingConfig, workload: Workload) -> None:
         self._tail = tail
+        self._wire = _Wire(training, workload, tail.segment.hidden_size, tail.segment.vocab_size)
         self._tickets: dict[str, Ticket] = {}
 
     def open_round(
@@ -64,7 +76,7 @@ class LocalDoor:
     def enter(self, task: RoundTask) -> TailSession:
         """A session of the task's client in the open training round."""
         ticket = self._tickets[task.client]
-        return _CountedSession(self._tail.join(task.client, ticket.cut, ticket.first_step), ticket)
+        return _WireSession(self._tail.join(task.client, ticket.cut, ticket.first_step), ticket, self._wire)
 
     def close_round(self) -> dict[str, Ticket]:
         """End the round; returns what each client did."""
@@ -76,24 +88,51 @@ class LocalDoor:
         self._tickets = {}
 
 
-class _CountedSession(TailSession):
-    """`session`, whose steps, tokens and losses are noted on `ticket`."""
+class _Wire:
+    """What becomes of a batch and its gradient between head and tail."""
 
-    def __init__(self, session: TailSession, ticket: Ticket) -> None:
+    def __init__(self, training: TrainingConfig, workload: Workload, hidden_size: int, vocab_size: int) -> None:
+        self._up, self._down = codec_named(training.activation_codec), codec_named(training.gradient_codec)
+        self._workload = workload
+        self._hidden_size, self._vocab_size = hidden_size, vocab_size
+
+    def up(self, header: Header, activations: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch as it arrives at the tail."""
+        return check_batch(
+            batch_tensors(activations, mask, labels, self._up, rounding_seed(header)),
+            codec=self._up,
+            hidden_size=self._hidden_size,
+            vocab_size=self._vocab_size,
+            workload=self._workload,
+        )
+
+    def down(self, header: Header, gradient: Tensor, positions: Tensor) -> Tensor:
+        """The gradient as it arrives at the head."""
+        tensors = gradient_tensors(gradient, positions, self._down, rounding_seed(header))
+        return check_gradient(tensors, positions, self._hidden_size, self._down)
+
+
+class _WireSession(TailSession):
+    """`session` behind a wire; its steps, tokens and losses are noted on `ticket`."""
+
+    def __init__(self, session: TailSession, ticket: Ticket, wire: _Wire) -> None:
         self._session = session
         self._ticket = ticket
-        self._unanswered: deque[BatchPart] = deque()
+        self._wire = wire
+        self._unanswered: deque[tuple[BatchPart, Tensor]] = deque()
 
     def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
         """See `TailSession`."""
-        self._session.send_part(part, activations, attention_mask, labels)
-        self._unanswered.append(part)
+        arrived = self._wire.up(self._header("train", part), activations, attention_mask, labels)
+        self._session.send_part(part, *arrived)
+        self._unanswered.append((part, traveling(attention_mask, labels)))
 
     def receive_part(self) -> StepReply:
         """See `TailSession`."""
         reply = self._session.receive_part()
-        self._ticket.count(reply.loss * reply.tokens, reply.tokens, ends_step=self._unanswered.popleft().is_last)
-        return reply
+        part, positions = self._unanswered.popleft()
+        self._ticket.count(reply.loss * reply.tokens, reply.tokens, ends_step=part.is_last)
+        return reply._replace(gradient=self._wire.down(self._header("gradient", part), reply.gradient, positions))
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         """See `TailSession`."""
@@ -102,3 +141,7 @@ class _CountedSession(TailSession):
     def close(self) -> None:
         """See `TailSession`."""
         self._session.close()
+
+    def _header(self, kind: str, part: BatchPart) -> Header:
+        ticket = self._ticket
+        return Header(kind, "", ticket.round, ticket.client, ticket.cut, step=part.step, part=part.number)

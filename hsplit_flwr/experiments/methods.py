@@ -39,6 +39,7 @@ How we read the rivals, where their texts leave a choice:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 SPLIT = "split_model:SplitTrainer"
 """the model is split between device and server"""
@@ -81,6 +82,21 @@ class Method:
     """aggregates what SplitLoRA's released code does"""
     joint_steps: bool = False
     """the server takes one optimizer step on the batches of all clients together; else one on each client's batch"""
+    codec: str = "bf16"
+    """of activations and their gradients on the wire"""
+    micro_batches: int = 1
+    """parts that a batch travels in; with more than one, each is an optimizer step (`TrainingConfig.micro_steps`)"""
+
+    def training_settings(self) -> dict[str, Any]:
+        """Fields of `TrainingConfig` that the method decides."""
+        return {
+            "joint_steps": self.joint_steps,
+            "tail_passes": self.tail_passes,
+            "activation_codec": self.codec,
+            "gradient_codec": self.codec,
+            "micro_batches": self.micro_batches,
+            "micro_steps": self.micro_batches > 1,
+        }
 
 
 _HSPLITLORA = Method(title="HSplitLoRA", trainer=SPLIT, planned=True)

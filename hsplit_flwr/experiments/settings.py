@@ -5,7 +5,7 @@ bfloat16 on the wire. For another model and workload every device has
 
     memory    x  memory of the deepest head (L-1 blocks, rank 16 everywhere) / that of LLaMA-2-7B
     compute   x  FLOPs of a step of the whole model (rank 16 everywhere)     / that of LLaMA-2-7B
-    link      x  bytes that a step sends up                                  / that of LLaMA-2-7B
+    link      x  bytes that a step sends up in bfloat16                      / that of LLaMA-2-7B
 
 and the same latency. So a head of a given share of the model takes about the same share of a device, and a step's
 compute and transfer take the seconds that they take for LLaMA-2-7B. Not scaled with them: what a client exchanges once
@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from hsplit_flwr.common.seeds import derive_seed
+from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.experiments.work import whole_flops
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.devices import DEVICES, GPU_UTILISATION
@@ -40,13 +41,16 @@ class Size:
     step_flops: float
     """FLOPs of a step of the whole model, rank 16 everywhere"""
     step_bytes_up: float
+    """with activations in bfloat16 on the wire"""
 
     @classmethod
     def of(cls, costs: ModelCosts) -> "Size":
         """Size of the model under the workload of `costs`."""
         deepest = costs.num_blocks - 1
         ranks = {matrix.name: 16 for matrix in costs.matrices}
-        return cls(costs.head_memory(deepest, ranks).total_bytes, whole_flops(costs, ranks), costs.step_bytes_up)
+        bf16 = replace(costs.workload, activation_codec="bf16")
+        bytes_up = frame_bytes.step_bytes_up(bf16, costs.hidden_size)
+        return cls(costs.head_memory(deepest, ranks).total_bytes, whole_flops(costs, ranks), bytes_up)
 
 
 # transformers' default Llama is LLaMA-2-7B; tests/test_settings.py computes it again:

@@ -30,8 +30,8 @@ class SplitHead:
     optimizer: Optimizer
     download_bytes: int = 0
     """what it was sent before its first step"""
-    forms: list[BatchForm] = field(default_factory=list)
-    """forms of the round's batches"""
+    forms: list[list[BatchForm]] = field(default_factory=list)
+    """forms of the round's batches, of each its parts"""
     snapshot: dict[str, LoraFactors] = field(default_factory=dict)
     """its adapters before its last step"""
 
@@ -52,7 +52,9 @@ class SplitHead:
     def train(self, task: RoundTask, batches: Iterator[Batch], session: TailSession) -> HeadReply:
         """One round against the tail; the reply is what a deployed client sends."""
         self.forms.clear()
-        noted = self._with_snapshot(recorded(batches, self.forms), task.training.local_steps)
+        noted = self._with_snapshot(
+            recorded(batches, self.forms, task.training.micro_batches), task.training.local_steps
+        )
         report = train_head(self.segment, self.adapters, noted, session, task.training, task.first_step, self.optimizer)
         trained = TrainedHead(
             client=task.client,

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from hsplit_flwr.errors import RunFailedError
 from hsplit_flwr.exchange.task import RoundTask
-from hsplit_flwr.experiments.clock import ClientWork
 from hsplit_flwr.experiments.local_rounds import Everyone, LocalDoor
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.adapted import adapted
@@ -28,6 +27,7 @@ from hsplit_flwr.federation.trained_head import HeadReply
 from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.models.segments import Segment, block_of
+from hsplit_flwr.planning.clock import ClientWork
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.loss import Score, score_segment
 from hsplit_flwr.training.tail import SharedTail
@@ -84,12 +84,13 @@ class SplitTrainer:
         self._kept: dict[str, SplitHead] = {}
         """client -> the head that it carries from round to round, also while it is away"""
         plans = plans_of(task, method)
+        self._training = replace(task.training, **method.training_settings())
         self.server = MethodServer(
             method,
             self.heads,
             GlobalModel(task.files),
             plans.plans,
-            replace(task.training, joint_steps=method.joint_steps, tail_passes=method.tail_passes),
+            self._training,
             self._open_door,
             tail_lora=plans.tail_lora,
             workload=plans.workload,
@@ -98,7 +99,7 @@ class SplitTrainer:
         """client -> version of the weights that it has"""
 
     def _open_door(self, tail: SharedTail, *_: object) -> LocalDoor:
-        self._door = LocalDoor(tail)
+        self._door = LocalDoor(tail, self._training, self._task.costs.workload)
         return self._door
 
     def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:

@@ -11,6 +11,7 @@ from hsplit_flwr.data.e2e import client_examples, validation_examples
 from hsplit_flwr.data.restaurants import partition_by_slot, restaurant_examples
 from hsplit_flwr.data.text_batches import Example, TextBatches
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.experiments.methods import METHODS, Method
 from hsplit_flwr.experiments.records import RunSpec
 from hsplit_flwr.experiments.settings import SETTINGS, Setting
 from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
@@ -57,8 +58,8 @@ class Task:
     eval_batches: TextBatches
 
     @classmethod
-    def of(cls, spec: RunSpec) -> "Task":
-        """The surroundings that `spec` describes.
+    def of(cls, spec: RunSpec, method: Method | None = None) -> "Task":
+        """The surroundings that `spec` describes; `method` is the one that it names, unless a variant is given.
 
         Raises:
             ConfigError: an unknown setting, a data set or model that is not there.
@@ -73,6 +74,7 @@ class Task:
             learning_rate=spec.learning_rate,
             warmup_steps=spec.warmup_steps,
             seed=spec.seed,
+            **(method or METHODS[spec.method]).training_settings(),
         )
         workload = Workload.of(training, batch_size=spec.batch_size, sequence_length=spec.max_length)
         costs = ModelCosts(files.config, workload)

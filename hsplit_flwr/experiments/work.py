@@ -10,11 +10,11 @@ from statistics import fmean
 
 from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.exchange.positions import BatchForm
-from hsplit_flwr.experiments.clock import ClientWork
 from hsplit_flwr.lora import factors as lora_factors
 from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.planning.clock import ClientWork
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
-from hsplit_flwr.training.batch import Batch
+from hsplit_flwr.training.batch import Batch, part_rows
 
 Ranks = Mapping[str, int]
 
@@ -34,17 +34,22 @@ class RoundOutcome:
     """FLOPs of the server outside of the steps, or of all of its training if there are no clients"""
 
 
-def recorded(batches: Iterable[Batch], forms: list[BatchForm]) -> Iterator[Batch]:
-    """`batches`, with the form of each noted in `forms`."""
+Forms = Sequence[Sequence[BatchForm]]
+"""by batch, of the parts that it travels in"""
+
+
+def recorded(batches: Iterable[Batch], forms: list[list[BatchForm]], parts: int = 1) -> Iterator[Batch]:
+    """`batches`, with the forms of the parts of each noted in `forms`."""
     for batch in batches:
-        forms.append(BatchForm.of(batch["attention_mask"], batch["labels"]))
+        mask, labels = batch["attention_mask"], batch["labels"]
+        forms.append([BatchForm.of(mask[rows], labels[rows]) for rows in part_rows(len(labels), parts)])
         yield batch
 
 
-def length_factor(costs: ModelCosts, forms: Sequence[BatchForm]) -> float:
+def length_factor(costs: ModelCosts, forms: Forms) -> float:
     """Positions of a mean batch, padding included, over those that `costs` is for."""
     full = costs.workload.batch_size * costs.workload.sequence_length
-    return fmean(form.rows * form.width for form in forms) / full
+    return fmean(sum(form.rows * form.width for form in parts) for parts in forms) / full
 
 
 def split_work(
@@ -53,21 +58,21 @@ def split_work(
     cut: int,
     ranks: Ranks,
     tail_ranks: Ranks,
-    forms: Sequence[BatchForm],
+    forms: Forms,
     *,
     download_bytes: float,
     upload_bytes: float,
 ) -> ClientWork:
     """A head's round. Its forward pass without adapters counts as forward, all else as backward."""
     factor = length_factor(costs, forms)
-    forward, load = costs.head_flops(cut, {}), costs.workload
+    forward, load, H = costs.head_flops(cut, {}), costs.workload, costs.hidden_size
     return ClientWork(
         client=client,
         steps=len(forms),
         forward_flops=factor * forward,
         backward_flops=factor * (costs.head_flops(cut, ranks) - forward),
-        step_bytes_up=fmean(frame_bytes.step_bytes_up(load, costs.hidden_size, form) for form in forms),
-        step_bytes_down=fmean(frame_bytes.step_bytes_down(load, costs.hidden_size, form) for form in forms),
+        step_bytes_up=fmean(sum(frame_bytes.step_bytes_up(load, H, form) for form in parts) for parts in forms),
+        step_bytes_down=fmean(sum(frame_bytes.step_bytes_down(load, H, form) for form in parts) for parts in forms),
         tail_flops=factor * costs.tail_flops(cut, tail_ranks),
         download_bytes=download_bytes,
         upload_bytes=upload_bytes,
@@ -78,7 +83,7 @@ def whole_work(
     client: str,
     costs: ModelCosts,
     step_flops: float,
-    forms: Sequence[BatchForm],
+    forms: Forms,
     *,
     download_bytes: float,
     upload_bytes: float,

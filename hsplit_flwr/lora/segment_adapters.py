@@ -1,6 +1,7 @@
 """LoRA adapters on a segment, through PEFT: put in, restart, read out."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from hsplit_flwr.models.block_layout import PATCHING
 from hsplit_flwr.models.segments import Segment, linear_shape
 
 ADAPTER = "default"
+Pairs = Mapping[str, Sequence[nn.Parameter]]
+"""A and B by whole-model module name"""
 
 
 class SegmentAdapters:
@@ -71,11 +74,34 @@ class SegmentAdapters:
             B.data.copy_(factors[name].B * (factors[name].scaling / _scaling(layer)))
             A.grad = B.grad = None
 
-    def adopt(self, parameters: Mapping[str, Sequence[nn.Parameter]]) -> None:
+    def adopt(self, parameters: Pairs) -> None:
         """Train these tensors from now on: A and B by module, as `parameters` of others of its rank gave them."""
         for name, (A, B) in parameters.items():
             self._layers[name].lora_A[ADAPTER].weight = A  # type: ignore[index, union-attr]
             self._layers[name].lora_B[ADAPTER].weight = B  # type: ignore[index, union-attr]
+
+    def copies(self) -> Pairs:
+        """Trainable copies of A and B by module, as they are now."""
+        return {
+            name: tuple(nn.Parameter(factor.detach().clone()) for factor in _pair(layer))
+            for name, layer in self._layers.items()
+        }
+
+    @contextmanager
+    def standing_in(self, copies: Pairs) -> Iterator[None]:
+        """`copies` are what the segment computes with inside; afterwards the adapters are what they were."""
+        own = {name: _pair(layer) for name, layer in self._layers.items()}
+        self.adopt(copies)
+        try:
+            yield
+        finally:
+            self.adopt(own)
+
+    def take_gradients(self, copies: Pairs) -> None:
+        """Make the gradients of `copies` those of the adapters."""
+        for name, layer in self._layers.items():
+            for factor, copy in zip(_pair(layer), copies[name], strict=True):
+                factor.grad = copy.grad
 
     def remove(self) -> None:
         """Give the segment its plain linear layers back (to save the model)."""

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.lora.segment_adapters import Pairs, SegmentAdapters
 from hsplit_flwr.models.segments import Segment
-from hsplit_flwr.training.batch import Batch
+from hsplit_flwr.training.batch import Batch, part_rows
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.host_memory import trim_heap
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
@@ -59,7 +59,8 @@ def train_head(
         ConfigError: the batches run out, or see `tensors_of`.
         ExchangeError: the tail refused a step or could not be reached.
     """
-    training = _HeadTraining(head, session, config, first_step, optimizer or Optimizer(adapters.parameters(), config))
+    optimizer = optimizer or Optimizer(adapters.parameters(), config)
+    training = _HeadTraining(head, adapters, session, config, first_step, optimizer)
     started = time.perf_counter()
     for step, batch in enumerate(islice(batches, config.local_steps)):
         training.step(step, *tensors_of(batch, head))
@@ -88,15 +89,25 @@ class _Sent:
     hidden: Tensor
     share: float
     """of the batch's target tokens; 1 where each part has an optimizer step of its own"""
+    adapters: Pairs | None
+    """those it went through, where they have moved on when its gradient comes; None: they have not"""
 
 
 class _HeadTraining:
     """A head's round under way: parts that were sent wait here, oldest first, for their gradients."""
 
     def __init__(
-        self, head: Segment, session: TailSession, config: TrainingConfig, first_step: int, optimizer: Optimizer
+        self,
+        head: Segment,
+        adapters: SegmentAdapters,
+        session: TailSession,
+        config: TrainingConfig,
+        first_step: int,
+        optimizer: Optimizer,
     ) -> None:
         self._head = head
+        self._adapters = adapters
+        self._moves_on = config.micro_steps and config.micro_batches_in_flight > 1
         self._session = session
         self._config = config
         self._first_step = first_step
@@ -111,18 +122,17 @@ class _HeadTraining:
 
     def step(self, step: int, input_ids: Tensor, mask: Tensor, labels: Tensor) -> None:
         """Compute and send a batch part by part; gradients that are there are used."""
-        if not self._config.micro_steps:
-            self.finish()  # the batch before must have moved the adapters that this one goes through
-        rows = range(len(labels))
-        count = min(self._config.micro_batches, len(rows))
         whole = target_tokens(labels)
-        for index in range(count):
-            chosen = slice(len(rows) * index // count, len(rows) * (index + 1) // count)
+        parts = part_rows(len(labels), self._config.micro_batches)
+        for number, rows in enumerate(parts):
             while len(self._in_flight) >= self._config.micro_batches_in_flight:
                 self._receive()
-            objective = target_tokens(labels[chosen]) if self._config.micro_steps else whole
-            with self._measured(BatchPart(step, index, count), labels[chosen], objective):
-                self._send(BatchPart(step, index, count), input_ids[chosen], mask[chosen], labels[chosen], objective)
+            part = BatchPart(step, number, len(parts))
+            objective = target_tokens(labels[rows]) if self._config.micro_steps else whole
+            with self._measured(part, labels[rows], objective):
+                self._send(part, input_ids[rows], mask[rows], labels[rows], objective)
+        if not self._config.micro_steps:
+            self.finish()  # the next batch goes through the adapters that this one has moved
 
     def finish(self) -> None:
         """Wait for what is in flight, and use it."""
@@ -130,9 +140,11 @@ class _HeadTraining:
             self._receive()
 
     def _send(self, part: BatchPart, input_ids: Tensor, mask: Tensor, labels: Tensor, objective_tokens: int) -> None:
-        hidden = self._head(input_ids, mask)
+        copies = self._adapters.copies() if self._moves_on else None
+        with self._adapters.standing_in(copies) if copies else nullcontext():
+            hidden = self._head(input_ids, mask)
         share = target_tokens(labels) / objective_tokens if objective_tokens else 0.0
-        self._in_flight.append(_Sent(part=part, hidden=hidden, share=share))
+        self._in_flight.append(_Sent(part=part, hidden=hidden, share=share, adapters=copies))
         with self._exchanging():
             self._session.send_part(part, hidden.detach(), mask, labels)
 
@@ -143,7 +155,11 @@ class _HeadTraining:
         ends_batch = self._config.micro_steps or sent.part.is_last
         if sent.hidden.requires_grad:
             gradient = reply.gradient.to(sent.hidden.device, sent.hidden.dtype)
-            torch.autograd.backward(sent.hidden, gradient if sent.share == 1 else gradient * sent.share)
+            # Gradient checkpointing computes the part again: with the adapters that it went through.
+            with self._adapters.standing_in(sent.adapters) if sent.adapters else nullcontext():
+                torch.autograd.backward(sent.hidden, gradient if sent.share == 1 else gradient * sent.share)
+            if sent.adapters:
+                self._adapters.take_gradients(sent.adapters)
             if ends_batch:
                 self._optimizer.step(self._first_step + sent.part.step)
                 self._optimizer.zero_grad()

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from statistics import fmean
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig, PretrainedConfig
 
-from hsplit_flwr.experiments.clock import ClientWork, play_round
 from hsplit_flwr.experiments.records import RunSpec
 from hsplit_flwr.experiments.settings import LLAMA_2_7B, SETTINGS, Setting, Size
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.clock import ClientWork, play_round
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.planning.planner import PlannerConfig, plan
 from hsplit_flwr.planning.round_plan import RoundPlan
@@ -44,12 +45,15 @@ def smollm2_config() -> PretrainedConfig:
     )
 
 
+WIRE: dict[str, Any] = {"activation_codec": "bf16", "gradient_codec": "bf16"}
+
+
 @cache
 def costs_of(model: str, batch: int = RunSpec.batch_size, length: int = RunSpec.max_length) -> ModelCosts:
     if model == "7b":
-        return ModelCosts(LlamaConfig(), Workload(4, 128, dtype="bf16", activation_codec="bf16", gradient_codec="bf16"))
+        return ModelCosts(LlamaConfig(), Workload(4, 128, dtype="bf16", **WIRE))
     tiny = ModelFiles.resolve(str(tiny_checkpoint())).config if model == "tiny" else None
-    return ModelCosts(tiny or smollm2_config(), Workload(batch, length, RunSpec.local_steps))
+    return ModelCosts(tiny or smollm2_config(), Workload(batch, length, RunSpec.local_steps, **WIRE))
 
 
 def planned(costs: ModelCosts, devices: dict[str, Budget], server: Budget) -> RoundPlan:

@@ -20,7 +20,7 @@ def test_a_step_takes_the_bytes_of_its_real_positions_and_the_compute_of_all(cod
     costs = ModelCosts(tiny_config("gpt2", True), workload)
     batches = random_batches(3, seed=0)
     batches[1] = {name: tensor[:1] for name, tensor in batches[1].items()}  # the last one of an epoch, say
-    forms: list[BatchForm] = []
+    forms: list[list[BatchForm]] = []
     assert list(recorded(batches, forms)) == batches
     work = split_work("a", costs, 2, {}, {}, forms, download_bytes=0, upload_bytes=0)
     up, down = 0, 0

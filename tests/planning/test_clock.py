@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.experiments.clock import SERVER, ClientWork, Interval, RoundTimeline, play_round
 from hsplit_flwr.experiments.evidence.timeline_plot import COLOURS, draw_timeline, timeline_figure
 from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.clock import SERVER, ClientWork, Interval, RoundTimeline, play_round
+from hsplit_flwr.training.config import TrainingConfig
 
+JOINT = TrainingConfig(joint_steps=True)
 ROUNDING = 1e-9
 """relative, for sums of the same terms in another order"""
 Spans = list[tuple[str, int | None, float, float]]
@@ -70,7 +72,7 @@ def test_one_client_with_latency() -> None:
 def test_two_unequal_clients_share_every_step() -> None:
     # a: forward, backward 10/10 = 1 s, send, receive, upload 4/4 = 1 s; b: all of it 2 s; tail (6 + 6)/12 = 1 s
     work = [ClientWork(client, 2, 10, 10, 4, 4, 6, 0, 4) for client in ("b", "a")]
-    timeline = play_round(work, {"a": device(10, 4, 4), "b": device(5, 2, 2)}, server(12), joint_steps=True)
+    timeline = play_round(work, {"a": device(10, 4, 4), "b": device(5, 2, 2)}, server(12), training=JOINT)
     assert spans(timeline, "a") == [
         ("forward", 0, 0, 1),
         ("send", 0, 1, 2),
@@ -100,7 +102,7 @@ def test_a_client_with_fewer_steps_leaves_the_barrier() -> None:
         ClientWork("10", 3, 1, 1, 1, 1, 8, 0, 1),
     ]
     devices = {"slow": device(1 / 3, 1 / 3, 1 / 3), "2": device(1, 1, 1), "10": device(1, 1, 1)}
-    timeline = play_round(work, devices, server(8), joint_steps=True)
+    timeline = play_round(work, devices, server(8), training=JOINT)
     # step 0: slow arrives at 3 + 3 = 6, all three: 6-9. Step 1: receive, backward, forward, send 9-13, two: 13-15.
     # Step 2: 15-19, one: 19-20; receive, backward, upload of "10": 20-23.
     # slow meanwhile: receive 9-12, backward 12-15, upload 15-18.
@@ -116,7 +118,9 @@ def test_a_client_with_fewer_steps_leaves_the_barrier() -> None:
 def test_the_tail_answers_one_after_another_and_goes_over_the_step_again() -> None:
     # both: forward 1 s, send 1 s, receive 1 s, backward 1 s, upload 1 s; tail 8/8 = 1 s for each, in every pass
     work = [ClientWork(client, 2, 1, 1, 1, 1, 8, 0, 1) for client in ("a", "b")]
-    timeline = play_round(work, {"a": device(1, 1, 1), "b": device(1, 1, 1)}, server(8), tail_passes=3)
+    timeline = play_round(
+        work, {"a": device(1, 1, 1), "b": device(1, 1, 1)}, server(8), training=TrainingConfig(tail_passes=3)
+    )
     tails = [span for span in spans(timeline, SERVER) if span[0] == "tail"]
     assert tails == [
         ("tail", 0, 2, 3),  # a's
@@ -136,6 +140,72 @@ def test_the_tail_answers_one_after_another_and_goes_over_the_step_again() -> No
         ("wait", 1, 8, 10),
         ("wait", None, 13, 14),
     ]
+
+
+def test_the_tail_computes_while_others_are_on_the_way() -> None:
+    # a: forward 1 s, send 1 s; b three times as slow; tail 2 s each. a's turn is 2-4, b's 6-8.
+    work = [ClientWork(client, 1, 1, 1, 1, 1, 16, 0, 0) for client in ("a", "b")]
+    timeline = play_round(work, {"a": device(1, 1, 1), "b": device(1 / 3, 1 / 3, 1 / 3)}, server(8))
+    assert [span for span in spans(timeline, SERVER) if span[0] == "tail"] == [("tail", 0, 2, 4), ("tail", 0, 6, 8)]
+    assert timeline.end_s == 8 + 3 + 3
+
+
+PIPELINE = ClientWork("0", 1, 2, 2, 4, 2, 2, 0, 0)
+"""in two parts: forward 1, send 2, tail 1, receive 1, backward 1 each"""
+
+
+def test_parts_in_flight_overlap() -> None:
+    training = TrainingConfig(micro_batches=2, micro_batches_in_flight=2)
+    timeline = play_round([PIPELINE], {"0": device(1, 1, 1)}, server(1), training=training)
+    assert spans(timeline, "0") == [
+        ("forward", 0, 0, 1),
+        ("forward", 0, 1, 2),
+        ("send", 0, 1, 3),
+        ("send", 0, 3, 5),  # the link is taken until 3
+        ("receive", 0, 4, 5),
+        ("backward", 0, 5, 6),
+        ("receive", 0, 6, 7),
+        ("backward", 0, 7, 8),
+    ]
+    assert [span for span in spans(timeline, SERVER) if span[0] == "tail"] == [("tail", 0, 3, 4), ("tail", 0, 5, 6)]
+    assert (timeline.end_s, timeline.wait_s("0")) == (8, 0)
+
+
+def test_one_part_in_flight_does_not_overlap() -> None:
+    training = TrainingConfig(micro_batches=2, micro_batches_in_flight=1)
+    timeline = play_round([PIPELINE], {"0": device(1, 1, 1)}, server(1), training=training)
+    assert timeline.end_s == 2 * (1 + 2 + 1 + 1 + 1)
+
+
+def test_the_second_clients_gradients_wait_for_the_first_ones_last_part() -> None:
+    """All parts of a batch meet the same adapters; with a step per part the two take turns part by part."""
+    work, devices = [replace(PIPELINE, client=client) for client in "ab"], {client: device(1, 1, 1) for client in "ab"}
+    training = TrainingConfig(micro_batches=2)
+    timeline = play_round(work, devices, server(1), training=training)
+    assert [i.start_s for i in timeline.of("b") if i.what == "receive"] == [7, 8]  # a's turn is 3-4 and 5-6
+    micro = play_round(work, devices, server(1), training=replace(training, micro_steps=True))
+    assert [i.start_s for i in micro.of("b") if i.what == "receive"] == [5, 7]
+    joint = play_round(work, devices, server(1), training=replace(training, joint_steps=True))
+    assert [i.start_s for i in joint.of("b") if i.what == "receive"] == [5, 7]  # two seconds for both, from 3 and 5
+
+
+def test_micro_steps_go_on_over_the_end_of_a_batch() -> None:
+    """The next batch's first part is computed while the last one's gradient is on its way; else it waits for it."""
+    training = TrainingConfig(micro_batches=2)
+    ends = {}
+    for micro in (False, True):
+        config = replace(training, micro_steps=micro)
+        two = play_round([replace(PIPELINE, steps=2)], {"0": device(1, 1, 1)}, server(1), training=config)
+        ends[micro] = two.end_s
+    assert ends == {False: 16, True: 14}
+
+
+def test_latency_does_not_keep_the_link() -> None:
+    # one second of latency: parts arrive at 1 + 2 + 1 = 4 and, sent from 3 on, at 6; gradients at 4 + 1 + 2 = 7 and 9
+    training = TrainingConfig(micro_batches=2)
+    timeline = play_round([PIPELINE], {"0": device(1, 1, 1, 1.0)}, server(1), training=training)
+    assert [(i.start_s, i.end_s) for i in timeline.of("0") if i.what == "send"] == [(1, 4), (3, 6)]
+    assert timeline.end_s == 10
 
 
 def test_without_a_tail_nobody_waits_for_anybody() -> None:
@@ -231,13 +301,12 @@ def rounds(draw: st.DrawFn, amounts: st.SearchStrategy[float] = amounts) -> Roun
 
 def play(drawn: Round, joint: bool = True, passes: int = 1) -> RoundTimeline:
     work, devices, at, start, aggregate = drawn
-    return play_round(
-        work, devices, at, start_s=start, aggregate_flops=aggregate, joint_steps=joint, tail_passes=passes
-    )
+    training = TrainingConfig(joint_steps=joint, tail_passes=passes)
+    return play_round(work, devices, at, start_s=start, aggregate_flops=aggregate, training=training)
 
 
 def expected_end(drawn: Round, joint: bool, passes: int) -> float:
-    """The end of a round as a recursion over steps: a step's tail starts when the last of its clients arrives."""
+    """The end of a round as a recursion over steps: joint ones start when the last client arrives, others in turn."""
     work, devices, at, start, aggregate = drawn
 
     def transfer(count: float, rate: float, latency: float) -> float:
@@ -256,11 +325,12 @@ def expected_end(drawn: Round, joint: bool, passes: int) -> float:
         members = sorted((w for w in here if w.tail_flops), key=lambda w: w.client)
         whole = sum(w.tail_flops for w in members) / at.flops_per_s
         begin = max([free, *(ready[w.client] for w in members)])
-        done = {
-            w.client: begin + sum(v.tail_flops for v in members[: i + 1]) / at.flops_per_s
-            for i, w in enumerate(members)
-        }
-        free = begin + passes * whole if members else free
+        done = {}
+        for w in members:
+            free = max(free, ready[w.client]) + w.tail_flops / at.flops_per_s
+            done[w.client] = free
+        if members:
+            free = begin + passes * whole if joint else free + (passes - 1) * whole
         for w in here:
             d = devices[w.client]
             base = (begin + whole if joint else done[w.client]) if w.tail_flops else ready[w.client]
@@ -275,6 +345,27 @@ def expected_end(drawn: Round, joint: bool, passes: int) -> float:
 @given(rounds(), st.booleans(), st.integers(1, 3))
 def test_the_end_is_that_of_the_recursion(drawn: Round, joint: bool, passes: int) -> None:
     assert play(drawn, joint, passes).end_s == pytest.approx(expected_end(drawn, joint, passes), rel=ROUNDING)
+
+
+@given(rounds(), st.booleans(), st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_what_is_computed_does_not_depend_on_the_parts(
+    drawn: Round, joint: bool, parts: int, in_flight: int, micro: bool
+) -> None:
+    """Everybody's seconds of compute and transfer, latency apart, are the same; only when they fall is not."""
+    work, devices, at, start, aggregate = drawn
+    devices = {client: replace(budget, latency_s=0.0) for client, budget in devices.items()}
+    config = TrainingConfig(
+        joint_steps=joint, micro_batches=parts, micro_batches_in_flight=in_flight, micro_steps=micro
+    )
+    timeline = play_round(work, devices, at, start_s=start, aggregate_flops=aggregate, training=config)
+    whole = play((work, devices, at, start, aggregate), joint)
+    for who in timeline.parties:
+        for what in COLOURS:
+            if what != "wait":
+                seconds = [math.fsum(i.seconds for i in t.of(who) if i.what == what) for t in (timeline, whole)]
+                assert seconds[0] == pytest.approx(seconds[1], rel=1e-6, abs=1e-9)
+    if joint or len(work) == 1:
+        assert timeline.end_s <= whole.end_s * (1 + ROUNDING)  # overlap never makes a round longer
 
 
 @given(rounds(), st.booleans(), st.integers(1, 3))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hsplit_flwr.common.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, save_figure
-from hsplit_flwr.experiments.clock import SERVER, Interval, RoundTimeline, What
+from hsplit_flwr.planning.clock import SERVER, Interval, RoundTimeline, What
 
 YELLOW = "#F0E442"
 """Okabe and Ito's last colour, see plots.py"""

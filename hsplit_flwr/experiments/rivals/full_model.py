@@ -34,7 +34,7 @@ class FullTrainer:
         start = [parameter.detach().clone() for parameter in parameters]
         trained: dict[str, list[torch.Tensor]] = {}
         reports: dict[str, WholeReport] = {}
-        forms: dict[str, list[BatchForm]] = {}
+        forms: dict[str, list[list[BatchForm]]] = {}
         first = (round_number - 1) * self._task.training.local_steps
         for client in present:
             _assign(parameters, start)

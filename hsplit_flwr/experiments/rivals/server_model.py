@@ -39,7 +39,7 @@ class ServerTrainer:
     def round(self, round_number: int, present: Sequence[str]) -> RoundOutcome:
         """As many batches of every client as in a round of the others; the server has them all, whoever is away."""
         first = (round_number - 1) * self._task.training.local_steps
-        forms: list[BatchForm] = []
+        forms: list[list[BatchForm]] = []
         streams = [client_steps(self._task, client, first, forms) for client in self._task.devices]
         joint = ([batch for batches in together for batch in batches] for together in zip(*streams, strict=True))
         steps = joint if self._joint else ([batch] for batches in joint for batch in batches)

@@ -33,7 +33,7 @@ class Trained:
 
     report: WholeReport
     factors: Factors
-    forms: list[BatchForm]
+    forms: list[list[BatchForm]]
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -100,7 +100,7 @@ class WholeTrainer:
         """Round `round_number` of one client."""
         segment, adapters = self._client_model(client, round_number)
         before = adapters.factors()
-        forms: list[BatchForm] = []
+        forms: list[list[BatchForm]] = []
         report = self._train(client, round_number, segment, adapters, forms)
         after = adapters.factors()
         if self._method.self_pruning:
@@ -137,7 +137,7 @@ class WholeTrainer:
         return segment, adapters
 
     def _train(
-        self, client: str, round_number: int, segment: Segment, adapters: SegmentAdapters, forms: list[BatchForm]
+        self, client: str, round_number: int, segment: Segment, adapters: SegmentAdapters, forms: list[list[BatchForm]]
     ) -> WholeReport:
         training = self._task.training
         first = (round_number - 1) * training.local_steps

@@ -60,7 +60,7 @@ def train_whole(
     return WholeReport(fmean(losses), trained)
 
 
-def client_steps(task: Task, client: str, first_step: int, forms: list[BatchForm]) -> Iterable[list[Batch]]:
+def client_steps(task: Task, client: str, first_step: int, forms: list[list[BatchForm]]) -> Iterable[list[Batch]]:
     """The batches of `client` in a round, one per step, their forms noted."""
     batches = islice(task.streams[client](first_step), task.training.local_steps)
     return ([batch] for batch in recorded(batches, forms))
