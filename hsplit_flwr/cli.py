@@ -86,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     up, down = TrainingConfig.activation_codec, TrainingConfig.gradient_codec
     work.add_argument("--activation-codec", default=up, metavar="CODEC", help=f"of activations, up: {codecs}")
     work.add_argument("--gradient-codec", default=down, metavar="CODEC", help="of their gradients, down")
+    _number(work, "--micro-batches", TrainingConfig.micro_batches, "parts that a batch travels in")
+    in_flight = "parts whose gradients a head may be waiting for"
+    _number(work, "--micro-batches-in-flight", TrainingConfig.micro_batches_in_flight, in_flight)
+    work.add_argument("--micro-steps", action="store_true", help="an optimizer step on each part")
+    work.add_argument("--joint-steps", action="store_true", help="the tail steps on all clients at once")
     work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
     measured = "first steps of a round that measure importance, too; 0: none"
     _number(work, "--importance-steps", TrainingConfig.importance_steps, measured)
@@ -172,6 +177,10 @@ def _workload(options: argparse.Namespace) -> Workload:
         gradient_codec=options.gradient_codec,
         importance_steps=options.importance_steps,
         importance_rows=options.importance_rows,
+        micro_batches=options.micro_batches,
+        micro_batches_in_flight=options.micro_batches_in_flight,
+        micro_steps=options.micro_steps,
+        joint_steps=options.joint_steps,
     )
     return Workload.of(
         training,
