@@ -77,7 +77,7 @@ class ChatTemplate:
         return ids, learned
 
     def prompt_text(self, chat: Chat) -> str:
-        """The prompt of the chat as a text that the tokenizer makes the same tokens of, with what comes before the answer."""
+        """The prompt of the chat, up to the answer, as a text of which the tokenizer makes the same tokens."""
         text: str = self._apply(chat.messages[: chat.prompt_messages], chat.tools, tokenize=False)
         begin = self.tokenizer.bos_token
         adds_it = bool(begin) and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]

@@ -127,10 +127,13 @@ class OwnData:
         if parts is not None:
             divide(self.train, parts, self.settings.partition)
 
-    def asked(self, examples: Sequence[Example]) -> list[tuple[str, str]]:
-        """Prompts, as texts to continue, and what people answered; of those examples that have an answer."""
-        found = (prompt_and_answer(example.document, self.template) for example in examples)
-        return [pair for pair in found if pair]
+    def asked(self, examples: Sequence[Example], longest: int | None = None) -> list[tuple[str, str]]:
+        """Prompts, as texts to continue, and what people answered; of those examples that have an answer.
+
+        Prompts of more than `longest` tokens are left out.
+        """
+        found = [pair for e in examples if (pair := prompt_and_answer(e.document, self.template))]
+        return [pair for pair in found if longest is None or len(self._tokenizer(pair[0])["input_ids"]) <= longest]
 
     @cached_property
     def _encoder(self) -> Encoder:
