@@ -23,6 +23,7 @@ Dataset = pytest.importorskip("datasets").Dataset
 
 CONVERSATIONAL_PAIRS = [{"prompt": chat["messages"][:-1], "completion": chat["messages"][-1:]} for chat in CHATS]
 LONGEST = 512
+WHOLE = Fit(LONGEST)
 
 
 def by_trl(rows: list[dict[str, Any]], own: PreTrainedTokenizerFast, folder: Path, **options: Any) -> list[TokenRow]:
@@ -36,9 +37,7 @@ def by_trl(rows: list[dict[str, Any]], own: PreTrainedTokenizerFast, folder: Pat
     return [TokenRow(row["input_ids"], row["labels"]) for row in trainer.train_dataset]
 
 
-def by_us(
-    rows: list[dict[str, Any]], own: PreTrainedTokenizerFast, loss_on: str, fit: Fit = Fit(LONGEST)
-) -> list[TokenRow]:
+def by_us(rows: list[dict[str, Any]], own: PreTrainedTokenizerFast, loss_on: str, fit: Fit = WHOLE) -> list[TokenRow]:
     _, examples = read_examples([Row(f"row {n}", row) for n, row in enumerate(rows, start=1)], "rows")
     encoder = Encoder(own, chat_template(own), loss_on)
     return list(fit_rows([(example.place, encoder.row(example)) for example in examples], fit).rows)
@@ -94,7 +93,7 @@ def test_assistant_turns_are_found_without_marks_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "loss_on"), [(CHATS, "all"), (PAIRS, "completion"), (TEXTS, "all")])
 def test_packed_rows_are_trls_wrapped_ones(rows: list[dict[str, Any]], loss_on: str, tmp_path: Path) -> None:
-    """TRL keeps packed rows in which nothing is learned; a step on such rows alone has no loss, so ours are left out."""
+    """TRL keeps packed rows that learn nothing; a step on such rows alone has no loss, so ours are left out."""
     own = tokenizer(CHATML)
     packed = by_trl(rows, own, tmp_path, packing=True, packing_strategy="wrapped", max_length=16)
     expected = [row for row in packed if row.targets]
