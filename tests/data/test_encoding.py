@@ -60,8 +60,8 @@ def test_an_instruction_is_a_chat_where_there_is_a_template() -> None:
         (
             "{2} and 3",
             "Below is an instruction that describes a task, paired with an input that provides further context. Write "
-            "a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n{2} and 3\n\n"
-            "### Response:\n",
+            "a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n"
+            "{2} and 3\n\n### Response:\n",
         ),
         (
             "",
@@ -104,7 +104,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
             SHORT,
             "all",
             "{{ raise_exception('no such roles') }}",
-            r"found the roles \['user', 'assistant'\] and: no such",
+            r"Expected a chat that the template takes, found the roles \['user', 'assistant'\] and: no such",
         ),
         (SHORT, "all", "{% for", "Expected a chat that the template takes"),
     ],
