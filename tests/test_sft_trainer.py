@@ -14,7 +14,6 @@ from flwr.app import RecordDict
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hsplit_flwr.common.seeds import derive_seed, head_seed, tail_seed
-from hsplit_flwr.data.own_data import OwnData
 from hsplit_flwr.flower.apps import message_strategy
 from hsplit_flwr.lora.factors import init_lora_A
 from hsplit_flwr.lora.spec import LoraSpec
@@ -99,7 +98,8 @@ class Losses(TrainerCallback):  # type: ignore[misc]
 
 def by_trl(config: dict[str, Any], folder: Path, **options: Any) -> list[float]:
     """Losses of 20 steps of `SFTTrainer` on the rows that the app's one client has, in the order of its epochs."""
-    own: OwnData = task.server_data(config)
+    own = task.server_data(config)
+    assert own
     examples = own.part(0, 1)
     batches = own.training_batches(examples)
     assert len(batches.rows) == len(examples)
@@ -141,7 +141,7 @@ def by_trl(config: dict[str, Any], folder: Path, **options: Any) -> list[float]:
             module = key.removeprefix("base_model.model.").split(".lora_")[0]
             head = block_of(module) < CUT
             seed = head_seed(0, 1, "0", False) if head else tail_seed(0, 1)
-            parameter.data = init_lora_A(*parameter.shape, derive_seed(seed, module))
+            parameter.data = init_lora_A(parameter.shape[0], parameter.shape[1], derive_seed(seed, module))
     trainer.train()
     return losses.found
 

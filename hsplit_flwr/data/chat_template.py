@@ -88,6 +88,10 @@ class ChatTemplate:
 
     def _apply(self, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
         options.setdefault("add_generation_prompt", not options.get("tokenize"))
+        if options.get("tokenize"):
+            options["tokenizer_kwargs"] = {
+                "verbose": False
+            }  # about rows longer than a model takes: they are made to fit
         try:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=self.source, tools=tools, **options)
         except ImportError as error:

@@ -109,7 +109,7 @@ class Encoder:
         return text if text.endswith(self._end) else text + self._end
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text)["input_ids"]
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]  # says of long rows what is not so: they fit
         return ids
 
 
