@@ -9,7 +9,7 @@ instruction is a chat of two messages, or without a chat template Alpaca's text 
 import logging
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hsplit_flwr.data.chat_template import PLAIN_NAME, ChatTemplate
 from hsplit_flwr.data.forms import ASSISTANT, Chat, Document, Example, Instruction, Pair, Text
@@ -26,6 +26,16 @@ _ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n{context}### Response:\n"
 )
+
+
+class Asked(NamedTuple):
+    """A prompt and its answer."""
+
+    prompt: str
+    ids: list[int]
+    """of the prompt, as training has them"""
+    answer: str
+    """what a person wrote"""
 
 
 class Encoder:
@@ -60,6 +70,17 @@ class Encoder:
             return self._row(resolved(example.document, self.template), example.place)
         except ConfigError as error:
             raise ConfigError(f"In {example.place}: {error}") from error
+
+    def asked(self, document: Document) -> Asked | None:
+        """The document as a question; None for plain text and for chats that nobody answers."""
+        document = resolved(document, self.template)
+        if isinstance(document, Pair):
+            return Asked(document.prompt, self._ids(document.prompt), document.completion)
+        if not isinstance(document, Chat) or document.prompt_messages == len(document.messages):
+            return None
+        template, prompt = _required(self.template), document.messages[: document.prompt_messages]
+        ids = template.ids(prompt, document.tools, to_answer=True)
+        return Asked(template.prompt_text(document), ids, str(document.messages[-1]["content"]))
 
     def _row(self, document: Document, place: str) -> TokenRow:
         if isinstance(document, Chat):
@@ -124,16 +145,6 @@ def resolved(document: Document, template: ChatTemplate | None) -> Document:
         return Pair(prompt, document.output)
     asked = "\n\n".join(part for part in (document.instruction, document.context) if part)
     return Chat([{"role": "user", "content": asked}, {"role": ASSISTANT, "content": document.output}], 1)
-
-
-def prompt_and_answer(document: Document, template: ChatTemplate | None) -> tuple[str, str] | None:
-    """What a model is asked, as a text, and what a person wrote; None for plain text and chats without an answer."""
-    document = resolved(document, template)
-    if isinstance(document, Pair):
-        return document.prompt, document.completion
-    if not isinstance(document, Chat) or document.prompt_messages == len(document.messages):
-        return None
-    return _required(template).prompt_text(document), str(document.messages[-1]["content"])
 
 
 def _required(template: ChatTemplate | None) -> ChatTemplate:

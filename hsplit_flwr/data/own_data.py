@@ -10,7 +10,7 @@ import numpy as np
 
 from hsplit_flwr.common.checks import is_at_least, require
 from hsplit_flwr.data.chat_template import ChatTemplate, chat_template
-from hsplit_flwr.data.encoding import LOSSES, Encoder, prompt_and_answer
+from hsplit_flwr.data.encoding import LOSSES, Asked, Encoder
 from hsplit_flwr.data.fitting import Fit, Fitted, fit_rows
 from hsplit_flwr.data.forms import Example, Form, read_examples
 from hsplit_flwr.data.partitions import Partition, divide
@@ -81,9 +81,13 @@ class OwnData:
 
     def describe(self) -> str:
         """Form, loss and examples in one line."""
-        said = f"{self.settings.source}: {self.form.name} ({', '.join(self.form.required)}), loss on {self._loss_on}"
         held_out = f"{len(self.held_out)} held out" if self.held_out else "none held out"
-        return f"{said}, {len(self.train)} examples to train on, {held_out}"
+        return f"{self.describe_form()}, {len(self.train)} examples to train on, {held_out}"
+
+    def describe_form(self) -> str:
+        """Source, form and loss in one line."""
+        columns = ", ".join(self.form.required)
+        return f"{self.settings.source}: {self.form.name} ({columns}), loss on {self._loss_on}"
 
     def part(self, number: int, parts: int) -> list[Example]:
         """The training examples of client `number` of `parts` (raises as `divide`)."""
@@ -127,13 +131,10 @@ class OwnData:
         if parts is not None:
             divide(self.train, parts, self.settings.partition)
 
-    def asked(self, examples: Sequence[Example], longest: int | None = None) -> list[tuple[str, str]]:
-        """Prompts, as texts to continue, and what people answered; of those examples that have an answer.
-
-        Prompts of more than `longest` tokens are left out.
-        """
-        found = [pair for e in examples if (pair := prompt_and_answer(e.document, self.template))]
-        return [pair for pair in found if longest is None or len(self._tokenizer(pair[0])["input_ids"]) <= longest]
+    def asked(self, examples: Sequence[Example], longest: int | None = None) -> list[Asked]:
+        """Those of `examples` that have an answer, as questions; without prompts of more than `longest` tokens."""
+        found = (self._encoder.asked(example.document) for example in examples)
+        return [asked for asked in found if asked and (longest is None or len(asked.ids) <= longest)]
 
     @cached_property
     def _encoder(self) -> Encoder:

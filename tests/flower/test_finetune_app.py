@@ -175,6 +175,7 @@ def test_one_command_from_a_file_to_an_adapter(tmp_path: Path) -> None:
     with flower_home(tmp_path / "home") as home:
         log = home.run(APP, values, timeout_s=420)
     assert f"data: {data}: prompt and completion (prompt, completion), loss on completion, 18 examples" in log
+    assert "Results: " in log, log[-3000:]
     summary = read_summary(tmp_path / "out")
     assert summary["status"] == "completed"
     assert summary["final_perplexity"] < summary["initial_perplexity"]

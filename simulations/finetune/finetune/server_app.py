@@ -46,7 +46,7 @@ def server_side(run_config: RunConfig) -> ServerSide:
 def samples(data: OwnData, held_out: list[Example]) -> list[Sample]:
     """A few held-out prompts to answer, of those that leave room for an answer."""
     room = data.settings.fit.max_length - MAX_NEW_TOKENS
-    return [Sample(prompt, answer) for prompt, answer in data.asked(spread(held_out, SAMPLES), longest=room)]
+    return [Sample(asked.prompt, asked.answer) for asked in data.asked(spread(held_out, SAMPLES), longest=room)]
 
 
 def check_data(run_config: RunConfig, data: OwnData | None) -> None:
