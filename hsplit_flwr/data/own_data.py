@@ -132,9 +132,9 @@ class OwnData:
             divide(self.train, parts, self.settings.partition)
 
     def asked(self, examples: Sequence[Example], longest: int | None = None) -> list[Asked]:
-        """Those of `examples` that have an answer, as questions; without prompts of more than `longest` tokens."""
+        """Those of `examples` that have an answer, as questions; prompts are not empty and of at most `longest` tokens."""
         found = (self._encoder.asked(example.document) for example in examples)
-        return [asked for asked in found if asked and (longest is None or len(asked.ids) <= longest)]
+        return [one for one in found if one and one.ids and (longest is None or len(one.ids) <= longest)]
 
     @cached_property
     def _encoder(self) -> Encoder:

@@ -30,7 +30,8 @@ class HeldOutScore:
     """nats per target token"""
     perplexity: float
     asked: int
-    """examples with an answer that the model was asked for; 0: exact matches were not measured"""
+    """examples with an answer that the model was asked for: those whose prompt leaves room for one in the model's
+    positions; 0: exact answers were not measured"""
     exact: int
     """answers, written greedily, that are those of the file but for spaces around them"""
 
@@ -77,7 +78,7 @@ def score_held_out(
         progress: see `generate_texts`.
 
     Raises:
-        ConfigError: no target tokens in all of `examples`, or a prompt that is too long to be answered.
+        ConfigError: no target tokens in all of `examples`.
     """
     nll, tokens = 0.0, 0
     with torch.no_grad():
@@ -89,7 +90,9 @@ def score_held_out(
             tokens += target_tokens(batch["labels"])
     score = Score(nll, tokens)
     loss = score.loss  # before anything is generated: that takes longer than to find out that nothing is there
-    asked = data.asked(examples) if max_new_tokens else []
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = positions - max_new_tokens if positions else None
+    asked = data.asked(examples, longest) if max_new_tokens else []
     texts = generate_texts(
         model, tokenizer, [one.ids for one in asked], max_new_tokens=max_new_tokens or 1, progress=progress
     )

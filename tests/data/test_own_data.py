@@ -101,8 +101,8 @@ def test_the_files_of_training_and_scoring_may_have_two_forms(tmp_path: Path) ->
 def test_what_is_asked_leaves_out_long_prompts_and_texts(tmp_path: Path) -> None:
     data = own_data(write_lines(tmp_path / "own.jsonl", PAIRS))
     found = data.asked(data.train)
-    assert [(asked.prompt, asked.answer) for asked in found] == [(p["prompt"], p["completion"]) for p in PAIRS]
-    assert [asked.prompt for asked in data.asked(data.train, longest=5)] == ["Say: ", "two words", ""]
+    assert [(asked.prompt, asked.answer) for asked in found] == [(p["prompt"], p["completion"]) for p in PAIRS[:3]]
+    assert [asked.prompt for asked in data.asked(data.train, longest=5)] == ["Say: ", "two words"]
 
 
 @pytest.mark.parametrize(
