@@ -33,7 +33,9 @@ class DataSettings:
     held_out_source: str = ""
     """the same for the examples to score; empty: a share of `source` is held out"""
     split: str = "train"
-    """of a folder or a data set of the hub"""
+    """of `source`, where it is a folder or a data set of the hub"""
+    held_out_split: str = ""
+    """of `held_out_source`; empty: `split`"""
     validation_share: float = 0.1
     """of the examples of `source` that are held out where there is no `held_out_source`"""
     loss_on: str = ""
@@ -68,9 +70,10 @@ class OwnData:
     def __init__(self, settings: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.settings = settings
         self._tokenizer = tokenizer
-        self.form, examples = self._read(settings.source)
+        self.form, examples = self._read(settings.source, settings.split)
         if settings.held_out_source:
-            self.train, (_, self.held_out) = examples, self._read(settings.held_out_source)
+            split = settings.held_out_split or settings.split
+            self.train, (_, self.held_out) = examples, self._read(settings.held_out_source, split)
         else:
             self.train, self.held_out = hold_out(examples, settings.validation_share, settings.seed)
 
@@ -99,23 +102,19 @@ class OwnData:
         Raises:
             ConfigError: nothing to learn in any of `examples`.
         """
-        fitted = self.fitted(examples)
+        fitted = self._fitted(examples, self.settings.fit)
         if not fitted.rows:
             raise ConfigError(
                 f"Expected a row to learn from within max-length={self.settings.fit.max_length} tokens, found {fitted}."
                 " Raise max-length, take too-long=cut, or another loss-on."
             )
+        _log.info("data: %s", fitted)
         return self._batches(fitted, shuffle=True)
 
     def scoring_batches(self, examples: Sequence[Example]) -> RowBatches | tuple[()]:
         """Batches in the order of `examples`, each in a row of its own; none where there is no target."""
-        fit = Fit(self.settings.fit.max_length, self.settings.fit.too_long)
-        fitted = fit_rows(((e.place, self._encoder.row(e)) for e in examples), fit)
+        fitted = self._fitted(examples, Fit(self.settings.fit.max_length, self.settings.fit.too_long))
         return self._batches(fitted, shuffle=False) if fitted.rows else ()
-
-    def fitted(self, examples: Sequence[Example]) -> Fitted:
-        """The rows of `examples` to train on, and how many did not fit."""
-        return fit_rows(((e.place, self._encoder.row(e)) for e in examples), self.settings.fit)
 
     def check(self, parts: int | None = None) -> None:
         """What clients would find out: tokenize all, divide into `parts` (None: not known yet); say what there is.
@@ -124,15 +123,12 @@ class OwnData:
             ConfigError: a row that cannot be tokenized, no row to learn from, or parts that cannot be made.
         """
         _log.info("data: %s", self.describe())
-        fitted = self.fitted(self.train)
-        if not fitted.rows:
-            self.training_batches(self.train)
-        _log.info("data: %s", fitted)
+        self.training_batches(self.train)
         if parts is not None:
             divide(self.train, parts, self.settings.partition)
 
     def asked(self, examples: Sequence[Example], longest: int | None = None) -> list[Asked]:
-        """Those of `examples` that have an answer, as questions; prompts are not empty and of at most `longest` tokens."""
+        """Those of `examples` that have an answer, as questions, if the prompt is of 1 to `longest` tokens."""
         found = (self._encoder.asked(example.document) for example in examples)
         return [one for one in found if one and one.ids and (longest is None or len(one.ids) <= longest)]
 
@@ -144,12 +140,15 @@ class OwnData:
     def _loss_on(self) -> str:
         return self.settings.loss_on or self.form.loss_on
 
+    def _fitted(self, examples: Sequence[Example], fit: Fit) -> Fitted:
+        return fit_rows(((example.place, self._encoder.row(example)) for example in examples), fit)
+
     def _batches(self, fitted: Fitted, *, shuffle: bool) -> RowBatches:
         order = BatchOrder(self.settings.batch_size, self.settings.seed, shuffle)
         return RowBatches(fitted.rows, order, padding_of(self._tokenizer))
 
-    def _read(self, source: str) -> tuple[Form, list[Example]]:
-        return read_examples(read_rows(source, self.settings.split), source)
+    def _read(self, source: str, split: str) -> tuple[Form, list[Example]]:
+        return read_examples(read_rows(source, split), source)
 
 
 def hold_out(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

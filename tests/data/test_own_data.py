@@ -58,14 +58,19 @@ def test_what_was_recognised_is_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert len(said) == 2
 
 
-def test_one_long_prompt_does_not_end_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("too_long", "said"), [("cut", "1 with nothing to learn left out"), ("drop", "1 too long and left out")]
+)
+def test_one_long_prompt_does_not_end_a_run(
+    too_long: str, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = write_lines(tmp_path / "own.jsonl", [PAIRS[0], {"prompt": "far " * 500, "completion": "x"}])
-    for too_long, (cut, dropped, idle) in {"cut": (0, 0, 1), "drop": (0, 1, 0)}.items():
-        data = own_data(path, too_long=too_long)
-        fitted = data.fitted(data.train)
-        assert (len(fitted.rows), fitted.cut, fitted.dropped, fitted.idle) == (1, cut, dropped, idle)
-        assert fitted.first == "line 2 of own.jsonl"
+    data = own_data(path, too_long=too_long)
+    with caplog.at_level(logging.INFO, "hsplit_flwr"):
         data.check()
+    assert caplog.messages[-1].startswith("data: 2 documents, 1 rows, ")
+    assert caplog.messages[-1].endswith(f"{said} (the first: line 2 of own.jsonl)")
+    assert learned(data.training_batches(data.train)) == " The Mill is a pub.<|endoftext|>"
 
 
 def test_nothing_but_long_prompts_is_an_error(tmp_path: Path) -> None:
@@ -96,6 +101,18 @@ def test_the_files_of_training_and_scoring_may_have_two_forms(tmp_path: Path) ->
     train, held_out = write_lines(tmp_path / "a.jsonl", CHATS), write_lines(tmp_path / "b.jsonl", PAIRS)
     data = own_data(train, held_out_source=held_out, loss_on="completion")
     assert learned(data.scoring_batches(data.held_out[:1])) == " The Mill is a pub.<|endoftext|>"
+
+
+def test_one_source_may_have_a_split_for_each(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    parts = {
+        name: datasets.Dataset.from_list([{"text": f"{name} {n}"} for n in range(3)]) for name in ("train", "test")
+    }
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    source = str(tmp_path / "both")
+    data = own_data(source, held_out_source=source, held_out_split="test")
+    assert [example.columns["text"] for example in data.train] == ["train 0", "train 1", "train 2"]
+    assert [example.columns["text"] for example in data.held_out] == ["test 0", "test 1", "test 2"]
 
 
 def test_what_is_asked_leaves_out_long_prompts_and_texts(tmp_path: Path) -> None:

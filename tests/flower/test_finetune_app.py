@@ -14,10 +14,11 @@ from hsplit_flwr.flower.apps import message_strategy
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
 from hsplit_flwr.models.assets import tiny_checkpoint
 from simulations import make_chat_set
+from tests.flower.test_deployment import CONNECTION, START_S
 from tests.helpers.chats import CHATS, INSTRUCTIONS, PAIRS, TEXTS, write_lines
 from tests.helpers.federation import build_one_at_a_time
 from tests.helpers.finetune_app import APP, app_config, context, server_side, task
-from tests.helpers.flower import flower_home, read_summary
+from tests.helpers.flower import flower_home, free_port, read_summary, wait_for_log, wait_for_port
 from tests.helpers.grid import ThreadGrid
 
 pytestmark = pytest.mark.timeout(180)
@@ -186,3 +187,32 @@ def test_one_command_from_a_file_to_an_adapter(tmp_path: Path) -> None:
         difference = (merged(ids).logits - adapted(ids).logits).abs().max()
         moved = (merged(ids).logits - AutoModelForCausalLM.from_pretrained(MODEL)(ids).logits).abs().max()
     assert difference < 1e-3 * moved
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_deployment_with_a_file_per_supernode(tmp_path: Path) -> None:
+    """The files stay where they are: the server is told neither their rows nor their paths."""
+    texts = [[{"text": f"node {node} says {row}"} for row in range(20)] for node in (0, 1)]
+    files = [write_lines(tmp_path / f"my own {node}.jsonl", rows) for node, rows in enumerate(texts)]
+    port = free_port()
+    with flower_home(tmp_path / "home") as home:
+        (home.folder / "config.toml").write_text(CONNECTION.format(port=port))
+        link, log = home.start("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+        wait_for_port(port, link, log, START_S)
+        for number, file in enumerate(files):
+            node, log = home.start(
+                "flower-supernode",
+                *("--insecure", "--superlink", f"127.0.0.1:{port}", "--port", str(free_port())),
+                *("--node-config", f'partition-id={number} num-partitions=2 data="{file}"'),
+            )
+            wait_for_log("SuperNode ID", node, log, START_S)
+        values = {"model": MODEL, "data": "", "rounds": 1, "local-steps": 4, "min-nodes": 2}
+        said = home.run(APP, {**values, "output-dir": str(tmp_path / "out")}, timeout_s=300)
+    assert "Results: " in said, said[-3000:]
+    (record,) = read_summary(tmp_path / "out")["history"]
+    assert record["failures"] == []
+    assert [client["client_id"] for client in record["clients"]] == ["0", "1"]
+    assert record["federated_perplexity"]
+    assert record["central_perplexity"] is None
+    assert "my own" not in said

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from hsplit_flwr.data.fitting import Fit
 from hsplit_flwr.data.own_data import DataSettings, OwnData
 from hsplit_flwr.data.partitions import Partition
-from hsplit_flwr.data.row_batches import spread
+from hsplit_flwr.data.row_batches import RowBatches, spread
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.flower.client_settings import RunConfig, get
@@ -48,6 +48,7 @@ def data_settings(run_config: RunConfig, source: str) -> DataSettings:
         source=source,
         held_out_source=held_out,
         split=get(run_config, "data-split", "train"),
+        held_out_split=get(run_config, "eval-split", ""),
         validation_share=get(run_config, "validation-share", 0.1),
         loss_on=get(run_config, "loss-on", ""),
         chat_template=template or ("plain" if model_name(run_config) == str(tiny_checkpoint()) else ""),
@@ -92,13 +93,20 @@ def client_data(client: str, run_config: RunConfig, node_config: RunConfig, clie
     source = get(node_config, "data", "") or get(run_config, "data", EMBEDDED)
     if not source:
         raise ConfigError("Expected data in the run config or in the node config of this SuperNode, found neither.")
-    own = _own_data(data_settings(run_config, source), model_name(run_config))
-    number = clients.index(client)
-    held_out = own.held_out[number :: len(clients)]
+    settings, model = data_settings(run_config, source), model_name(run_config)
+    own, number, parts = _own_data(settings, model), clients.index(client), len(clients)
+    held_out = spread(own.held_out[number::parts], get(run_config, "client-examples", 16))
     return ClientData(
-        train=own.training_batches(own.part(number, len(clients))).stream,
-        evaluate=own.scoring_batches(spread(held_out, get(run_config, "client-examples", 16))),
+        train=lambda step: _training_batches(settings, model, number, parts).stream(step),
+        evaluate=own.scoring_batches(held_out),
     )
+
+
+@lru_cache(maxsize=8)
+def _training_batches(settings: DataSettings, model: str, number: int, parts: int) -> RowBatches:
+    """Tokenized once per process, and only where a client trains."""
+    own = _own_data(settings, model)
+    return own.training_batches(own.part(number, parts))
 
 
 @lru_cache(maxsize=4)
