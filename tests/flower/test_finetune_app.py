@@ -192,7 +192,7 @@ def test_one_command_from_a_file_to_an_adapter(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_deployment_with_a_file_per_supernode(tmp_path: Path) -> None:
-    """The files stay where they are: the server is told neither their rows nor their paths."""
+    """The run config names no file, and the server's log none of theirs."""
     texts = [[{"text": f"node {node} says {row}"} for row in range(20)] for node in (0, 1)]
     files = [write_lines(tmp_path / f"my own {node}.jsonl", rows) for node, rows in enumerate(texts)]
     port = free_port()
