@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hsplit_flwr.common.checks import is_at_least, require
+from hsplit_flwr.common.checks import is_at_least, require, require_whole
 from hsplit_flwr.data.chat_template import ChatTemplate, chat_template
 from hsplit_flwr.data.encoding import LOSSES, Asked, Encoder
 from hsplit_flwr.data.fitting import Fit, Fitted, fit_rows
@@ -53,6 +53,7 @@ class DataSettings:
             is_at_least(self.validation_share, 0) and self.validation_share < 1,
             *("validation_share", ">= 0 and below 1", self.validation_share),
         )
+        require_whole("seed", self.seed, 0)
         require(self.loss_on in ("", *LOSSES), "loss_on", f"as one of {LOSSES} or empty", self.loss_on)
 
 
@@ -114,6 +115,8 @@ class OwnData:
     def scoring_batches(self, examples: Sequence[Example]) -> RowBatches | tuple[()]:
         """Batches in the order of `examples`, each in a row of its own; none where there is no target."""
         fitted = self._fitted(examples, Fit(self.settings.fit.max_length, self.settings.fit.too_long))
+        if fitted.first:
+            _log.warning("not scored as they are in the file: %s", fitted)
         return self._batches(fitted, shuffle=False) if fitted.rows else ()
 
     def check(self, parts: int | None = None) -> None:

@@ -97,6 +97,16 @@ def test_what_is_held_out_is_scored_in_rows_of_its_own_and_in_order(tmp_path: Pa
     assert learned(scored) == "|".join(f"{row['text']}<|endoftext|>" for row in TEXTS)
 
 
+def test_what_is_not_scored_whole_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = own_data(write_lines(tmp_path / "own.jsonl", [*TEXTS, {"text": "far " * 200}]), max_length=64)
+    assert data.scoring_batches(data.train[:3])
+    assert not caplog.messages
+    assert data.scoring_batches(data.train)
+    (said,) = caplog.messages
+    assert said.startswith("not scored as they are in the file: 4 documents, 4 rows")
+    assert said.endswith("1 too long and cut (the first: line 4 of own.jsonl)")
+
+
 def test_the_files_of_training_and_scoring_may_have_two_forms(tmp_path: Path) -> None:
     train, held_out = write_lines(tmp_path / "a.jsonl", CHATS), write_lines(tmp_path / "b.jsonl", PAIRS)
     data = own_data(train, held_out_source=held_out, loss_on="completion")
@@ -141,6 +151,7 @@ def test_a_share_is_held_out(share: float, count: int, expected: int) -> None:
     [
         ({"validation_share": 1.0}, "Expected validation_share >= 0 and below 1, found 1.0"),
         ({"validation_share": -0.1}, "Expected validation_share >= 0 and below 1"),
+        ({"seed": -1}, "Expected seed as a whole number >= 0, found -1"),
         ({"loss_on": "answers"}, "Expected loss_on as one of .*found 'answers' .run config: loss-on"),
     ],
 )
