@@ -1,8 +1,8 @@
 """A chat as tokens, and which of them the assistant wrote, by the tokenizer's chat template.
 
 A template may mark what the assistant writes (``{% generation %}``); transformers then says which tokens these are. For
-one that does not, each turn of the assistant is found between the chat before it, rendered with the prompt to answer,
-and the chat after it: right where both are beginnings of the whole, and refused where not.
+one that does not, each turn of the assistant is what lies between the chat before it, written with the prompt to
+answer, and the chat up to it: right where both texts are beginnings of the whole, and refused where not.
 """
 
 import re
@@ -61,37 +61,49 @@ class ChatTemplate:
         if self.marks_turns:
             rendered = self._rendered(chat.messages, chat.tools, return_assistant_tokens_mask=True)
             return rendered["input_ids"], [bool(one) for one in rendered["assistant_masks"]]
-        ids = self.ids(chat.messages, chat.tools)
-        learned = [False] * len(ids)
-        for number, message in enumerate(chat.messages):
-            if message["role"] == ASSISTANT:
-                before = self.ids(chat.messages[:number], chat.tools, to_answer=True)
-                after = self.ids(chat.messages[: number + 1], chat.tools)
-                if ids[: len(before)] != before or ids[: len(after)] != after:
-                    raise ConfigError(
-                        "Expected a chat template that marks what the assistant writes ({% generation %}), or whose "
-                        "chats begin as their first messages do, found neither. Give such a template (chat-template), "
-                        "or take loss-on=completion or all."
-                    )
-                learned[len(before) : len(after)] = [True] * (len(after) - len(before))
-        return ids, learned
+        text = self._text(chat.messages, chat.tools)
+        answers = [number for number, message in enumerate(chat.messages) if message["role"] == ASSISTANT]
+        return self._covered(text, [self._span(chat, number, text) for number in answers])
+
+    def _span(self, chat: Chat, number: int, text: str) -> tuple[int, int]:
+        """Where in `text`, the whole chat, message `number` begins and ends, with what ends it."""
+        before = self._text(chat.messages[:number], chat.tools, to_answer=True)
+        after = self._text(chat.messages[: number + 1], chat.tools)
+        if not text.startswith(before) or not text.startswith(after):
+            raise ConfigError(
+                "Expected a chat template that marks what the assistant writes ({% generation %}), or whose chats "
+                "begin as their first messages do, found neither. Give such a template (chat-template), or take "
+                "loss-on=completion or all."
+            )
+        return len(before), len(after)
+
+    def _covered(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """Tokens of `text`, and whether each has a character within `spans`: what transformers says of marks, too."""
+        if not self.tokenizer.is_fast:
+            raise ConfigError(
+                "Expected a tokenizer that says where its tokens are, found a slow one. Take loss-on=completion or all."
+            )
+        options: dict[str, Any] = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        tokens = self.tokenizer(text, **options)
+        places: list[tuple[int, int]] = tokens["offset_mapping"]
+        return tokens["input_ids"], [any(a < last and first < b for first, last in spans) for a, b in places]
 
     def prompt_text(self, chat: Chat) -> str:
         """The prompt of the chat, up to the answer, as a text of which the tokenizer makes the same tokens."""
-        text: str = self._apply(chat.messages[: chat.prompt_messages], chat.tools, tokenize=False)
+        text = self._text(chat.messages[: chat.prompt_messages], chat.tools, to_answer=True)
         begin = self.tokenizer.bos_token
         adds_it = bool(begin) and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         return text.removeprefix(str(begin)) if adds_it else text
 
+    def _text(self, messages: Sequence[Message], tools: Any, *, to_answer: bool = False) -> str:
+        text: str = self._apply(messages, tools, tokenize=False, add_generation_prompt=to_answer)
+        return text
+
     def _rendered(self, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
-        return self._apply(messages, tools, tokenize=True, return_dict=True, **options)
+        quiet = {"verbose": False}  # about rows longer than a model takes: they are made to fit
+        return self._apply(messages, tools, tokenize=True, return_dict=True, tokenizer_kwargs=quiet, **options)
 
     def _apply(self, messages: Sequence[Message], tools: Any, **options: Any) -> Any:
-        options.setdefault("add_generation_prompt", not options.get("tokenize"))
-        if options.get("tokenize"):
-            options["tokenizer_kwargs"] = {
-                "verbose": False
-            }  # about rows longer than a model takes: they are made to fit
         try:
             return self.tokenizer.apply_chat_template(list(messages), chat_template=self.source, tools=tools, **options)
         except ImportError as error:

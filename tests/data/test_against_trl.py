@@ -93,6 +93,20 @@ def test_assistant_turns_are_found_without_marks_too(tmp_path: Path) -> None:
     assert by_us(CHATS, tokenizer(CHATML), "assistant") == expected
 
 
+def test_a_token_across_the_border_of_a_turn_is_learned(tmp_path: Path) -> None:
+    """An answer that begins with line feeds makes one token with that of many a template; here "ur" is such a token."""
+    plain, marked = (
+        template.replace("'<|im_start|>' + message['role'] + '\n'", "'The restau'").replace(
+            "'<|im_start|>assistant\n'", "'The restau'"
+        )
+        for template in (CHATML, MARKED)
+    )
+    chat = [{"role": "user", "content": "rant?"}, {"role": "assistant", "content": "rant is old."}]
+    expected = by_trl([{"messages": chat * 2}], tokenizer(marked), tmp_path, assistant_only_loss=True)
+    assert by_us([{"messages": chat * 2}], tokenizer(plain), "assistant") == expected
+    assert learned(expected, tokenizer()) == ["urant is old.<|im_end|>\n" * 2]
+
+
 @pytest.mark.parametrize(("rows", "loss_on"), [(CHATS, "all"), (PAIRS, "completion"), (TEXTS, "all")])
 def test_packed_rows_are_trls_wrapped_ones(rows: list[dict[str, Any]], loss_on: str, tmp_path: Path) -> None:
     """TRL keeps packed rows that learn nothing; a step on such rows alone has no loss, so ours are left out."""
