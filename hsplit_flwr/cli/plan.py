@@ -48,9 +48,9 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     up, down = TrainingConfig.activation_codec, TrainingConfig.gradient_codec
     work.add_argument("--activation-codec", default=up, metavar="CODEC", help=f"of activations, up: {codecs}")
     work.add_argument("--gradient-codec", default=down, metavar="CODEC", help="of their gradients, down")
-    _number(work, "--micro-batches", TrainingConfig.micro_batches, "parts that a batch travels in")
+    number(work, "--micro-batches", TrainingConfig.micro_batches, "parts that a batch travels in")
     in_flight = "parts whose gradients a head may be waiting for"
-    _number(work, "--micro-batches-in-flight", TrainingConfig.micro_batches_in_flight, in_flight)
+    number(work, "--micro-batches-in-flight", TrainingConfig.micro_batches_in_flight, in_flight)
     work.add_argument("--micro-steps", action="store_true", help="an optimizer step on each part")
     work.add_argument("--joint-steps", action="store_true", help="the tail steps on all clients at once")
     work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
