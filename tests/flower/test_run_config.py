@@ -23,7 +23,9 @@ from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
 SIMULATIONS = Path(__file__).parents[2] / "simulations"
-APPS = ["quickstart", "e2e_nlg"]
+APPS = ["quickstart", "e2e_nlg", "finetune"]
+PROFILED = ["quickstart", "e2e_nlg"]
+"""those that come with a profile file"""
 HERE = Path(__file__).parent
 EXPERIMENTS = sorted((SIMULATIONS / "e2e_nlg" / "experiments").glob("*.toml"))
 SMALLEST = {"cuts": "1,3", "ranks": "2,4"}
@@ -134,7 +136,7 @@ def test_a_tail_without_adapters() -> None:
     assert tail.targets(["h.1.q", "h.1.v"]) == []
 
 
-@pytest.mark.parametrize("app", APPS)
+@pytest.mark.parametrize("app", PROFILED)
 def test_the_apps_configs_are_settings(app: str) -> None:
     settings = read_settings(app_config(app), SIMULATIONS / app / app)
     assert settings.plans is None
