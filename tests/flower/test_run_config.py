@@ -105,11 +105,18 @@ def test_every_key_arrives() -> None:
             "importance-rows": 0,
             "joint-steps": True,
             "tail-passes": 3,
+            "micro-batches": 4,
+            "micro-batches-in-flight": 3,
+            "micro-steps": True,
         },
         HERE,
     )
-    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", "int8", 9, 2, 0, True, 3)
-    assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", "int8", True, importance_steps=2, importance_rows=0)
+    parts: dict[str, Any] = {"micro_batches": 4, "micro_batches_in_flight": 3, "micro_steps": True}
+    expected = TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", "int8", 9, 2, 0, True, 3, **parts)
+    assert settings.training == expected
+    assert settings.workload == Workload(
+        *(3, 50, 8, "bf16", "bf16", "int8", True), importance_steps=2, importance_rows=0, joint_steps=True, **parts
+    )
     assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"))
     assert settings.replan == ReplanConfig(0.5, 0.3)
     assert settings.lora_alpha == 4.0
