@@ -16,6 +16,7 @@ from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.deltas import WeightDelta, factors_from_tensors, factors_to_tensors
 from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, factor_bytes, stack
+from hsplit_flwr.lora.places import Piece, Place, as_factors, piece_bytes
 
 ADDED, REPLACED = "add|", "replace|"
 LARGEST_FIGURE = 1e25
@@ -106,7 +107,7 @@ class DeltaReplica:
             raise AggregationError(
                 f"Expected increments of modules that are held, found {missing}. Ask for the whole delta."
             )
-        kept = WeightDelta() if update.base is None else self.total.restricted(wanted)
+        kept = self.total.restricted(() if update.base is None else wanted)
         kept.add(update.added)
         self.total = kept.replaced(update.replaced).restricted(wanted)
         self.version, self.names = update.version, wanted
@@ -118,40 +119,44 @@ class _ModuleLog:
 
     complete_since: int
     """every increment after this version is in `entries`"""
-    entries: deque[tuple[int, LoraFactors]] = field(default_factory=deque)
+    entries: deque[tuple[int, Piece]] = field(default_factory=deque)
     nbytes: int = 0
 
-    def append(self, version: int, factors: LoraFactors, dense_nbytes: int) -> None:
-        self.entries.append((version, factors))
-        self.nbytes += factor_bytes(factors)
+    def append(self, version: int, piece: Piece, dense_nbytes: int) -> None:
+        self.entries.append((version, piece))
+        self.nbytes += piece_bytes(piece)
         while self.nbytes >= dense_nbytes:
             self.complete_since, dropped = self.entries.popleft()
-            self.nbytes -= factor_bytes(dropped)
+            self.nbytes -= piece_bytes(dropped)
 
-    def since(self, version: int) -> list[LoraFactors] | None:
+    def since(self, version: int) -> list[Piece] | None:
         """The increments after `version`; None where some of them are gone."""
         if version < self.complete_since:
             return None
-        return [factors for at, factors in self.entries if at > version]
+        return [piece for at, piece in self.entries if at > version]
 
     def state(self) -> State:
-        entries = {str(at): {"A": f.A, "B": f.B, "scaling": f.scaling} for at, f in self.entries}
+        entries = {str(at): _state_of(as_factors(piece)) for at, piece in self.entries}
         return {"complete_since": self.complete_since, "entries": entries}
 
     @classmethod
-    def of_state(cls, state: State) -> "_ModuleLog":
+    def of_state(cls, state: State, place: Place) -> "_ModuleLog":
         log = cls(state["complete_since"])
         for at, saved in state["entries"].items():
-            log.entries.append((int(at), LoraFactors(saved["A"], saved["B"], saved["scaling"])))
-        log.nbytes = sum(factor_bytes(factors) for _, factors in log.entries)
+            log.entries.append((int(at), place.keep_factors(LoraFactors(saved["A"], saved["B"], saved["scaling"]))))
+        log.nbytes = sum(piece_bytes(piece) for _, piece in log.entries)
         return log
+
+
+def _state_of(factors: LoraFactors) -> State:
+    return {"A": factors.A, "B": factors.B, "scaling": factors.scaling}
 
 
 class DeltaLog:
     """The server's cumulative delta and the recent increments that led to it; at most twice the dense bytes.
 
     Args:
-        total: the delta to start from (a checkpoint's); default none.
+        total: the delta to start from (a checkpoint's); default none. Increments are kept in its place, too.
         version: its version.
     """
 
@@ -167,13 +172,14 @@ class DeltaLog:
         Raises:
             AggregationError: as `WeightDelta.add`; the log stays as it is.
         """
-        self.total.add(increment)
+        self.total.check(increment)
+        trained = {name: factors for name, factors in increment.items() if factors.rank > 0}
         self.version += 1
-        for name, factors in increment.items():
-            if factors.rank == 0:
-                continue
+        for name, factors in trained.items():
+            piece = self.total.place.keep_factors(factors)
+            self.total.add_checked({name: piece})
             log = self._logs.setdefault(name, _ModuleLog(self._first_version))
-            log.append(self.version, factors, dense_bytes(self.total.matrix(name).shape))
+            log.append(self.version, piece, dense_bytes(self.total.matrix(name).shape))
         return self.version
 
     def since(self, version: int | None, names: Iterable[str], held: Collection[str] | None = None) -> DeltaUpdate:
@@ -192,10 +198,10 @@ class DeltaLog:
         for name in current.names():
             log = self._logs.get(name, _ModuleLog(self._first_version))
             missing = log.since(version) if held is None or name in held else None
-            if missing is None or sum(map(factor_bytes, missing)) >= current.matrix(name).nbytes:
+            if missing is None or sum(map(piece_bytes, missing)) >= current.matrix(name).nbytes:
                 whole.append(name)
             elif missing:
-                added[name] = stack(missing)
+                added[name] = stack(map(as_factors, missing))
         return DeltaUpdate(version, self.version, added, current.restricted(whole))
 
     def state(self) -> State:
@@ -213,15 +219,16 @@ class DeltaLog:
         Raises:
             AggregationError: as `WeightDelta.from_tensors`; the log stays as it is.
         """
-        self.total = WeightDelta.from_tensors(state["total"], shapes)
+        place = self.total.place
+        self.total = WeightDelta.from_tensors(state["total"], shapes, place)
         self.version, self._first_version = state["version"], state["first_version"]
-        self._logs = {name: _ModuleLog.of_state(saved) for name, saved in state["increments"].items()}
+        self._logs = {name: _ModuleLog.of_state(saved, place) for name, saved in state["increments"].items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors kept alive; those that the total and the log share count once."""
-        pieces = [factors for log in self._logs.values() for _, factors in log.entries]
+        """Bytes of all tensors kept, in memory or files; those that the total and the log share count once."""
+        pieces = [piece for log in self._logs.values() for _, piece in log.entries]
         matrices = [self.total.matrix(name) for name in self.total.names()]
         pieces += [piece for matrix in matrices for piece in matrix.pieces]
         dense = sum(matrix.nbytes for matrix in matrices if matrix.dense is not None)
-        return dense + sum({id(piece): factor_bytes(piece) for piece in pieces}.values())
+        return dense + sum({id(piece): piece_bytes(piece) for piece in pieces}.values())
