@@ -134,13 +134,13 @@ class HeadClient:
 
     def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail) -> None:
         shapes = linear_shapes(head)
-        replica = self._deltas.load(task.run, task.client, shapes)
-        have = replica.version or 0
-        version, whole, tensors = tail.fetch_delta(have)
-        base = None if whole else have
-        replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
-        merge_delta(head, self._files, replica.total, replica.total.names())
-        self._deltas.save(task.run, task.client, replica)
+        with self._deltas.open(task.run, task.client, shapes) as replica:
+            have = replica.version or 0
+            version, whole, tensors = tail.fetch_delta(have)
+            base = None if whole else have
+            replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
+            del tensors
+            merge_delta(head, self._files, replica.total, replica.total.names())
 
 
 @lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from hsplit_flwr.exchange.transport import connect
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.roster import NodeAnswer
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
-from hsplit_flwr.flower.client_state import ContextDeltas, KeptBudget
+from hsplit_flwr.flower.client_state import KeptBudget, delta_store
 from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -48,7 +48,8 @@ class ClientNode:
     Args:
         model: hub name, local folder or GGUF file; must be the server's.
         data: the client's data, or a function from client id to data where one node hosts several clients.
-        context: Flower's context of the node.
+        context: Flower's context of the node. Its node config says where copies of the weight delta are kept
+            (``state-dir``), and how large all of them may become (``state-limit-gb``).
         client_ids: the clients this node hosts (default: one, named by ``partition-id`` or the node id).
         dtype: of the frozen weights: fp32, bf16 or fp16.
         device: ``auto`` takes a GPU if this process was given one.
@@ -57,7 +58,7 @@ class ClientNode:
             states, and measurements for the rest (`planning/budgets/probe.py`). A head beyond it is refused.
 
     Raises:
-        ConfigError: an unknown dtype, or no such file of certificates.
+        ConfigError: an unknown dtype, no such file of certificates, or a wrong value in the node config.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class ClientNode:
         self._connect = partial(connect, root_certificates=_read_certificates(root_certificates))
         self._model = model
         self._data = data if callable(data) else lambda client: data
-        self._deltas = ContextDeltas(context)
+        self._deltas = delta_store(context)
         self._dtype = DTYPES[dtype]
 
     def answer(self, config: Config) -> NodeAnswer:

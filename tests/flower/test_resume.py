@@ -24,7 +24,7 @@ from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.federation.run_output import RunOutput, Sample
 from hsplit_flwr.flower.apps import ServerSide, legacy_components, message_strategy
 from hsplit_flwr.flower.client_node import ClientNode
-from hsplit_flwr.flower.client_state import ContextDeltas
+from hsplit_flwr.flower.client_state import ContextNotes, delta_store
 from hsplit_flwr.flower.local_federation import LocalNode
 from hsplit_flwr.flower.message_client import client_app
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
@@ -32,6 +32,8 @@ from hsplit_flwr.flower.messages import TASK_KEY
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.flower.server import HSplitLoRAServer, server_components
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
+from hsplit_flwr.lora.delta_log import DeltaReplica
+from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
@@ -280,13 +282,20 @@ def test_a_client_ahead_of_the_server_does_not_keep_its_delta(tmp_path: Path) ->
 
 def held(node: LocalNode, client: str) -> Any:
     """The client's copy of the delta, as it would load it for the run that it was of."""
-    record: Any = node.context.state[f"hsplit-version-{client}"]
+    stamp = ContextNotes(node.context).read(client)
+    assert stamp
     model = GlobalModel(ModelFiles.resolve(MODEL))
     names = set(model.head_names(PLANS[client].cut))
     shapes = {name: shape for name, shape in linear_shapes(model.segment).items() if name in names}
-    replica = ContextDeltas(node.context).load(record["run"], client, shapes)
-    assert replica.version
-    return replica
+    with delta_store(node.context).open(stamp.run, client, shapes) as replica:
+        assert replica.version
+        return DeltaReplica(replica.version, replica.names, in_memory(replica.total, shapes))
+
+
+def in_memory(delta: WeightDelta, shapes: dict[str, tuple[int, int]]) -> WeightDelta:
+    """What is left of `delta` when its files are another version's."""
+    tensors = {key: tensor.clone() for key, tensor in delta.to_tensors().items()}
+    return WeightDelta.from_tensors(tensors, shapes)
 
 
 # --- what cannot be resumed, and what costs a checkpoint only ---

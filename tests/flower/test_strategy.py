@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -278,7 +279,7 @@ def test_a_client_without_its_state_gets_the_whole(
     nodes = node_per_client(model)
     manager = manager_of(*nodes)
     play_round(strategy, manager, 1)
-    nodes[1].context.state.clear()
+    shutil.rmtree(str(nodes[1].context.node_config["state-dir"]))
     asked: dict[str, tuple[int, bool]] = {}
     fetch_delta = RemoteTail.fetch_delta
 
