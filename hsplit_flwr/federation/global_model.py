@@ -12,6 +12,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.delta_log import DeltaLog
 from hsplit_flwr.lora.factors import Increment
 from hsplit_flwr.lora.merge import merge_delta
+from hsplit_flwr.lora.places import Place
 from hsplit_flwr.models.equality import require_cuttable
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
@@ -41,6 +42,10 @@ class GlobalModel:
         self.files = files
         self.segment = load_segment(files, dtype=dtype, device=device)
         self.log = DeltaLog()
+
+    def keep_delta_in(self, place: Place) -> None:
+        """Keep what the delta grows by there, instead of in memory."""
+        self.log.total.place = place
 
     @property
     def num_blocks(self) -> int:

@@ -20,6 +20,7 @@ from hsplit_flwr.federation import checkpoint
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.lora.export import AdapterExport, save_merged, save_peft_adapter
+from hsplit_flwr.lora.places import ScratchFolder
 from hsplit_flwr.models.generation import generate_texts
 from hsplit_flwr.planning.plots import plot_budgets, plot_importance
 from hsplit_flwr.planning.report import plan_table
@@ -88,6 +89,7 @@ class RunOutput:
         self._decisive = dict(decisive or {})
         self.folder = checkpoint.run_folder(self._resumed) if self._resumed else own_folder(folder)
         self._model = model
+        model.keep_delta_in(ScratchFolder(self.folder))
         self._model_name = model_name
         self._command = command or this_command()
         self._config = dict(config or {})

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.lora.deltas import WeightDelta, factors_from_tensors, factors_to_tensors
+from hsplit_flwr.lora.deltas import (
+    WeightDelta,
+    factors_from_state,
+    factors_from_tensors,
+    factors_to_state,
+    factors_to_tensors,
+)
 from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, factor_bytes, stack
 from hsplit_flwr.lora.places import Piece, Place, as_factors, piece_bytes
 
@@ -136,20 +142,16 @@ class _ModuleLog:
         return [piece for at, piece in self.entries if at > version]
 
     def state(self) -> State:
-        entries = {str(at): _state_of(as_factors(piece)) for at, piece in self.entries}
+        entries = {str(at): factors_to_state(as_factors(piece)) for at, piece in self.entries}
         return {"complete_since": self.complete_since, "entries": entries}
 
     @classmethod
     def of_state(cls, state: State, place: Place) -> "_ModuleLog":
         log = cls(state["complete_since"])
         for at, saved in state["entries"].items():
-            log.entries.append((int(at), place.keep_factors(LoraFactors(saved["A"], saved["B"], saved["scaling"]))))
+            log.entries.append((int(at), place.keep_factors(factors_from_state(saved))))
         log.nbytes = sum(piece_bytes(piece) for _, piece in log.entries)
         return log
-
-
-def _state_of(factors: LoraFactors) -> State:
-    return {"A": factors.A, "B": factors.B, "scaling": factors.scaling}
 
 
 class DeltaLog:
@@ -209,7 +211,7 @@ class DeltaLog:
         return {
             "version": self.version,
             "first_version": self._first_version,
-            "total": self.total.to_tensors(),
+            "total": self.total.state(),
             "increments": {name: log.state() for name, log in self._logs.items()},
         }
 
@@ -217,10 +219,10 @@ class DeltaLog:
         """Go on from what `state` gave; `shapes` gives (d_out, d_in) of every module of the model.
 
         Raises:
-            AggregationError: as `WeightDelta.from_tensors`; the log stays as it is.
+            AggregationError: as `WeightDelta.from_state`; the log stays as it is.
         """
         place = self.total.place
-        self.total = WeightDelta.from_tensors(state["total"], shapes, place)
+        self.total = WeightDelta.from_state(state["total"], shapes, place)
         self.version, self._first_version = state["version"], state["first_version"]
         self._logs = {name: _ModuleLog.of_state(saved, place) for name, saved in state["increments"].items()}
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.factors import (
     Increment,
@@ -68,6 +69,12 @@ class MatrixDelta:
     def form(self) -> Tensor | LoraFactors:
         """Dense (d_out, d_in), or all pieces stacked into one pair of factors with scaling 1.0."""
         return as_tensor(self.dense) if self.dense is not None else stack(map(as_factors, self.pieces))
+
+    def state(self) -> State:
+        """The delta in the form it is in; tensors in files are mapped, not read."""
+        if self.dense is not None:
+            return {"dense": as_tensor(self.dense)}
+        return {str(index): factors_to_state(as_factors(piece)) for index, piece in enumerate(self.pieces)}
 
 
 class WeightDelta:
@@ -184,6 +191,35 @@ class WeightDelta:
             matrices[name] = MatrixDelta(shape, dense=place.keep_dense(tensor))
         return cls(matrices, place)
 
+    def state(self) -> State:
+        """Every matrix in the form it is in."""
+        return {name: matrix.state() for name, matrix in self._matrices.items()}
+
+    @classmethod
+    def from_state(cls, state: State, shapes: Mapping[str, Shape], place: Place = MEMORY) -> "WeightDelta":
+        """The delta that gave this `state`, in `place` (`shapes` and errors as in `from_tensors`)."""
+        matrices = {}
+        for name, saved in state.items():
+            if "dense" in saved:
+                key = f"{name}{SEPARATOR}dense"
+                matrices[name] = cls.from_tensors({key: saved["dense"]}, shapes, place).matrix(name)
+                continue
+            matrices[name] = MatrixDelta(_expected_shape(name, shapes))
+            for piece in map(factors_from_state, saved.values()):
+                _require_shape(name, piece, shapes)
+                matrices[name] = matrices[name].plus(piece, place)
+        return cls(matrices, place)
+
+
+def factors_to_state(factors: LoraFactors) -> State:
+    """One pair of factors."""
+    return {"A": factors.A, "B": factors.B, "scaling": factors.scaling}
+
+
+def factors_from_state(state: State) -> LoraFactors:
+    """What `factors_to_state` was given."""
+    return LoraFactors(state["A"], state["B"], state["scaling"])
+
 
 def factors_to_tensors(increment: Increment) -> dict[str, Tensor]:
     """``name|A`` and ``name|B`` of every module, scaling folded into B."""
@@ -206,15 +242,18 @@ def factors_from_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Sha
         )
     factors = {}
     for name in names:
-        pair = LoraFactors(tensors[f"{name}{SEPARATOR}A"], tensors[f"{name}{SEPARATOR}B"], scaling=1.0)
-        factors[name] = pair
-        found = checked_shapes({name: pair})[name]
-        if found != (shape := _expected_shape(name, shapes)):
-            raise AggregationError(
-                f"Expected factors of (d_out, d_in) = {shape} for {name!r}, found {found}. "
-                f"Check that both sides hold the same base model."
-            )
+        factors[name] = LoraFactors(tensors[f"{name}{SEPARATOR}A"], tensors[f"{name}{SEPARATOR}B"], scaling=1.0)
+        _require_shape(name, factors[name], shapes)
     return factors
+
+
+def _require_shape(name: str, pair: LoraFactors, shapes: Mapping[str, Shape]) -> None:
+    found = checked_shapes({name: pair})[name]
+    if found != (shape := _expected_shape(name, shapes)):
+        raise AggregationError(
+            f"Expected factors of (d_out, d_in) = {shape} for {name!r}, found {found}. "
+            f"Check that both sides hold the same base model."
+        )
 
 
 def checked_shapes(increment: Increment) -> dict[str, Shape]:

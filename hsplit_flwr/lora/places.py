@@ -6,6 +6,7 @@ Files are written once and never changed, as the tensors of a delta are.
 """
 
 import logging
+import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from torch import Tensor
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.factors import FLOAT32_BYTES, LoraFactors, Shape, factor_bytes
 
+_SCRATCH = ".delta-"
 _log = logging.getLogger("hsplit_flwr")
 
 
@@ -109,16 +111,18 @@ MEMORY = Memory()
 class ScratchFolder:
     """A `Place` for one process: files in a folder of its own, each deleted with the last use of what it holds.
 
-    Args:
-        parent: where the folder is made; None: where temporary files go.
-
     Where a file cannot be written the part stays in memory, and the log says so, once.
+
+    Args:
+        parent: where the folder is made as it is needed; what an earlier process left of its own there is removed.
+            None: where temporary files go.
     """
 
     def __init__(self, parent: Path | None = None) -> None:
-        if parent:
-            parent.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix=".delta-", dir=parent, ignore_cleanup_errors=True)
+        self._parent = parent
+        for left in parent.glob(f"{_SCRATCH}*") if parent else ():
+            shutil.rmtree(left, ignore_errors=True)
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._written = 0
         self._warned = False
 
@@ -137,12 +141,18 @@ class ScratchFolder:
         return self._owned(StoredMatrix(path)) if path else dense
 
     def _write(self, tensors: Mapping[str, Tensor]) -> Path | None:
-        self._written += 1
-        path = Path(self._folder.name, f"{self._written}.safetensors")
+        path = None
         try:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(
+                    prefix=_SCRATCH, dir=self._parent, ignore_cleanup_errors=True
+                )
+            self._written += 1
+            path = Path(self._folder.name, f"{self._written}.safetensors")
             write_tensors(tensors, path)
         except OSError as error:
-            path.unlink(missing_ok=True)
+            if path:
+                path.unlink(missing_ok=True)
             if not self._warned:
                 _log.warning("the weight delta stays in memory, it could not be written to disk: %s", error)
                 self._warned = True
@@ -186,5 +196,5 @@ def _read(path: Path, *names: str) -> list[Tensor]:
         ) from error
 
 
-def _delete(path: Path, folder: "tempfile.TemporaryDirectory[str]") -> None:
+def _delete(path: Path, folder: object) -> None:
     path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What a run leaves behind, read back with transformers, PEFT and json."""
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def run(folder: Path, rounds: int, adapter_rank: int | None = None) -> dict[str,
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("results") / "run" / "deep"
-    return folder, run(folder, rounds=2)
+    summary = run(folder, rounds=2)
+    gc.collect()  # as if the process had ended: the delta's files go with its model
+    return folder, summary
 
 
 def logits(model: torch.nn.Module) -> Tensor:

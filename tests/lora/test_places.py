@@ -80,6 +80,18 @@ def test_a_file_lives_as_long_as_somebody_needs_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    (tmp_path / ".delta-killed").mkdir()
+    (tmp_path / ".delta-killed" / "1.safetensors").write_bytes(b"")
+    (tmp_path / "results").mkdir()
+    log = in_files(tmp_path)
+    log.append(increment(1))
+    left = [path for path in tmp_path.iterdir() if path.name.startswith(".delta-")]
+    assert [path.name for path in left] != [".delta-killed"]
+    assert len(left) == 1
+    assert (tmp_path / "results").exists()
+
+
 def test_what_cannot_be_written_stays_in_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log, expected = in_files(tmp_path), DeltaLog()
     for number in range(30):
