@@ -1,7 +1,7 @@
 """The tail as a client sees it: a `TailSession` over one stream of frames. Contract: `exchange/frames.py`."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -83,20 +83,24 @@ class RemoteTail(TailSession):
         if self._stream:
             self._stream.close()
 
-    def fetch_delta(self, have: int) -> DeltaTensors:
+    def fetch_delta(self, have: int, aside: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> DeltaTensors:
         """Say hello; get what is missing between version `have` (0: nothing held) and the server's weights.
+
+        Args:
+            have: the version held.
+            aside: what becomes of a tensor while the others come in, e.g. `lora.places.Place.aside`.
 
         Raises:
             AggregationError: more bytes come than `max_delta_bytes`.
         """
         self._send(self._header("hello", have=have))
         frame = self._receive("delta")
-        tensors = dict(frame.tensors)
+        tensors = {key: aside(tensor) for key, tensor in frame.tensors.items()}
         for left in reversed(range(frame.header.left)):
             _check_bytes(tensors, self._max_delta_bytes)
             frame = self._receive("delta")
             expect_header(frame.header, left=left)
-            tensors |= frame.tensors
+            tensors |= {key: aside(tensor) for key, tensor in frame.tensors.items()}
         _check_bytes(tensors, self._max_delta_bytes)
         return DeltaTensors(frame.header.version, frame.header.whole, tensors)
 

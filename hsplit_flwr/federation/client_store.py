@@ -5,6 +5,7 @@
     STATE/
         CLIENT-RUN.lock        held while a process uses the folder beside it
         CLIENT-RUN/            hashes of both ids; what is in it: `federation/delta_folder.py`
+        cleaned                touched when old copies were looked for
 
 Whatever goes wrong (damage, a full disk, a folder that cannot be written) costs bytes, not the round: then nothing is
 held, and the server sends the whole delta.
@@ -31,6 +32,8 @@ LOCK_LIMIT_S = 10.0
 """how long to wait for another process that uses the same client's folder: one loads its weights at a time"""
 OLD_RUN_S, UNUSED_S = 24 * 3600.0, 7 * 24 * 3600.0
 """how long a copy stays that is not used: of a run after which the same client took part in another; of any"""
+CLEANING_S = 60.0
+"""how long the folder is left alone after it was cleaned: to look at a thousand clients' files takes a second"""
 _log = logging.getLogger("hsplit_flwr")
 _said: set[str] = set()
 """warnings of this process: clients are built anew for every message, and would say them every time"""
@@ -99,23 +102,27 @@ class FileStore:
         return None
 
     def _clean(self, own: Path) -> None:
-        """Remove copies that nobody uses any more and, beyond the limit, those that were not used for longest."""
+        """Hold the limit; now and then remove copies that nobody uses any more, and those beyond it, oldest first."""
+        if (size := _bytes_of(own)) > self._limit_bytes:
+            _remove_files(own)
+            _say_once(
+                f"Expected at most {format_bytes(self._limit_bytes)} of clients' state in {self._folder}, found "
+                f"{format_bytes(size)} of one client: it keeps nothing and downloads the whole weight delta in every "
+                "round. Raise state-limit-gb."
+            )
+        last = self._folder / "cleaned"
+        if last.exists() and 0 <= time.time() - last.stat().st_mtime < CLEANING_S:
+            return
+        last.touch()
         client, now = own.name.partition("-")[0], time.time()
         sizes = {path: _bytes_of(path) for path in self._folder.iterdir() if path.is_dir()}
         used = {path: _last_use(path) for path in sizes}
         total = sum(sizes.values())
-        for path in sorted(sizes, key=lambda path: used[path]):
+        for path in sorted(sizes.keys() - {own}, key=lambda path: used[path]):
             age = now - used[path]
             old = age > (OLD_RUN_S if path.name.startswith(f"{client}-") else UNUSED_S)
-            if path != own and (old or total > self._limit_bytes) and _remove(path):
+            if (old or total > self._limit_bytes) and _remove(path):
                 total -= sizes[path]
-        if total > self._limit_bytes:
-            _remove_files(own)
-            _say_once(
-                f"Expected at most {format_bytes(self._limit_bytes)} of clients' state in {self._folder}, found "
-                f"{format_bytes(sizes[own])} of one client: it keeps nothing and downloads the whole weight delta in "
-                "every round. Raise state-limit-gb."
-            )
 
 
 def _short_hash(text: str) -> str:

@@ -21,7 +21,15 @@ from torch import Tensor
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_log import DeltaReplica
 from hsplit_flwr.lora.deltas import MatrixDelta, WeightDelta
-from hsplit_flwr.lora.places import Dense, Piece, StoredFactors, StoredMatrix, stored_factors, write_tensors
+from hsplit_flwr.lora.places import (
+    Dense,
+    Piece,
+    StoredFactors,
+    StoredMatrix,
+    mapped_only,
+    stored_factors,
+    write_tensors,
+)
 
 FORMAT = 1
 """of the files; another one counts as nothing held"""
@@ -119,6 +127,11 @@ class DeltaFolder:
         path = self._write({"dense": dense})
         return StoredMatrix(path) if path else dense
 
+    def aside(self, tensor: Tensor) -> Tensor:
+        """See `Place`."""
+        beside = self._written_beside({"dense": tensor})
+        return mapped_only(beside) if beside else tensor
+
     # --- reading ---
 
     def _read_list(self, path: Path) -> dict[str, Any]:
@@ -172,18 +185,24 @@ class DeltaFolder:
 
     def _write(self, tensors: Mapping[str, Tensor]) -> Path | None:
         """A new file under the name of its content; None where it cannot be written, which `save` will say."""
+        beside = self._written_beside(tensors)
+        if beside is None:
+            return None
+        path = self._path / f"{_digest_of(beside)}.safetensors"
+        beside.replace(path)
+        return path
+
+    def _written_beside(self, tensors: Mapping[str, Tensor]) -> Path | None:
         if self._unwritten is not None:
             return None
         beside = self._beside()
         try:
             write_tensors(tensors, beside)
-            path = self._path / f"{_digest_of(beside)}.safetensors"
-            beside.replace(path)
         except OSError as error:
             self._unwritten = error
             beside.unlink(missing_ok=True)
             return None
-        return path
+        return beside
 
     def _write_list(self, content: bytes, path: Path) -> None:
         beside = self._beside()

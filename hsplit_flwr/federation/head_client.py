@@ -136,7 +136,7 @@ class HeadClient:
         shapes = linear_shapes(head)
         with self._deltas.open(task.run, task.client, shapes) as replica:
             have = replica.version or 0
-            version, whole, tensors = tail.fetch_delta(have)
+            version, whole, tensors = tail.fetch_delta(have, replica.total.place.aside)
             base = None if whole else have
             replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
             del tensors

@@ -5,6 +5,7 @@ matrix at a time: a `StoredMatrix` or `StoredFactors` is mapped at each `read`, 
 Files are written once and never changed, as the tensors of a delta are.
 """
 
+import contextlib
 import logging
 import shutil
 import tempfile
@@ -92,6 +93,9 @@ class Place(Protocol):
     def keep_dense(self, dense: Dense) -> Dense:
         """`dense`, kept here."""
 
+    def aside(self, tensor: Tensor) -> Tensor:
+        """`tensor`, out of the way until it is used: of many, memory need not hold all at once."""
+
 
 class Memory:
     """The `Place` that leaves everything as it is."""
@@ -103,6 +107,10 @@ class Memory:
     def keep_dense(self, dense: Dense) -> Dense:
         """See `Place`."""
         return dense
+
+    def aside(self, tensor: Tensor) -> Tensor:
+        """See `Place`."""
+        return tensor
 
 
 MEMORY = Memory()
@@ -139,6 +147,11 @@ class ScratchFolder:
             return dense
         path = self._write({"dense": dense})
         return self._owned(StoredMatrix(path)) if path else dense
+
+    def aside(self, tensor: Tensor) -> Tensor:
+        """See `Place`."""
+        path = self._write({"dense": tensor})
+        return mapped_only(path) if path else tensor
 
     def _write(self, tensors: Mapping[str, Tensor]) -> Path | None:
         path = None
@@ -183,6 +196,14 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(plain, path)
     except SafetensorError as error:  # a full disk, too
         raise OSError(f"{path}: {error}") from error
+
+
+def mapped_only(path: Path) -> Tensor:
+    """The matrix in the file `path`, which goes: its room on the disk does with the tensor."""
+    tensor = StoredMatrix(path).read()
+    with contextlib.suppress(OSError):  # Windows keeps what is mapped; whoever owns the folder removes it
+        path.unlink()
+    return tensor
 
 
 def _read(path: Path, *names: str) -> list[Tensor]:

@@ -25,8 +25,9 @@ ROUNDS = 14
 
 
 @pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_said_yet_and_never_just_cleaned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_store, "_said", set())
+    monkeypatch.setattr(client_store, "CLEANING_S", 0.0)
 
 
 def factors(name: str, seed: int, rank: int = 1) -> LoraFactors:
@@ -164,6 +165,23 @@ def test_a_round_that_fails_leaves_the_version_before_it(tmp_path: Path) -> None
     with pytest.raises(RuntimeError):
         fail()
     assert play(FileStore(tmp_path), log) == "increments"
+
+
+def test_what_comes_in_can_wait_on_the_disk(tmp_path: Path) -> None:
+    """A new client of a late round gets dense matrices of its whole head, which need not fit into memory at once."""
+    log = log_after(ROUNDS)
+    expected = DeltaReplica()
+    update(expected, log)
+    lacking = log.since(None, SHAPES)
+    with FileStore(tmp_path).open("run", "0", SHAPES) as replica:
+        waiting = {key: replica.total.place.aside(tensor) for key, tensor in lacking.to_tensors().items()}
+        assert all(torch.equal(waiting[key], tensor) for key, tensor in lacking.to_tensors().items())
+        assert not any(tensor.data_ptr() == waiting[key].data_ptr() for key, tensor in lacking.to_tensors().items())
+        assert list(copies(tmp_path)[0].iterdir()) == []
+        replica.apply(DeltaUpdate.from_tensors(waiting, SHAPES, base=None, version=log.version), SHAPES)
+        assert_equal(replica, expected)
+    with FileStore(tmp_path).open("run", "0", SHAPES) as replica:
+        assert_equal(replica, expected)
 
 
 def test_a_head_of_other_blocks(tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def strategy(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HSplitLoR
 
 def context_bytes(node: LocalNode) -> int:
     """As Flower carries it."""
-    return context_to_proto(node.context).ByteSize()
+    size: int = context_to_proto(node.context).ByteSize()
+    return size
 
 
 def test_a_large_delta_stays_out_of_the_context_and_comes_in_increments(
