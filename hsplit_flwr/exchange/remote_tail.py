@@ -83,17 +83,20 @@ class RemoteTail(TailSession):
         if self._stream:
             self._stream.close()
 
-    def fetch_delta(self, have: int, aside: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> DeltaTensors:
+    def fetch_delta(
+        self, have: int, aside: Callable[[Tensor], Tensor] = lambda tensor: tensor, own: int = 0
+    ) -> DeltaTensors:
         """Say hello; get what is missing between version `have` (0: nothing held) and the server's weights.
 
         Args:
             have: the version held.
             aside: what becomes of a tensor while the others come in, e.g. `lora.places.Place.aside`.
+            own: the round whose adapters of its own the client still holds, which need not come; 0: none.
 
         Raises:
             AggregationError: more bytes come than `max_delta_bytes`.
         """
-        self._send(self._header("hello", have=have))
+        self._send(self._header("hello", have=have, own=own))
         frame = self._receive("delta")
         tensors = {key: aside(tensor) for key, tensor in frame.tensors.items()}
         for left in reversed(range(frame.header.left)):

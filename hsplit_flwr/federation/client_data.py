@@ -7,6 +7,7 @@ from typing import Protocol
 
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_log import DeltaReplica
+from hsplit_flwr.lora.delta_update import OwnFactors
 from hsplit_flwr.training.batch import Batch
 
 
@@ -33,3 +34,6 @@ class DeltaStore(Protocol):
 
         What has become of it by the end of the `with` is kept for the next round, unless that ends with an error.
         """
+
+    def keep_own(self, run: str, client: str, own: OwnFactors) -> None:
+        """Keep what the client trained itself for the next `open`: the server need not send that back."""

@@ -26,6 +26,7 @@ from hsplit_flwr.common.tables import format_bytes
 from hsplit_flwr.federation.delta_folder import DeltaFolder, Stamp
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_log import DeltaReplica
+from hsplit_flwr.lora.delta_update import OwnFactors
 
 LIMIT_BYTES = 64 << 30
 LOCK_LIMIT_S = 10.0
@@ -66,7 +67,7 @@ class FileStore:
     @contextmanager
     def open(self, run: str, client: str, shapes: Shapes) -> Iterator[DeltaReplica]:
         """See `DeltaStore`."""
-        own = self._folder / f"{_short_hash(client)}-{_short_hash(run)}"
+        own = self._folder_of(run, client)
         lock = self._lock(own)
         if lock is None:
             yield DeltaReplica()
@@ -86,6 +87,16 @@ class FileStore:
                 self._clean(own)
             except OSError as error:  # another process cleans, too
                 _log.info("%s is cleaned later: %s", self._folder, error)
+
+    def keep_own(self, run: str, client: str, own: OwnFactors) -> None:
+        """See `DeltaStore`."""
+        path = self._folder_of(run, client)
+        if lock := self._lock(path):
+            with lock:
+                DeltaFolder(path, run, client).save_own(own)
+
+    def _folder_of(self, run: str, client: str) -> Path:
+        return self._folder / f"{_short_hash(client)}-{_short_hash(run)}"
 
     def _lock(self, own: Path) -> AbstractContextManager[Any] | None:
         """Makes the folder `own` and locks it; None where that cannot be done."""

@@ -4,6 +4,7 @@
 
     SHA256.json            what is held: run, client, version, modules, and the files of their deltas
     SHA256.safetensors     a pair of factors, or a dense matrix
+    own-ROUND-SHA256.safetensors    the adapters that the client trained in its last round, until its next update
 
 Files are named by their content, written beside and renamed, and all checked before a version counts as held: so it
 does not matter where a process ended, and nothing needs to be flushed. One process at a time uses a folder.
@@ -16,11 +17,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_log import DeltaReplica
-from hsplit_flwr.lora.deltas import MatrixDelta, WeightDelta
+from hsplit_flwr.lora.delta_update import OwnFactors
+from hsplit_flwr.lora.deltas import SEPARATOR, MatrixDelta, WeightDelta
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.places import (
     Dense,
     Piece,
@@ -31,6 +35,7 @@ from hsplit_flwr.lora.places import (
     write_tensors,
 )
 
+_OWN = "own-"
 FORMAT = 1
 """of the files; another one counts as nothing held"""
 _log = logging.getLogger("hsplit_flwr")
@@ -81,6 +86,7 @@ class DeltaFolder:
                 for name, parts in listed["modules"].items()
                 if parts and name in shapes
             }
+            own = self._load_own()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if lists:
                 _log.warning(
@@ -88,7 +94,7 @@ class DeltaFolder:
                     *(self._client, self._path, error),
                 )
             return nothing
-        return DeltaReplica(listed["version"], frozenset(shapes), WeightDelta(matrices, place=self))
+        return DeltaReplica(listed["version"], frozenset(shapes), WeightDelta(matrices, place=self), own)
 
     def save(self, replica: DeltaReplica) -> Stamp:
         """Keep `replica`, and nothing else; what is in memory is written.
@@ -112,6 +118,27 @@ class DeltaFolder:
         if self._unwritten is not None:
             raise self._unwritten
         return Stamp(self._run, replica.version or 0, self._path.name, digest)
+
+    def save_own(self, own: OwnFactors) -> None:
+        """Keep what the client trained in a round; without room for it, the server sends it back."""
+        for path in self._path.glob(f"{_OWN}*"):
+            path.unlink(missing_ok=True)
+        tensors = {  # as they were trained: the server says with which scale they count
+            f"{name}{SEPARATOR}{side}": getattr(factors, side) for name, factors in own.factors.items() for side in "AB"
+        }
+        beside = self._written_beside(tensors)
+        if beside:
+            beside.replace(self._path / f"{_OWN}{own.round_number}-{_digest_of(beside)}.safetensors")
+
+    def _load_own(self) -> OwnFactors | None:
+        for path in self._path.glob(f"{_OWN}*"):
+            _, number, digest = path.stem.split("-")
+            if _digest_of(path) == digest:
+                pairs = load_file(path)
+                names = dict.fromkeys(key.rpartition(SEPARATOR)[0] for key in pairs)
+                factors = {n: LoraFactors(pairs[f"{n}{SEPARATOR}A"], pairs[f"{n}{SEPARATOR}B"], 1.0) for n in names}
+                return OwnFactors(int(number), factors)
+        return None
 
     def keep_factors(self, piece: Piece) -> Piece:
         """See `Place`."""

@@ -132,6 +132,7 @@ class RunOutput:
         if error is None or any(record.clients for record in server.history):
             self._attempt("the texts", lambda: self._generate_after(server))
             server.tail_rounds.merge_remaining()
+            self._model.add_residuals()
             self._adapter = self._attempt("the adapter", self._export_adapter)
             self._attempt("the merged model", self._save_merged)
         summary = self._summary(server, status, reason)

@@ -12,6 +12,7 @@ from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.run_output import KEEP_CHECKPOINTS
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.fleet import Fleet
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import ReplanConfig
@@ -94,6 +95,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             tail_worth=get(run_config, "tail-worth", PlannerConfig.tail_worth),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
             target_modules=spec,
+            update=UpdateCoding(get(run_config, "update-codec", "fp32"), get(run_config, "update-rank", 0)),
         ),
         replan=ReplanConfig(**of_fields(run_config, ReplanConfig)),
         lora_alpha=lora_alpha,

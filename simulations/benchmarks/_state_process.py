@@ -17,7 +17,8 @@ from hsplit_flwr.federation.client_data import DeltaStore
 from hsplit_flwr.federation.client_store import FileStore
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.trained_head import Shapes
-from hsplit_flwr.lora.delta_log import DeltaReplica, DeltaUpdate
+from hsplit_flwr.lora.delta_log import DeltaReplica
+from hsplit_flwr.lora.delta_update import DeltaUpdate, OwnFactors
 from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.factors import LoraFactors, Shape, init_lora_A
 from hsplit_flwr.lora.merge import merge_delta
@@ -39,6 +40,9 @@ class MemoryStore:
     def open(self, run: str, client: str, shapes: Shapes) -> AbstractContextManager[DeltaReplica]:
         """See `DeltaStore`."""
         return self._opened()
+
+    def keep_own(self, run: str, client: str, own: OwnFactors) -> None:
+        """See `DeltaStore`. Nothing is trained here."""
 
     @contextmanager
     def _opened(self) -> Iterator[DeltaReplica]:

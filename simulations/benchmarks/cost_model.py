@@ -155,7 +155,9 @@ def ranks_of(point: Point, costs: ModelCosts) -> dict[str, int]:
 
 def measure_head(point: Point, files: ModelFiles) -> dict[str, Any]:
     """Peak memory and traffic of one head process."""
-    service = TailService(cast(Any, RandomGradients(files)), lambda have, cut: (0, True, {}), "bench", ServiceConfig())
+    service = TailService(
+        cast(Any, RandomGradients(files)), lambda have, cut, own: (0, True, {}), "bench", ServiceConfig()
+    )
     config = TrainingConfig(rounds=1, local_steps=STEPS, learning_rate=1e-4, seed=SEED)
     cuts = {WARM_UP: 1, CLIENT: point.cut}
     tokens = service.open_round(1, "train", cuts, 0)

@@ -18,6 +18,7 @@ from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.flower.client_state import ContextNotes, default_state_folder, delta_store
 from hsplit_flwr.flower.local_federation import LocalNode
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
+from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.training.barrier import BarrierLimits
@@ -82,8 +83,10 @@ def test_a_large_delta_stays_out_of_the_context_and_comes_in_increments(
         assert (stamp.version if stamp else 0) == number - 1
     whole, increment = log.since(None, held).nbytes, log.since(log.version - 1, held).nbytes
     assert whole > 3.9 * increment > 3.9 * MIB
+    others = log.since(log.version - 1, held, own=OwnRound("0", ROUNDS)).nbytes
+    assert others < 0.5 * increment  # it trained most of it itself
     gradients = bytes_down[0]  # there was no delta before round 1
-    assert [found - gradients for found in bytes_down[1:]] == pytest.approx([increment] * 3, abs=8192)
+    assert [found - gradients for found in bytes_down[1:]] == pytest.approx([others] * 3, abs=8192)
 
 
 def node_context(**node_config: Any) -> Context:
