@@ -58,7 +58,7 @@ class UpdateCoding:
         return self == UpdateCoding()
 
     def tensors(self, name: str, shape: Shape, rank: int, own_rank: int) -> dict[str, TensorForm]:
-        """What a client gets of a matrix' update of `rank`, `own_rank` of it its own, as `DeltaUpdate.to_tensors` says."""
+        """What `DeltaUpdate.to_tensors` makes of an update of `rank`, of which `own_rank` is the client's own."""
         d_out, d_in = shape
         sent = rank if self.exact else min(rank, *shape, self.rank or rank)
         if FLOAT32_BYTES * sent * sum(shape) >= dense_bytes(shape):

@@ -90,8 +90,9 @@ def planning() -> AdaptivePlanning:
 class Federation:
     """The clients of a run, which outlive its server, behind either face."""
 
-    def __init__(self, face: str, planned: bool) -> None:
+    def __init__(self, face: str, planned: bool, **config: Any) -> None:
         self.face = face
+        self.config = config
         self.planned = planned
         hosted = budgets if planned else None
         self.nodes = [LocalNode(c, [c], MODEL, data_of, budgets=hosted) for c in CLIENTS]
@@ -117,7 +118,9 @@ class Federation:
         output = RunOutput(model, MODEL, folder, samples=samples, resume=resume)
         options: dict[str, Any] = {
             # budgets come with replies: where plans follow them, everybody takes part in every round
-            "config": StrategyConfig(wait_for_nodes_s=5.0, fraction_clients=1.0 if self.planned else 0.67),
+            "config": StrategyConfig(
+                wait_for_nodes_s=5.0, fraction_clients=1.0 if self.planned else 0.67, **self.config
+            ),
             "limits": LIMITS,
             "eval_batches": EVALUATION,
         }
@@ -224,6 +227,19 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(
         assert any("memory" in reason for reason in found.history[-1].plan_reasons)
     else:
         assert {len(record.clients) for record in found.history} == {2}
+
+
+@FACES
+@pytest.mark.parametrize("coding", [{"update_codec": "bf16"}, {"update_rank": 2}], ids=["bf16", "rank 2"])
+def test_what_was_not_sent_yet_is_not_lost_either(face: str, coding: dict[str, Any], tmp_path: Path) -> None:
+    """Updates go out rounded; what they lack is carried from round to round, and so over the break."""
+    expected = Federation(face, False, **coding).run(tmp_path / "whole")
+    federation = Federation(face, False, **coding)
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(tmp_path / "broken", trap=ended("open_training", 3))
+    found = federation.run(tmp_path / "broken", resume="latest")
+    assert found.resumed_after == 2
+    assert_same_run(found, tmp_path / "broken", expected, tmp_path / "whole")
 
 
 @FACES
