@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hsplit_flwr.federation.trained_head import Shapes
-from hsplit_flwr.lora.delta_log import DeltaReplica
-from hsplit_flwr.lora.delta_update import OwnFactors
+from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 from hsplit_flwr.training.batch import Batch
 
 

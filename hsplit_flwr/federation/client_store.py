@@ -25,8 +25,7 @@ from filelock import FileLock, Timeout
 from hsplit_flwr.common.tables import format_bytes
 from hsplit_flwr.federation.delta_folder import DeltaFolder, Stamp
 from hsplit_flwr.federation.trained_head import Shapes
-from hsplit_flwr.lora.delta_log import DeltaReplica
-from hsplit_flwr.lora.delta_update import OwnFactors
+from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 
 LIMIT_BYTES = 64 << 30
 LOCK_LIMIT_S = 10.0

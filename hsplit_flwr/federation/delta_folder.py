@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hsplit_flwr.federation.trained_head import Shapes
-from hsplit_flwr.lora.delta_log import DeltaReplica
-from hsplit_flwr.lora.delta_update import OwnFactors
+from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 from hsplit_flwr.lora.deltas import SEPARATOR, MatrixDelta, WeightDelta
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.places import (

@@ -1,4 +1,4 @@
-"""Versions of the cumulative delta: the server's log, and the replica a client keeps.
+"""Versions of the cumulative delta: the server's log.
 
 A round that changes the weights makes a new version. A client at version v is sent, per module, the smaller
 of the increments it lacks (v+1..now, stacked) and the whole delta, so that a lagging client costs no more
@@ -15,49 +15,14 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from hsplit_flwr.common.state import State
-from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.aggregation import StackedPart
-from hsplit_flwr.lora.delta_update import DeltaUpdate, OwnFactors, OwnPlace, OwnRound
+from hsplit_flwr.lora.delta_update import DeltaUpdate, OwnPlace, OwnRound
 from hsplit_flwr.lora.deltas import MatrixDelta, WeightDelta, factors_from_state, factors_to_state
 from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, stack
 from hsplit_flwr.lora.places import Dense, Piece, Place, as_factors, as_tensor, piece_bytes
 
 Parts: TypeAlias = Mapping[str, Sequence[StackedPart]]
 """module name -> which columns of an increment are whose"""
-
-
-@dataclass
-class DeltaReplica:
-    """A client's copy of the delta of the modules it holds; a lost one starts empty, at version None."""
-
-    version: int | None = None
-    names: frozenset[str] = frozenset()
-    """the modules it holds at `version`, changed or not"""
-    total: WeightDelta = field(default_factory=WeightDelta)
-    own: OwnFactors | None = None
-    """what the client trained after `version`, which the server may leave out of the next update"""
-
-    def apply(self, update: DeltaUpdate, names: Iterable[str]) -> None:
-        """Moves to the update's version, holding `names` from now on (a new plan may have moved the cut).
-
-        Raises:
-            AggregationError: the update builds on another version, or adds to a module that is not held.
-                The replica stays as it is; ask for the whole (``since(None, names)``).
-        """
-        wanted = frozenset(names)
-        if update.base is not None and update.base != self.version:
-            raise AggregationError(
-                f"Expected an update on version {self.version}, found one on {update.base}. Ask for the whole delta."
-            )
-        added = update.completed(self.own)
-        if missing := sorted(set(added) - self.names if update.base is not None else ()):
-            raise AggregationError(
-                f"Expected increments of modules that are held, found {missing}. Ask for the whole delta."
-            )
-        kept = self.total.restricted(() if update.base is None else wanted)
-        kept.add(added)
-        self.total = kept.replaced(update.replaced).restricted(wanted)
-        self.version, self.names, self.own = update.version, wanted, None
 
 
 class _Entry(NamedTuple):

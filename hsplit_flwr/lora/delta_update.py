@@ -1,11 +1,11 @@
-"""What a client lacks of the cumulative delta, as it travels.
+"""What a client lacks of the cumulative delta, as it travels, and the replica that the client keeps.
 
 Per module the increments since the version that it holds, stacked, or the whole delta. Of an increment that the client
 trained a part of itself, and still holds, that part is left out: it is told where the part belongs and with which
 scale, and builds the same stack in the same order.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,8 +15,11 @@ from torch import Tensor
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.deltas import WeightDelta, factors_from_tensors, factors_to_tensors
 from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, factor_bytes
-from hsplit_flwr.lora.update_coding import ADDED, OWN, PLACE_BYTES, REPLACED
 
+ADDED, REPLACED, OWN = "add|", "replace|", "own|"
+"""how keys of an update's tensors begin"""
+PLACE_BYTES = 16
+"""of an `OwnPlace`"""
 LARGEST_FIGURE = 1e25
 """in what a client takes of a delta. Far above what a server makes of the worst adapters that it accepts (see
 `federation/trained_head.py`): one client must not be able to make a delta that all others refuse."""
@@ -145,6 +148,40 @@ class DeltaUpdate:
                 raise AggregationError(f"Expected a place in the increment of {name!r}, found column {place.start}.")
             added[name] = place.complete(others, own.factors[name])
         return added
+
+
+@dataclass
+class DeltaReplica:
+    """A client's copy of the delta of the modules it holds; a lost one starts empty, at version None."""
+
+    version: int | None = None
+    names: frozenset[str] = frozenset()
+    """the modules it holds at `version`, changed or not"""
+    total: WeightDelta = field(default_factory=WeightDelta)
+    own: OwnFactors | None = None
+    """what the client trained after `version`, which the server may leave out of the next update"""
+
+    def apply(self, update: DeltaUpdate, names: Iterable[str]) -> None:
+        """Moves to the update's version, holding `names` from now on (a new plan may have moved the cut).
+
+        Raises:
+            AggregationError: the update builds on another version, or adds to a module that is not held.
+                The replica stays as it is; ask for the whole (``since(None, names)``).
+        """
+        wanted = frozenset(names)
+        if update.base is not None and update.base != self.version:
+            raise AggregationError(
+                f"Expected an update on version {self.version}, found one on {update.base}. Ask for the whole delta."
+            )
+        added = update.completed(self.own)
+        if missing := sorted(set(added) - self.names if update.base is not None else ()):
+            raise AggregationError(
+                f"Expected increments of modules that are held, found {missing}. Ask for the whole delta."
+            )
+        kept = self.total.restricted(() if update.base is None else wanted)
+        kept.add(added)
+        self.total = kept.replaced(update.replaced).restricted(wanted)
+        self.version, self.names, self.own = update.version, wanted, None
 
 
 def _own_place(name: str, tensor: Tensor) -> OwnPlace:

@@ -19,16 +19,13 @@ from torch import Tensor
 from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import AggregationError
+from hsplit_flwr.lora.delta_update import ADDED, OWN, REPLACED
 from hsplit_flwr.lora.deltas import SEPARATOR
 from hsplit_flwr.lora.factors import FLOAT32_BYTES, Increment, LoraFactors, Shape, all_finite, dense_bytes
 from hsplit_flwr.lora.places import MEMORY, Dense, Place, as_tensor
 
 UPDATE_CODECS: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """dtypes of an update's factors as they travel"""
-ADDED, REPLACED, OWN = "add|", "replace|", "own|"
-"""how keys of an update's tensors begin"""
-PLACE_BYTES = 16
-"""of where a client's own part belongs (`delta_update.OwnPlace`)"""
 TensorForm: TypeAlias = tuple[tuple[int, int] | tuple[int], torch.dtype]
 """shape and dtype"""
 _POWER_STEPS = 2

@@ -17,8 +17,7 @@ from hsplit_flwr.federation.client_data import DeltaStore
 from hsplit_flwr.federation.client_store import FileStore
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.trained_head import Shapes
-from hsplit_flwr.lora.delta_log import DeltaReplica
-from hsplit_flwr.lora.delta_update import DeltaUpdate, OwnFactors
+from hsplit_flwr.lora.delta_update import DeltaReplica, DeltaUpdate, OwnFactors
 from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.factors import LoraFactors, Shape, init_lora_A
 from hsplit_flwr.lora.merge import merge_delta

@@ -15,8 +15,8 @@ import torch
 from hsplit_flwr.federation import client_store
 from hsplit_flwr.federation.client_store import FileStore
 from hsplit_flwr.federation.delta_folder import Stamp
-from hsplit_flwr.lora.delta_log import DeltaLog, DeltaReplica
-from hsplit_flwr.lora.delta_update import DeltaUpdate
+from hsplit_flwr.lora.delta_log import DeltaLog
+from hsplit_flwr.lora.delta_update import DeltaReplica, DeltaUpdate
 from hsplit_flwr.lora.factors import LoraFactors
 from tests.helpers.full_disk import no_file_beyond
 

@@ -32,7 +32,7 @@ from hsplit_flwr.flower.messages import TASK_KEY
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.flower.server import HSplitLoRAServer, server_components
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
-from hsplit_flwr.lora.delta_log import DeltaReplica
+from hsplit_flwr.lora.delta_update import DeltaReplica
 from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.assets import tiny_checkpoint

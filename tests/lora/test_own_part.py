@@ -10,8 +10,8 @@ import torch
 
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.aggregation import RULES, STACKING, Contribution, aggregate, stacked_parts
-from hsplit_flwr.lora.delta_log import DeltaLog, DeltaReplica
-from hsplit_flwr.lora.delta_update import DeltaUpdate, OwnFactors, OwnRound
+from hsplit_flwr.lora.delta_log import DeltaLog
+from hsplit_flwr.lora.delta_update import DeltaReplica, DeltaUpdate, OwnFactors, OwnRound
 from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.places import ScratchFolder

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError, ConfigError
-from hsplit_flwr.lora.delta_log import DeltaLog, DeltaReplica
-from hsplit_flwr.lora.delta_update import DeltaUpdate
+from hsplit_flwr.lora.delta_log import DeltaLog
+from hsplit_flwr.lora.delta_update import DeltaReplica, DeltaUpdate
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.places import MEMORY, ScratchFolder, as_tensor
 from hsplit_flwr.lora.update_coding import UpdateCoding, UpdateRounding, best_factors

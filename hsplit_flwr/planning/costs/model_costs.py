@@ -15,7 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.exchange.codecs import Part
-from hsplit_flwr.lora.update_coding import ADDED, OWN, REPLACED, TensorForm, UpdateCoding
+from hsplit_flwr.lora.delta_update import ADDED, OWN, REPLACED
+from hsplit_flwr.lora.update_coding import TensorForm, UpdateCoding
 from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton, find_layout
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs import npy_bytes
