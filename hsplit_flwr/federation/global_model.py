@@ -14,7 +14,8 @@ from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.lora.factors import Increment
 from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.lora.places import Place
-from hsplit_flwr.lora.update_coding import UpdateCoding, UpdateRounding
+from hsplit_flwr.lora.update_coding import UpdateCoding
+from hsplit_flwr.lora.update_rounding import UpdateRounding, shortened
 from hsplit_flwr.models.equality import require_cuttable
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
@@ -103,7 +104,7 @@ class GlobalModel:
         Of what its client trained in the round `own` it gets only where it belongs.
         """
         update = self.log.since(have, self.head_names(cut), own=own)
-        return update.version, update.base is None, self._rounding.coding.pack(update.to_tensors())
+        return update.version, update.base is None, shortened(update.to_tensors(), self._rounding.coding)
 
     def score(self, batches: Iterable[Batch]) -> Score:
         """Score of the merged weights on `batches`. Raises `ConfigError`, see `score_segment`."""

@@ -49,7 +49,7 @@ class StrategyConfig:
 
     update_codec: str = "fp32"
     """how a round's update goes to the clients: ``fp32`` as it is, without the client's own part; ``bf16`` rounded, and
-    the rounding error carried to the next one (`lora/update_coding.py`)"""
+    the rounding error carried to the next one (`lora/update_rounding.py`)"""
     update_rank: int = 0
     """largest rank of a matrix' update, with what is cut off carried to the next one; 0: any"""
 

@@ -16,7 +16,8 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.exchange.codecs import Part
 from hsplit_flwr.lora.delta_update import ADDED, OWN, REPLACED
-from hsplit_flwr.lora.update_coding import TensorForm, UpdateCoding
+from hsplit_flwr.lora.update_coding import UpdateCoding
+from hsplit_flwr.lora.update_rounding import TensorForm, tensor_forms
 from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton, find_layout
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs import npy_bytes
@@ -114,7 +115,7 @@ class ModelCosts:
         held = [matrix for matrix in self.matrices if matrix.block < cut and ranks.get(matrix.name, 0)]
         forms: dict[str, TensorForm] = {}
         for matrix in held:
-            forms |= coding.tensors(matrix.name, (matrix.d_out, matrix.d_in), ranks[matrix.name], own_rank)
+            forms |= tensor_forms(coding, matrix.name, (matrix.d_out, matrix.d_in), ranks[matrix.name], own_rank)
         order = sorted(forms, key=lambda key: (ADDED, OWN, REPLACED).index(key[: key.index("|") + 1]))
         return frame_bytes.delta_bytes({key: Part(*forms[key]) for key in order})
 

@@ -12,7 +12,8 @@ from hsplit_flwr.lora.delta_log import DeltaLog
 from hsplit_flwr.lora.delta_update import DeltaReplica, DeltaUpdate
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.places import MEMORY, ScratchFolder, as_tensor
-from hsplit_flwr.lora.update_coding import UpdateCoding, UpdateRounding, best_factors
+from hsplit_flwr.lora.update_coding import UpdateCoding
+from hsplit_flwr.lora.update_rounding import UpdateRounding, best_factors, shortened, tensor_forms
 from tests.helpers.states import through_disk
 
 EXACT = 1e-6
@@ -75,7 +76,7 @@ def test_the_factors_are_what_the_coding_says(coding: str) -> None:
             assert factors.rank == (CODINGS[coding].rank or 6)
             assert (factors.A.dtype, factors.B.dtype, factors.scaling) == (torch.float32, torch.float32, 1.0)
             tensors = {f"{name}|A": factors.A, f"{name}|B": factors.B}
-            packed = CODINGS[coding].pack(tensors)
+            packed = shortened(tensors, CODINGS[coding])
             expected = torch.bfloat16 if CODINGS[coding].codec == "bf16" else torch.float32
             assert all(tensor.dtype == expected for tensor in packed.values())
             assert all(torch.equal(packed[key].float(), tensors[key]) for key in tensors)
@@ -83,7 +84,7 @@ def test_the_factors_are_what_the_coding_says(coding: str) -> None:
 
 def test_what_bf16_does_not_hold_travels_in_float32() -> None:
     tensors = {"dense": torch.tensor([[1.0, 1.0 + 2**-12]]), "place": torch.tensor([3.0, 0.1], dtype=torch.float64)}
-    packed = UpdateCoding("bf16").pack(tensors)
+    packed = shortened(tensors, UpdateCoding("bf16"))
     assert all(
         torch.equal(packed[key], tensor) and packed[key].dtype == tensor.dtype for key, tensor in tensors.items()
     )
@@ -114,7 +115,7 @@ def test_a_client_has_what_the_server_has(coding: str) -> None:
     for number in range(ROUNDS):
         log.append(rounding.round(update(number)))
         lacking = log.since(replica.version, SHAPES)
-        tensors = CODINGS[coding].pack(lacking.to_tensors())
+        tensors = shortened(lacking.to_tensors(), CODINGS[coding])
         received = DeltaUpdate.from_tensors(tensors, SHAPES, base=lacking.base, version=lacking.version)
         replica.apply(received, SHAPES)
         for name in replica.total.names():
@@ -155,7 +156,7 @@ def test_wrong_settings_are_refused(wrong: dict[str, object], message: str) -> N
 @pytest.mark.parametrize(("coding", "own"), itertools.product([UpdateCoding(), *CODINGS.values()], [0, 2, 6, 40]))
 def test_the_tensors_of_an_update_are_foretold(coding: UpdateCoding, own: int) -> None:
     for rank in (6, 46):  # factors, and dense
-        found = coding.tensors("h.0.q", SHAPES["h.0.q"], rank, min(own, rank))
+        found = tensor_forms(coding, "h.0.q", SHAPES["h.0.q"], rank, min(own, rank))
         sent = rank if coding.exact else min(rank, 40, coding.rank or rank)
         if sent * 88 >= 48 * 40:
             assert found == {"replace|h.0.q|dense": ((48, 40), torch.float32)}
