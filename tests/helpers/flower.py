@@ -24,6 +24,10 @@ MESSAGES = REPOSITORY / "tests" / "apps" / "messages"
 """the quickstart on the Message API, with the faults of `FAULTS`"""
 BIN = Path(sys.executable).parent
 POLL_S = 0.2
+RUN_S = 420.0
+"""longest a simulation may take on two busy cores; it takes 40-90 s"""
+WHOLE: "Values" = {"rounds": 3, "local-steps": 6, "warmup-steps": 2}
+"""of the run that others are compared with, see `tests/flower/conftest.py`"""
 Values = Mapping[str, Any]
 """of a run config: bool, int, float, str"""
 
@@ -114,6 +118,9 @@ def simulation(nodes: int, actors: int) -> list[str]:
     """Arguments of ``flwr run`` for `nodes` SuperNodes on `actors` Ray actors, whatever cores there are."""
     values = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus={actors}"
     return ["--federation-config", values]
+
+
+FIVE_NODES = simulation(nodes=5, actors=5)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
