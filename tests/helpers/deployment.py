@@ -1,0 +1,115 @@
+"""A deployment on this machine as docs/deployment.md describes it: TLS, node authentication, a process per part."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.helpers.certificates import Certificates
+from tests.helpers.flower import FlowerHome, flower_home, free_port, tail, wait_for_log, wait_for_port
+
+START_S = 180.0
+"""longest a SuperLink or SuperNode may take to come up, or one of Flower's commands"""
+NAME = "loopback"
+CONNECTION = """\
+[superlink]
+default = "{name}"
+
+[superlink.{name}]
+address = "127.0.0.1:{port}"
+root-certificates = "{authority}"
+"""
+
+
+class Deployment:
+    """A SuperLink that admits registered SuperNodes only, and `nodes` of these; `home` runs apps on it."""
+
+    def __init__(self, home: FlowerHome, nodes: int) -> None:
+        self.home = home
+        self._nodes = nodes
+        self.certificates = Certificates.make(home.folder / "tls")
+        self._supernodes: dict[int, subprocess.Popen[bytes]] = {}
+        self._port = free_port()
+        authority, certificate, key = self.certificates
+        config = CONNECTION.format(name=NAME, port=self._port, authority=authority)
+        (home.folder / "config.toml").write_text(config)
+        superlink, log = home.start(
+            "flower-superlink",
+            *("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), "--ssl-ca-certfile", str(authority)),
+            *("--host", "127.0.0.1", "--port", str(self._port), "--enable-supernode-auth"),
+        )
+        wait_for_port(self._port, superlink, log, START_S)
+
+    def _private_key(self, node: int) -> Path:
+        return self.home.folder / f"node-{node}"
+
+    def register(self, node: int) -> None:
+        """Make a key pair of a SuperNode and register its public half."""
+        key = ec.generate_private_key(ec.SECP384R1())
+        private = self._private_key(node)
+        public = private.with_suffix(".pub")
+        openssh, plain = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+        private.write_bytes(key.private_bytes(serialization.Encoding.PEM, openssh, plain))
+        of = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+        public.write_bytes(of)
+        self.command("supernode", "register", str(public), NAME)
+
+    def start_supernode(self, node: int) -> None:
+        """Start a registered SuperNode, with a runtime port of its own; returns once the SuperLink has let it in."""
+        config = f"partition-id={node} num-partitions={self._nodes}"
+        process, log = self.home.start(
+            "flower-supernode",
+            *("--superlink", f"127.0.0.1:{self._port}", "--root-certificates", str(self.certificates.authority)),
+            *("--auth-supernode-private-key", str(self._private_key(node)), "--port", str(free_port())),
+            *("--node-config", f"{config} tail-root-certificates='{self.certificates.authority}'"),
+        )
+        self._supernodes[node] = process
+        wait_for_log("SuperNode ID", process, log, START_S)
+
+    def restart_supernode(self, node: int) -> None:
+        """What a supervisor does for a SuperNode that was killed: ends all its processes, starts it again."""
+        process = psutil.Process(self._supernodes[node].pid)
+        family = [process, *process.children(recursive=True)]
+        for member in family:
+            member.kill()
+        psutil.wait_procs(family, START_S)
+        self.start_supernode(node)
+
+    def statuses(self) -> dict[str, str]:
+        """Run id -> its status, as `flwr list` says."""
+        runs = json.loads(self.command("list", NAME, "--format", "json"))["runs"]
+        return {str(run["run-id"]): str(run["status"]) for run in runs}
+
+    def command(self, *arguments: str) -> str:
+        """The output of ``flwr ...``, which must succeed."""
+        process, log = self.home.start("flwr", *arguments)
+        assert process.wait(START_S) == 0, tail(log)
+        return log.read_text()
+
+    def server_apps(self) -> list[psutil.Process]:
+        """Processes of runs' ServerApps."""
+        return [process for process in self.home.processes() if "flwr-serverapp" in " ".join(_words(process)[:3])]
+
+
+@contextmanager
+def deployed(folder: Path, nodes: int) -> Iterator[Deployment]:
+    """A deployment with `nodes` SuperNodes, connected; none of its processes is left behind."""
+    with flower_home(folder) as home:
+        deployment = Deployment(home, nodes)
+        for node in range(nodes):
+            deployment.register(node)
+            deployment.start_supernode(node)
+        yield deployment
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        words: list[str] = process.cmdline()
+    except psutil.Error:
+        return []  # gone meanwhile
+    return words
