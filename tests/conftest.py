@@ -19,8 +19,12 @@ import torch
 
 torch.set_num_threads(1)
 
-FLOWER = ("tests/flower/test_simulation.py", "tests/flower/test_resume_simulation.py")
-FLOWER += ("tests/flower/test_deployment.py", "tests/test_readme.py")
+FLOWER = {
+    "tests/flower/test_simulation.py",
+    "tests/flower/test_resume_simulation.py",
+    "tests/flower/test_deployment.py",
+    "tests/test_readme.py",
+}
 """files whose tests start Flower's processes"""
 
 
@@ -42,7 +46,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """`scope` by `scope` (pytest-xdist; absent without `-n`)."""
     from xdist.scheduler import LoadFileScheduling
 
-    class ByScope(LoadFileScheduling):
+    class ByScope(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
         def _split_scope(self, nodeid: str) -> str:
             return scope(nodeid)
 

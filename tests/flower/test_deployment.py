@@ -5,6 +5,8 @@ One SuperLink serves all tests. In between, a ServerApp and a SuperNode are kill
 
 import re
 import signal
+import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from tests.helpers.flower import (
     QUICKSTART,
     Values,
     read_summary,
-    run_arguments,
     tail,
     timeless,
     wait_for_log,
@@ -44,16 +45,26 @@ def values(deployment: Deployment, folder: Path, **changes: Any) -> dict[str, An
     return {**CONFIGURED, **tls, "output-dir": str(folder), **changes}
 
 
+def finished(*runs: tuple["subprocess.Popen[bytes]", Path]) -> list[str]:
+    """Logs of runs that were started, once all have ended."""
+    for process, log in runs:
+        try:
+            process.wait(RUN_S)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"flwr run took more than {RUN_S} s:\n{tail(log)}") from None
+    return [log.read_text(errors="replace") for _, log in runs]
+
+
 def kill_in_round_2(deployment: Deployment, folder: Path) -> str:
     """A run whose ServerApp is killed in the middle of round 2, and a SuperNode with it; returns the run's id."""
-    process, log = deployment.home.start("flwr", *run_arguments(MESSAGES, values(deployment, folder)))
+    process, log = deployment.start(MESSAGES, values(deployment, folder))
     wait_for_log("round 2/2  step ", process, log, RUN_S)
     (server,) = deployment.server_apps()
     server.send_signal(signal.SIGKILL)
     deployment.restart_supernode(NODES - 1)  # as a supervisor does
-    found = re.search(r"started run (\d+)", log.read_text(errors="replace"))
-    assert found, tail(log)
-    assert process.wait(RUN_S) is not None
+    (said,) = finished((process, log))
+    found = re.search(r"started run (\d+)", said)
+    assert found, said
     return found[1]
 
 
@@ -67,15 +78,20 @@ def comparable(folder: Path) -> dict[str, Any]:
 
 
 def test_both_faces_train_the_same_also_if_killed_and_resumed(deployment: Deployment, tmp_path: Path) -> None:
-    """The Message API's run is killed in round 2 and resumed; the legacy face's is not. Bit by bit they end alike."""
+    """The Message API's run is killed in round 2 and resumed; the legacy face's, at the same time, is not.
+
+    Two runs at a time share the SuperNodes; each has a tail of its own. Bit by bit they end alike.
+    """
     resumed, whole = tmp_path / "messages", tmp_path / "legacy"
     killed = kill_in_round_2(deployment, resumed)
     broken = read_summary(resumed)
     assert (broken["status"], broken["rounds"]) == ("running", 1)
-    log = deployment.home.run(MESSAGES, values(deployment, resumed, resume="latest"), timeout_s=RUN_S)
+    log, other = finished(
+        deployment.start(MESSAGES, values(deployment, resumed, resume="latest")),
+        deployment.start(QUICKSTART, values(deployment, whole)),
+    )
     assert f"resumed from {resumed / 'checkpoints' / 'round-0001'}: 1 rounds are left" in log
-    log = deployment.home.run(QUICKSTART, values(deployment, whole), timeout_s=RUN_S)
-    assert f"Results: {whole}" in log
+    assert f"Results: {whole}" in other
 
     assert comparable(resumed) == comparable(whole)
     for name in ("adapter/adapter_model.safetensors", "merged_model/model.safetensors"):
@@ -103,17 +119,24 @@ def assert_trained(summary: dict[str, Any]) -> None:
         print(f"round: {record['seconds']}")
 
 
-def test_a_run_in_which_nobody_trained_has_failed(deployment: Deployment, tmp_path: Path) -> None:
-    """It said "completed", with an untouched model. Here clients are told an address where there is no tail."""
+def test_runs_that_come_to_nothing_have_failed_and_say_why(deployment: Deployment, tmp_path: Path) -> None:
+    """One whose clients are told an address where there is no tail ("completed", it said); one whose port is taken."""
     before = deployment.statuses()
-    changes = {"rounds": 1, "tail-address": "127.0.0.1:9", "federated-evaluation": False}
-    process, log = deployment.home.start("flwr", *run_arguments(MESSAGES, values(deployment, tmp_path, **changes)))
-    process.wait(RUN_S)
-    summary = read_summary(tmp_path)
+    nobody, no_port = tmp_path / "nobody", tmp_path / "no-port"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        once = {"rounds": 1, "local-steps": 2, "federated-evaluation": False}
+        log, other = finished(
+            deployment.start(MESSAGES, values(deployment, nobody, **once, **{"tail-address": "127.0.0.1:9"})),
+            deployment.start(QUICKSTART, values(deployment, no_port, **once, **{"tail-bind": f"127.0.0.1:{port}"})),
+        )
+    summary = read_summary(nobody)
     assert summary["status"] == "failed"
     assert "RunFailedError: Expected a client that finishes a round, found none in 1 rounds" in summary["reason"]
-    for said in (summary["reason"], log.read_text(errors="replace")):
+    for said in (summary["reason"], log):
         assert "Expected a tail at 127.0.0.1:9, found none" in said
-    assert not (tmp_path / "merged_model").exists()
-    (run,) = deployment.statuses().items() - before.items()
-    assert run[1] == "finished:failed"
+    assert not (nobody / "merged_model").exists()
+    for said in (read_summary(no_port)["reason"], other):
+        assert f"Expected to listen on 127.0.0.1:{port} (run config: tail-bind), found: the address is in use" in said
+    statuses = deployment.statuses()
+    assert [statuses[run] for run in statuses.keys() - before.keys()] == ["finished:failed"] * 2

@@ -11,7 +11,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.helpers.certificates import Certificates
-from tests.helpers.flower import FlowerHome, flower_home, free_port, tail, wait_for_log, wait_for_port
+from tests.helpers.flower import (
+    FlowerHome,
+    Values,
+    flower_home,
+    free_port,
+    run_arguments,
+    tail,
+    wait_for_log,
+    wait_for_port,
+)
 
 START_S = 180.0
 """longest a SuperLink or SuperNode may take to come up, or one of Flower's commands"""
@@ -79,6 +88,10 @@ class Deployment:
             member.kill()
         psutil.wait_procs(family, START_S)
         self.start_supernode(node)
+
+    def start(self, app: Path, run_config: Values) -> tuple["subprocess.Popen[bytes]", Path]:
+        """``flwr run APP --stream``, under way; returns its process and log."""
+        return self.home.start("flwr", *run_arguments(app, run_config))
 
     def statuses(self) -> dict[str, str]:
         """Run id -> its status, as `flwr list` says."""
