@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,12 @@ def kill_in_round_2(deployment: Deployment, folder: Path) -> str:
     wait_for_log("round 2/2  step ", process, log, RUN_S)
     (server,) = deployment.server_apps()
     server.send_signal(signal.SIGKILL)
-    deployment.restart_supernode(NODES - 1)  # as a supervisor does
+    deployment.kill_supernode(NODES - 1)
+    started = time.monotonic()
+    deployment.start_supernode(NODES - 1)
+    print(f"the SuperNode was back after {time.monotonic() - started:.0f} s")
     (said,) = finished((process, log))
+    print(f"the run was over after {time.monotonic() - started:.0f} s")
     found = re.search(r"started run (\d+)", said)
     assert found, said
     return found[1]

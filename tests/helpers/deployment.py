@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.helpers.flower import (
     free_port,
     run_arguments,
     tail,
-    wait_for_log,
+    wait_for,
     wait_for_port,
 )
 
@@ -69,7 +70,17 @@ class Deployment:
         self.command("supernode", "register", str(public), NAME)
 
     def start_supernode(self, node: int) -> None:
-        """Start a registered SuperNode, with a runtime port of its own; returns once the SuperLink has let it in."""
+        """Start a registered SuperNode, and again whenever it ends, as a supervisor does, until it is let in.
+
+        A SuperNode that was killed seems online to the SuperLink for a while; until then its successor, which has the
+        same key, is turned away and gives up (flwr 1.42).
+        """
+        deadline = time.monotonic() + START_S
+        while not self._let_in(node):
+            assert time.monotonic() < deadline, f"SuperNode {node} was not let in within {START_S} s"
+
+    def _let_in(self, node: int) -> bool:
+        """Start a SuperNode with a runtime port of its own; returns whether it stayed."""
         config = f"partition-id={node} num-partitions={self._nodes}"
         process, log = self.home.start(
             "flower-supernode",
@@ -78,16 +89,18 @@ class Deployment:
             *("--node-config", f"{config} tail-root-certificates='{self.certificates.authority}'"),
         )
         self._supernodes[node] = process
-        wait_for_log("SuperNode ID", process, log, START_S)
+        wait_for(
+            lambda: process.poll() is not None or "SuperNode ID" in log.read_text(), "an answer", None, log, START_S
+        )
+        return process.poll() is None
 
-    def restart_supernode(self, node: int) -> None:
-        """What a supervisor does for a SuperNode that was killed: ends all its processes, starts it again."""
+    def kill_supernode(self, node: int) -> None:
+        """End all processes of a SuperNode without a farewell."""
         process = psutil.Process(self._supernodes[node].pid)
         family = [process, *process.children(recursive=True)]
         for member in family:
             member.kill()
         psutil.wait_procs(family, START_S)
-        self.start_supernode(node)
 
     def start(self, app: Path, run_config: Values) -> tuple["subprocess.Popen[bytes]", Path]:
         """``flwr run APP --stream``, under way; returns its process and log."""

@@ -166,12 +166,14 @@ def wait_for_log(text: str, process: "subprocess.Popen[bytes]", log: Path, timeo
 
 
 def wait_for(
-    condition: Callable[[], bool], what: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float
+    condition: Callable[[], bool], what: str, process: "subprocess.Popen[bytes] | None", log: Path, timeout_s: float
 ) -> None:
-    """Until `condition` (AssertionError: `process` ended before that, or it took longer)."""
+    """Until `condition` (AssertionError: `process`, if any, ended before that, or it took longer)."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert process.poll() is None, f"{process.args!r} ended before {what}:\n{tail(log)}"
+        assert process is None or process.poll() is None, (
+            f"{process and process.args} ended before {what}:\n{tail(log)}"
+        )
         assert time.monotonic() < deadline, f"not {what} within {timeout_s} s:\n{tail(log)}"
         time.sleep(POLL_S)
 
