@@ -60,7 +60,7 @@ def kill_in_round_2(deployment: Deployment, folder: Path) -> str:
     """A run whose ServerApp is killed in the middle of round 2, and a SuperNode with it; returns the run's id."""
     process, log = deployment.start(MESSAGES, values(deployment, folder))
     wait_for_log("round 2/2  step ", process, log, RUN_S)
-    (server,) = deployment.server_apps()
+    (server,) = deployment.apps("serverapp")
     server.send_signal(signal.SIGKILL)
     deployment.kill_supernode(NODES - 1)
     started = time.monotonic()
@@ -105,7 +105,15 @@ def test_both_faces_train_the_same_also_if_killed_and_resumed(deployment: Deploy
     statuses = deployment.statuses()
     assert statuses.pop(killed) == "finished:failed"
     assert list(statuses.values()) == ["finished:completed"] * 2
-    assert deployment.server_apps() == []
+    assert_no_app_is_left(deployment)
+
+
+def assert_no_app_is_left(deployment: Deployment) -> None:
+    """SuperLink and SuperNodes wait for the next run; of those that ended, nothing stays."""
+    deadline = time.monotonic() + 60.0
+    while left := [*deployment.apps("serverapp"), *deployment.apps("clientapp")]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
 
 
 def assert_trained(summary: dict[str, Any]) -> None:
@@ -145,3 +153,4 @@ def test_runs_that_come_to_nothing_have_failed_and_say_why(deployment: Deploymen
         assert f"Expected to listen on 127.0.0.1:{port} (run config: tail-bind), found: the address is in use" in said
     statuses = deployment.statuses()
     assert [statuses[run] for run in statuses.keys() - before.keys()] == ["finished:failed"] * 2
+    assert_no_app_is_left(deployment)

@@ -117,9 +117,9 @@ class Deployment:
         assert process.wait(START_S) == 0, tail(log)
         return log.read_text()
 
-    def server_apps(self) -> list[psutil.Process]:
-        """Processes of runs' ServerApps."""
-        return [process for process in self.home.processes() if "flwr-serverapp" in " ".join(_words(process)[:3])]
+    def apps(self, kind: str) -> list[psutil.Process]:
+        """Processes of runs: of their ``serverapp`` or their ``clientapp``."""
+        return [process for process in self.home.processes() if f"flwr-{kind}" in " ".join(_words(process)[:3])]
 
 
 @contextmanager
