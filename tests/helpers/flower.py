@@ -171,9 +171,8 @@ def wait_for(
     """Until `condition` (AssertionError: `process`, if any, ended before that, or it took longer)."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert process is None or process.poll() is None, (
-            f"{process and process.args} ended before {what}:\n{tail(log)}"
-        )
+        if process is not None:
+            assert process.poll() is None, f"{process.args!r} ended before {what}:\n{tail(log)}"
         assert time.monotonic() < deadline, f"not {what} within {timeout_s} s:\n{tail(log)}"
         time.sleep(POLL_S)
 
