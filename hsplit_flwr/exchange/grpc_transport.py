@@ -4,13 +4,10 @@ Method ``/hsplit_flwr.Tail/Exchange``; the client's token travels as ``authoriza
 what is said comes as an argument: this file knows neither rounds nor frames.
 """
 
-import errno
-import ipaddress
 import logging
 import math
 import queue
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +18,12 @@ from typing import Any
 import grpc
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
+from hsplit_flwr.exchange.addresses import listening_address, why_not_bound
 from hsplit_flwr.exchange.tls_files import CLIENT_ROOTS, ClientTls, read_certificates, read_pair
 from hsplit_flwr.exchange.transport import Serve
 
 SERVICE, METHOD = "hsplit_flwr.Tail", "Exchange"
 SCHEME = "grpc://"
-WILDCARDS = ("0.0.0.0", "[::]", "*", "")
-"""hosts to listen on, but not to connect to"""
 MAX_STREAMS = 1024
 """clients that may be connected at a time; each has a thread of the server's"""
 CONNECT_S = 20.0
@@ -154,55 +150,23 @@ def _until_gone(requests: Iterator[bytes]) -> Iterator[bytes]:
 
 def _bind(server: Any, config: ServiceConfig) -> str:
     """Take the address; returns what clients are told."""
-    bind = config.bind.removeprefix(SCHEME)
-    host, _, port = bind.rpartition(":")
-    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
-        raise ConfigError(f"Expected host:port to listen on (run config: tail-bind), found {config.bind!r}.")
-    _check_brackets(host, bind, "tail-bind")
-    told, _, told_port = _split(config.advertise)
-    _check_brackets(told, config.advertise, "tail-address")
-    if (told or host) in WILDCARDS:
-        raise ConfigError(
-            f"Expected an address that clients can reach, found only {config.advertise or config.bind}. "
-            "Set advertise (run config: tail-address) to this host's name or address."
-        )
+    where = listening_address(config.bind.removeprefix(SCHEME), config.advertise.removeprefix(SCHEME))
+    bind = f"{where.host}:{where.port}"
     credentials = _credentials(config)
     try:
         bound = server.add_secure_port(bind, credentials) if credentials else server.add_insecure_port(bind)
     except RuntimeError as error:
         raise ConfigError(
-            f"Expected to listen on {bind} (run config: tail-bind), found: {_why_not(host, int(port)) or error}. "
+            f"Expected to listen on {bind} (run config: tail-bind), found: {why_not_bound(where) or error}. "
             "Choose a free port (0 takes any) of an address of this machine."
         ) from error
-    if credentials is None and not _is_loopback(host):
+    if credentials is None and not where.is_loopback:
         _log.warning(
             "the tail listens on %s without TLS: whoever can read on the way sees activations, labels and tokens. "
             "Set tail-certificate and tail-private-key, unless a proxy of yours terminates TLS in front of it.",
             bind,
         )
-    return f"{told or host}:{told_port or bound}"
-
-
-def _split(address: str) -> tuple[str, str, str]:
-    """Host, colon and port of an address that need not have a port; a host in brackets may have colons."""
-    address = address.removeprefix(SCHEME)
-    host, colon, port = address.rpartition(":")
-    return (host, colon, port) if port.isascii() and port.isdigit() else (address, "", "")
-
-
-def _check_brackets(host: str, found: str, key: str) -> None:
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ConfigError(
-            f"Expected an IPv6 address in brackets, such as [2001:db8::7]:9095 (run config: {key}), found {found!r}. "
-            "Without them its last part reads as a port."
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return f"{where.told_host}:{where.told_port or bound}"
 
 
 def _credentials(config: ServiceConfig) -> Any:
@@ -220,21 +184,6 @@ def _credentials(config: ServiceConfig) -> Any:
     if roots is None:
         return grpc.ssl_server_credentials([(key, chain)])
     return grpc.ssl_server_credentials([(key, chain)], read_certificates(roots, CLIENT_ROOTS), True)
-
-
-def _why_not(host: str, port: int) -> str | None:
-    """What the operating system has against listening there; gRPC keeps that to itself."""
-    try:
-        places = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, place in places:
-            with socket.socket(family, kind, protocol) as trial:
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trial.bind(place)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return "the address is in use, perhaps by another run on this machine that has not ended"
-        return error.strerror or str(error)
-    return None
 
 
 # ---------------------------------------------------------------------------------------------- a head's side
