@@ -41,7 +41,7 @@ class RemoteTail(TailSession):
     Args:
         task: what the Strategy sent.
         max_receive_bytes: the largest frame this client accepts.
-        connect: opens the stream, e.g. ``partial(transport.connect, root_certificates=pem)``.
+        connect: opens the stream, e.g. ``partial(transport.connect, tls=tls)``.
         max_delta_bytes: that all tensors of a delta may take; None: any.
 
     Raises:

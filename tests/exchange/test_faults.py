@@ -31,6 +31,7 @@ from hsplit_flwr.exchange.grpc_transport import GrpcStream, ServiceConfig, conne
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.tail_service import DeltaSource, TailService
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.tls_files import ClientTls
 from hsplit_flwr.exchange.transport import Connect
 from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
@@ -723,7 +724,7 @@ def test_a_client_refuses_a_bad_answer(answer: bytes, code: str) -> None:
 
 
 def trusting(roots: bytes | None) -> Connect:
-    return partial(connect, root_certificates=roots)
+    return partial(connect, tls=ClientTls(roots) if roots else None)
 
 
 def test_tls(certificates: tuple[Path, Path, bytes], alone: State, monkeypatch: pytest.MonkeyPatch) -> None:

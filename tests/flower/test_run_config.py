@@ -13,7 +13,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.flower.apps import flwr_command
-from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, integers
+from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, integers, read_tls
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
@@ -80,6 +80,7 @@ def test_every_key_arrives() -> None:
             "tail-address": "tail.example.org",
             "tail-certificate": "tls/chain.pem",
             "tail-private-key": "tls/key.pem",
+            "tail-client-root-certificates": "tls/ca.pem",
             "max-frame-mib": 3,
             "start-gate-s": 1,
             "straggler-limit-s": 2.5,
@@ -97,6 +98,7 @@ def test_every_key_arrives() -> None:
             "server-threads": 2,
             "output-dir": "somewhere",
             "adapter-rank": 16,
+            "log-samples": True,
             "batch-size": 3,
             "max-length": 50,
             "gradient-checkpointing": True,
@@ -137,9 +139,10 @@ def test_every_key_arrives() -> None:
         3 * 1024 * 1024,
         certificate=Path("tls/chain.pem"),
         private_key=Path("tls/key.pem"),
+        client_root_certificates=Path("tls/ca.pem"),
     )
     assert settings.limits == BarrierLimits(start_gate_s=1.0, straggler_limit_s=2.5)
-    assert (settings.server_threads, settings.adapter_rank) == (2, 16)
+    assert (settings.server_threads, settings.adapter_rank, settings.log_samples) == (2, 16, True)
     assert settings.output_dir == Path.cwd() / "somewhere"  # where Flower puts the app must not matter
 
 
@@ -303,6 +306,7 @@ def test_every_key_that_can_be_set_is_read(app: str) -> None:
     folder = SIMULATIONS / app / app
     read_settings(config, folder)
     read_settings(unplanned := Recorded({**app_config(app), **SMALLEST}), folder)
+    read_tls(config, {})  # as a client does
     literal = re.compile(r'get\(\s*(?:context\.)?run_config,\s*"([a-z-]+)"')
     in_code = {key for path in folder.rglob("*.py") for key in literal.findall(path.read_text())}
     assert app_config(app).keys() - config.asked - unplanned.asked - in_code == set()
