@@ -6,6 +6,7 @@ else outside the blocks is the *postlude* (final norm, LM head).
 """
 
 import copy
+import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from hsplit_flwr.models.views import graft, path_to
 
 PATCHING = threading.Lock()
 """Held while nn.Module is patched to build on the meta device: building real modules in another thread must wait."""
+_LARGE = 1 << 20
+"""elements of a tensor that is not allocated while a skeleton is built"""
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,26 @@ def block_of(name: str) -> int:
     return int(found.group(1))
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Large tensors without values have no storage: accelerate moves a parameter away only once it is there.
+
+    The fused experts of one block of DeepSeek-V3 would ask for 30 GB. Smaller ones stay as they are, so that buffers
+    that a model fills in are computed.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and "device" not in kwargs:
+            size = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+            if all(isinstance(side, int) for side in size) and math.prod(size) >= _LARGE:
+                return func(*args, **kwargs, device="meta")
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Models built inside have parameters without storage; buffers (rotary frequencies) are computed."""
-    with PATCHING, init_empty_weights(include_buffers=False):  # patches nn.Module for all threads
+    with PATCHING, init_empty_weights(include_buffers=False), _LargeOnMeta():  # patches nn.Module for all threads
         yield
 
 

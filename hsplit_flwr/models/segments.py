@@ -208,8 +208,7 @@ def load_segment(
     skeleton = source.skeleton(dtype)
     if (generation := source.generation_config()) is not None:
         skeleton.generation_config = generation  # the merged model is written with it
-    names = source.stored_names
-    return _cut(skeleton, start, stop, names, lambda name: source.read(name, dtype).to(device), device)
+    return _cut(skeleton, start, stop, source, lambda name: source.read(name, dtype).to(device), device)
 
 
 def segment_from_model(model: PreTrainedModel, start: int = 0, stop: int | None = None) -> Segment:

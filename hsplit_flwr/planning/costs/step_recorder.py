@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from hsplit_flwr.models.block_layout import block_of
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.planning.costs.grouped_products import GROUPED, grouped_flops
 
 aten = torch.ops.aten
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
@@ -225,9 +226,12 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func._overloadpacket
         is_attention = "scaled_dot_product" in packet.__name__
         formula = flop_registry.get(aten._scaled_dot_product_flash_attention if is_attention else packet)
-        if formula is None:
+        if packet is GROUPED:
+            flops = grouped_flops(args[0].shape, args[1].shape)
+        elif formula is None:
             return
-        flops = float(formula(*args, **kwargs, out_val=result))
+        else:
+            flops = float(formula(*args, **kwargs, out_val=result))
         operands = [self._marks.get(_key(tensor), 0) for tensor in args if isinstance(tensor, Tensor)]
         if is_attention:
             q, k, v = operands[:3]

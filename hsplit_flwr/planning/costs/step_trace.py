@@ -21,6 +21,7 @@ from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.block_layout import BlockLayout
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.planning.costs.grouped_products import GroupedProducts
 from hsplit_flwr.planning.costs.step_recorder import BlockTrace, StepRecorder
 from hsplit_flwr.training.workload import Workload
 
@@ -55,7 +56,7 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
     recorder = StepRecorder(num_run)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with fake, _quiet():
+        with fake, GroupedProducts(), _quiet():
             _fill_with_fakes(segment.model)
             for parameter in adapters.parameters():
                 # Their gradients are counted apart, for their real ranks.
