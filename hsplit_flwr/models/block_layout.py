@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.views import graft, path_to
@@ -42,6 +43,22 @@ class BlockLayout:
     """modules with parameters used before the blocks: embeddings, position embeddings, their norm, ..."""
     postlude: frozenset[str]
     """all other modules with parameters outside the blocks: final norm, LM head, ..."""
+    passive: frozenset[str] = frozenset()
+    """linear layers of the blocks that take no adapter (`adaptable`)"""
+
+    def linear_layers(self, model: nn.Module, start: int = 0) -> list[str]:
+        """Whole-model names of the linear layers in the blocks of `model` that take an adapter, in its order.
+
+        Args:
+            model: the whole model, or one that holds the blocks from `start` on.
+            start: its first block.
+        """
+        names = [
+            shift_block(name, self.blocks, start)
+            for name, module in model.named_modules()
+            if name.startswith(f"{self.blocks}.") and isinstance(module, nn.Linear | Conv1D)
+        ]
+        return [name for name in names if name not in self.passive]
 
 
 def block_of(name: str) -> int:
@@ -73,6 +90,14 @@ class _LargeOnMeta(TorchFunctionMode):
             if all(isinstance(side, int) for side in size) and math.prod(size) >= _LARGE:
                 return func(*args, **kwargs, device="meta")
         return func(*args, **kwargs)
+
+
+def shift_block(name: str, blocks: str, by: int) -> str:
+    """`name` with its index among the `blocks` moved; names of what lies elsewhere stay."""
+    if not name.startswith(f"{blocks}."):
+        return name
+    index, dot, rest = name[len(blocks) + 1 :].partition(".")
+    return f"{blocks}.{int(index) + by}{dot}{rest}"
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from collections.abc import Callable, Container, Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.models.block_layout import BlockLayout, block_of, build_skeleton, find_layout
+from hsplit_flwr.models.adaptable import layout_of
+from hsplit_flwr.models.block_layout import BlockLayout, block_of, build_skeleton, shift_block
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.token_limits import TokenLimits
 from hsplit_flwr.models.views import (
@@ -53,11 +53,7 @@ class Segment(nn.Module):
         """compute each block's activations again in the backward pass instead of keeping them"""
         self._layout = layout
         self._limits = TokenLimits.of(model)
-        self._linear_names = [
-            self.global_name(name)
-            for name, module in model.named_modules()
-            if name.startswith(f"{layout.blocks}.") and isinstance(module, nn.Linear | Conv1D)
-        ]
+        self._linear_names = layout.linear_layers(model, start)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -153,7 +149,7 @@ class Segment(nn.Module):
     def linear_modules(self) -> dict[str, nn.Module]:
         """Whole-model name -> linear layer (``nn.Linear`` or ``Conv1D``) of the blocks held, in their order.
 
-        The base layer, also after PEFT has put a LoRA layer in its place.
+        Only those that take an adapter (`adaptable`). The base layer, also after PEFT has put a LoRA layer in its place.
         """
         layers = {name: self.model.get_submodule(self.local_name(name)) for name in self._linear_names}
         return {
@@ -174,18 +170,11 @@ class Segment(nn.Module):
                     f"Expected a name in the blocks {self.start}..{self.stop - 1}, found {name!r}. "
                     "Ask the segment that holds that block."
                 )
-        return _shift_block(name, self._layout.blocks, -self.start)
+        return shift_block(name, self._layout.blocks, -self.start)
 
     def global_name(self, name: str) -> str:
         """The whole-model name of what ``self.model`` calls `name`."""
-        return _shift_block(name, self._layout.blocks, self.start)
-
-
-def _shift_block(name: str, blocks: str, by: int) -> str:
-    if not name.startswith(f"{blocks}."):
-        return name
-    index, dot, rest = name[len(blocks) + 1 :].partition(".")
-    return f"{blocks}.{int(index) + by}{dot}{rest}"
+        return shift_block(name, self._layout.blocks, self.start)
 
 
 def load_segment(
@@ -232,7 +221,7 @@ def _cut(
     read: Callable[[str], Tensor],
     device: torch.device | str,
 ) -> Segment:
-    layout = find_layout(skeleton)
+    layout = layout_of(skeleton)
     stop = layout.num_blocks if stop is None else stop
     if not 0 <= start < stop <= layout.num_blocks:
         raise ConfigError(

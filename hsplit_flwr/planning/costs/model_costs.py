@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange import frame_bytes
-from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton, find_layout
+from hsplit_flwr.models.adaptable import layout_of
+from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs import npy_bytes
 from hsplit_flwr.planning.costs.flops import FlopModel
@@ -67,7 +68,7 @@ class ModelCosts:
 
     def _skeleton(self, config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
         skeleton = build_skeleton(config, DTYPES[self.workload.dtype])
-        return skeleton, find_layout(skeleton)
+        return skeleton, layout_of(skeleton)
 
     def head_memory(self, cut: int, ranks: Mapping[str, int]) -> MemoryEstimate:
         """Peak of a client that trains blocks 0..cut-1, above its idle process with all libraries imported."""
