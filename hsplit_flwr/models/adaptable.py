@@ -121,4 +121,3 @@ def refused_by_peft(config: PretrainedConfig, leaves: Iterable[str]) -> set[str]
         if not hasattr(model.get_submodule(leaf), "lora_A"):
             refused.add(leaf)
     return refused
-

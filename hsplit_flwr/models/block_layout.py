@@ -16,17 +16,25 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
-from hsplit_flwr.models.views import graft, path_to
+from hsplit_flwr.models.views import WrappedBlock, graft, path_to
 
 PATCHING = threading.Lock()
 """Held while nn.Module is patched to build on the meta device: building real modules in another thread must wait."""
+_AUTO_CLASSES = (
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+)
 _LARGE = 1 << 20
 """elements of a tensor that is not allocated while a skeleton is built"""
 
@@ -43,8 +51,17 @@ class BlockLayout:
     """modules with parameters used before the blocks: embeddings, position embeddings, their norm, ..."""
     postlude: frozenset[str]
     """all other modules with parameters outside the blocks: final norm, LM head, ..."""
+    streams: tuple[int, ...]
+    """the form of the hidden states at one position: (H,), or (4, H) with four streams (hyper-connections)"""
+    embedding_size: int
+    """width of what enters in place of the embeddings"""
     passive: frozenset[str] = frozenset()
     """linear layers of the blocks that take no adapter (`adaptable`)"""
+
+    @property
+    def width(self) -> int:
+        """Values of the activations at one position, W."""
+        return math.prod(self.streams)
 
     def linear_layers(self, model: nn.Module, start: int = 0) -> list[str]:
         """Whole-model names of the linear layers in the blocks of `model` that take an adapter, in its order.
@@ -115,8 +132,25 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     """
     _require_causal_lm(config)
     with parameters_on_meta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+    _auto_class(model.config)  # Emu3's text model goes by a type of its own, which nothing would load again
+    if blank := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise UnsupportedModelError(
+            f"Expected buffers of a {config.model_type!r} model that are computed as it is built, found {blank[0]} "
+            "without values. Choose another architecture."
+        )
     return model.eval()
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The class that makes a model of `config`. One for images and text runs its text part alone where no image is."""
+    for auto, mapping in _AUTO_CLASSES:
+        if type(config) in mapping:
+            return auto
+    raise UnsupportedModelError(
+        f"Expected a model that AutoModelForCausalLM knows, found the model type {config.model_type!r}. "
+        "Choose a decoder-only causal language model."
+    )
 
 
 def _require_causal_lm(config: PretrainedConfig) -> None:
@@ -132,16 +166,6 @@ def _require_causal_lm(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(
             f"Expected a decoder-only causal language model, found the encoder-decoder model {kind!r}. "
             "Choose a model with one stack of blocks, such as GPT-2 or LLaMA."
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"Expected a model that AutoModelForCausalLM knows, found the model type {kind!r}. "
-            "Choose a decoder-only causal language model."
-        )
-    if config.get_text_config() is not config:
-        raise UnsupportedModelError(
-            f"Expected a language model, found {kind!r}, which has parts for other inputs beside it. "
-            "Choose a checkpoint of its text model alone."
         )
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise UnsupportedModelError(
@@ -167,8 +191,15 @@ def find_layout(skeleton: PreTrainedModel) -> BlockLayout:
         and name not in on_path
         and not name.startswith(f"{blocks}.")
     }
-    prelude = _used_before_blocks(skeleton, blocks, num_blocks, outside)
-    layout = BlockLayout(blocks, num_blocks, prelude, frozenset(outside) - prelude)
+    prelude, streams = _used_before_blocks(skeleton, blocks, outside)
+    layout = BlockLayout(
+        blocks=blocks,
+        num_blocks=num_blocks,
+        prelude=prelude,
+        postlude=frozenset(outside) - prelude,
+        streams=streams,
+        embedding_size=_embedding_size(skeleton),
+    )
     _require_both_ends(skeleton, layout)
     return layout
 
@@ -188,33 +219,49 @@ def _require_both_ends(skeleton: PreTrainedModel, layout: BlockLayout) -> None:
         )
 
 
+def _embedding_size(skeleton: PreTrainedModel) -> int:
+    return int(skeleton.config.get_text_config().hidden_size)
+
+
 def _find_blocks(skeleton: PreTrainedModel) -> tuple[str, int]:
+    """The ``ModuleList`` of as many entries as the config has layers; the outermost, or the only one there is."""
     num_blocks = skeleton.config.get_text_config().num_hidden_layers
-    decoder = skeleton.get_decoder()
-    prefix = next(name for name, module in skeleton.named_modules() if module is decoder)
-    lengths = {
-        f"{prefix}.{name}".lstrip("."): len(module)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+\.", name)
-    }
-    found = [name for name, length in lengths.items() if length == num_blocks]
-    if len(found) != 1:
+    lengths = _module_lists(skeleton, skeleton.get_decoder()) or _module_lists(skeleton, skeleton)
+    found = [name for name, length in lengths.items() if length == num_blocks] or list(lengths)
+    depth = min((name.count(".") for name in found), default=0)
+    outermost = [name for name in found if name.count(".") == depth]
+    if len(outermost) != 1 or lengths[outermost[0]] < 2:
         raise UnsupportedModelError(
             f"Expected one ModuleList with the {num_blocks} blocks of {type(skeleton).__name__}, "
             f"found {lengths}. Choose a model whose decoder is a single stack of blocks."
         )
-    return found[0], num_blocks
+    return outermost[0], lengths[outermost[0]]
+
+
+def _module_lists(skeleton: PreTrainedModel, root: nn.Module) -> dict[str, int]:
+    """Name -> length of the module lists in `root` that are in no other one."""
+    prefix = next(name for name, module in skeleton.named_modules() if module is root)
+    return {
+        f"{prefix}.{name}".lstrip("."): len(module)
+        for name, module in root.named_modules()
+        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+\.", name)
+    }
 
 
 class _FirstBlockReached(Exception):  # noqa: N818  (a signal, not an error)
-    pass
+    """Ends a pass before the first block, with the hidden states that reach it."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
 
 
-class _StopAtBlock(nn.Module):
+class _StopAtBlock(WrappedBlock):
     """Stands in for a block while the prelude is observed."""
 
-    def forward(self, *_args: Any, **_kwargs: Any) -> None:
-        raise _FirstBlockReached
+    def forward(self, *args: Any, **kwargs: Any) -> None:
+        """Raises `_FirstBlockReached`."""
+        raise _FirstBlockReached(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
 
 class _ArgumentsSeen(TorchFunctionMode):
@@ -231,24 +278,29 @@ class _ArgumentsSeen(TorchFunctionMode):
 
 
 def _used_before_blocks(
-    skeleton: PreTrainedModel, blocks: str, num_blocks: int, outside: Mapping[str, nn.Module]
-) -> frozenset[str]:
+    skeleton: PreTrainedModel, blocks: str, outside: Mapping[str, nn.Module]
+) -> tuple[frozenset[str], tuple[int, ...]]:
+    """Which modules of `outside` a pass uses before the blocks, and the form of one position of what reaches them."""
     # A real pass rather than one on the meta device, where code that looks at a mask's values fails.
     for module in [*outside.values(), *map(skeleton.get_submodule, path_to(blocks))]:
         _use_zeros(module)
-    stand_ins = nn.ModuleList(_StopAtBlock() for _ in range(num_blocks))
+    stand_ins = nn.ModuleList(map(_StopAtBlock, skeleton.get_submodule(blocks).children()))
     view = graft(skeleton, {blocks: stand_ins})
     tokens = torch.zeros(1, 2, dtype=torch.long)
     seen = _ArgumentsSeen()
     try:
         with torch.no_grad(), seen:
             view(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-    except _FirstBlockReached:
-        return frozenset(
+    except _FirstBlockReached as reached:
+        if (shape := tuple(reached.hidden.shape))[:2] != tuple(tokens.shape):
+            found = f"hidden states of the shape {shape} for {tuple(tokens.shape)} tokens"
+            raise _not_run(skeleton, blocks, found) from reached
+        used = {
             name
             for name, module in outside.items()
             if any(id(parameter) in seen.ids for parameter in module.parameters(recurse=False))
-        )
+        }
+        return frozenset(used), shape[2:]
     except Exception as error:
         raise _not_run(skeleton, blocks, f"a pass that failed before them ({error!r})") from error
     raise _not_run(skeleton, blocks, "a pass without them")

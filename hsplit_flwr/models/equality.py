@@ -6,8 +6,13 @@ numbers without a word. So all blocks run one by one, cut before each of them as
 gradients must be those of transformers' own pass.
 """
 
+import inspect
+from collections import defaultdict
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import UnsupportedModelError
@@ -22,6 +27,7 @@ GRADIENT_TOLERANCE = 1e-3
 """largest difference in the gradient of one parameter, in units of its largest entry"""
 NOISE = 1e-5
 """in units of the largest gradient of all: below it is rounding (the gradients of key biases cancel, say)"""
+HIDDEN = "hidden_states"
 Gradients = dict[str, Tensor]
 _FAULTS: dict[str, str | None] = {}
 """what was found for the configs of this process"""
@@ -48,13 +54,16 @@ def _fault(config: PretrainedConfig) -> str | None:
     """Why a model of this config is refused; None if it is not."""
     try:
         model, layout = tried_model(config)
-        found = _difference(model, layout)
+        try:
+            found = _difference(model, layout)
+        # Whatever the model's own code raises here, it would raise in the middle of a run.
+        except Exception as error:
+            found = one_line(error)
+        if found and (further := further_inputs(model, layout)):
+            found = f"that its blocks also read {', '.join(further)}, which depend on the tokens"
         note_passive(config, model, layout)
     except UnsupportedModelError as error:
         return str(error)
-    # Whatever the model's own code raises here, it would raise in the middle of a run.
-    except Exception as error:
-        found = one_line(error)
     return found and (
         f"Expected head and tail of a {config.model_type!r} model to compute and train what it does in one piece, "
         f"found {found}. Choose a model whose blocks use nothing but the hidden states, such as GPT-2 or LLaMA."
@@ -76,6 +85,36 @@ def _difference(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     if not far <= LOGITS_TOLERANCE:  # NaN is not
         return f"logits that differ by {far:.2g} of the largest one"
     return _gradient_difference(expected_gradients, _backward(model, cuts, found, weights))
+
+
+def further_inputs(model: PreTrainedModel, layout: BlockLayout) -> list[str]:
+    """What the blocks are given beside hidden states, and what depends on the tokens: names of arguments."""
+    first, second = (_arguments(model, layout, seed) for seed in (1, 2))
+    return sorted({name for name, tensor in first.items() if not torch.equal(tensor, second[name])} - {HIDDEN})
+
+
+def _arguments(model: PreTrainedModel, layout: BlockLayout, seed: int) -> dict[str, Tensor]:
+    """Argument -> all tensors that the blocks are given by it in a pass over random tokens, as one (float64)."""
+    given: dict[str, list[Tensor]] = defaultdict(list)
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+        named = {**arguments, **arguments.pop("kwargs", {})}
+        for position, (name, value) in enumerate(named.items()):
+            given[HIDDEN if position == 0 else name] += [t for t in tree_iter(value) if isinstance(t, Tensor)]
+
+    blocks = model.get_submodule(layout.blocks).children()
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        with torch.no_grad():
+            model(**trial_batch(model.config, seed), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        name: torch.cat([t.flatten().double() for t in tensors]) if tensors else torch.zeros(0)
+        for name, tensors in given.items()
+    }
 
 
 def _pass_in_pieces(segment: Segment, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:

@@ -53,7 +53,8 @@ def _factor(config: PretrainedConfig) -> int:
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, int) and heads > 0:
         return math.gcd(heads // 2 if heads % 2 == 0 else heads, config.hidden_size)
-    return max(1, int(config.hidden_size) // WIDTH)
+    width = getattr(config, "hidden_size", None)
+    return max(1, width // WIDTH) if isinstance(width, int) else 1
 
 
 def _smaller(key: str, value: Any, factor: int, experts: int) -> Any:

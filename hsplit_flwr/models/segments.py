@@ -6,7 +6,7 @@ and rotary embeddings are computed as in the whole model: the first block receiv
 instead of whatever reached it, and the pass ends with the last block held. Every architecture goes through
 the same code. The cut into a client-side and a server-side model is that of split learning (arXiv:2505.02795).
 
-Shape suffixes: B batch, T tokens, H hidden size, V vocabulary.
+Shape suffixes: B batch, T tokens, H hidden size, W width of activations (mostly H), V vocabulary.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -27,6 +27,7 @@ from hsplit_flwr.models.views import (
     ExitBlock,
     LastBlockDone,
     graft,
+    outermost,
     set_view_config,
     stand_in,
 )
@@ -62,8 +63,8 @@ class Segment(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """The hidden size H."""
-        return int(self.config.get_text_config().hidden_size)
+        """The width W of activations: the hidden size, times the streams of a model that has several."""
+        return self._layout.width
 
     @property
     def vocab_size(self) -> int:
@@ -77,14 +78,14 @@ class Segment(nn.Module):
 
         Args:
             inputs: `input_ids` (B, T) if the segment starts with the embeddings and `entry` is None,
-                otherwise the smashed activations (B, T, H) that enter before block `entry`, in the segment's
+                otherwise the smashed activations (B, T, W) that enter before block `entry`, in the segment's
                 dtype.
             attention_mask: (B, T), 1 for tokens and 0 for padding.
             entry: a block of the segment; its first one by default.
             until: the block before which the pass ends; ``stop`` by default.
 
         Returns:
-            The hidden states (B, T, H) after block ``until - 1``, or the logits (B, T, V) if that is the
+            The hidden states (B, T, W) after block ``until - 1``, or the logits (B, T, V) if that is the
             model's last one.
 
         Raises:
@@ -95,11 +96,11 @@ class Segment(nn.Module):
         end = self.stop if until is None else until
         self._check(inputs, first, end, embed)
         view = self._view(first, end, None if embed else inputs)
-        tokens = {"input_ids": inputs} if embed else {"inputs_embeds": stand_in(inputs)}
+        tokens = {"input_ids": inputs} if embed else {"inputs_embeds": stand_in(inputs, self._layout.embedding_size)}
         try:
             outputs = view(**tokens, attention_mask=attention_mask, use_cache=False)
         except LastBlockDone as done:
-            return done.hidden_BTH
+            return done.hidden_BTW
         logits_BTV: Tensor = outputs.logits
         return logits_BTV
 
@@ -130,16 +131,16 @@ class Segment(nn.Module):
                 f"found {tuple(inputs.shape)}. Only a segment with the embeddings takes input_ids."
             )
 
-    def _view(self, first: int, end: int, smashed_BTH: Tensor | None) -> nn.Module:
-        """The model with blocks first..end-1 only, fed from `smashed_BTH` and ended after the last one."""
+    def _view(self, first: int, end: int, smashed_BTW: Tensor | None) -> nn.Module:
+        """The model with blocks first..end-1 only, fed from `smashed_BTW` and ended after the last one."""
         held = self.model.get_submodule(self._layout.blocks)
         blocks: list[nn.Module] = list(held.children())[first - self.start : end - self.start]
         if self.gradient_checkpointing:
             blocks = [CheckpointedBlock(block) for block in blocks]
         replacements: dict[str, nn.Module] = {}
-        if smashed_BTH is not None:
-            blocks[0] = EntryBlock(blocks[0], smashed_BTH)
-            replacements |= {name: Absent() for name in self._layout.prelude}
+        if smashed_BTW is not None:
+            blocks[0] = EntryBlock(blocks[0], smashed_BTW, self._layout.streams)
+            replacements |= {name: Absent() for name in outermost(self._layout.prelude)}
         if end < self.num_blocks:
             blocks[-1] = ExitBlock(blocks[-1])
         view = graft(self.model, {**replacements, self._layout.blocks: nn.ModuleList(blocks)})
@@ -149,7 +150,7 @@ class Segment(nn.Module):
     def linear_modules(self) -> dict[str, nn.Module]:
         """Whole-model name -> linear layer (``nn.Linear`` or ``Conv1D``) of the blocks held, in their order.
 
-        Only those that take an adapter (`adaptable`). The base layer, also after PEFT has put a LoRA layer in its place.
+        Only those that take an adapter (`adaptable`); the base layer, also after PEFT has put a LoRA layer around it.
         """
         layers = {name: self.model.get_submodule(self.local_name(name)) for name in self._linear_names}
         return {
@@ -240,7 +241,7 @@ def _cut(
 
 
 def _drop(model: nn.Module, names: frozenset[str]) -> None:
-    for name in names:
+    for name in outermost(names):
         model.set_submodule(name, Absent())
 
 

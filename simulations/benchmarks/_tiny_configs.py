@@ -6,16 +6,16 @@ the rows, unequal heads, groups of experts, both kinds of layer where a model ha
 """
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 BLOCKS = 4
 VOCABULARY = 128
 POSITIONS = 64
-_BLOCKS = r"(num_(hidden|decoder|encoder|conf_num_hidden)?_?layers|n_layers?|(en|de)coder_layers|.*num_hidden_layers|num_blocks)"
+_BLOCKS = r"num_((hidden|decoder|encoder)_)?layers|n_layers?|(en|de)coder_layers|.*num_hidden_layers|num_blocks"
 _SIZES: tuple[tuple[str, int], ...] = (
     (_BLOCKS, BLOCKS),
     (r"(decoder_|unpadded_)?vocab_size|vocab_size_per_layer_input", VOCABULARY),
@@ -25,7 +25,10 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(num|n|swa_num|decoder|encoder|num_(en|de)coder|conf_num|index_n)?_?(attention_)?heads?|num_attention_heads", 4),
     (r".*attention_heads|index_n_heads|n_mamba_heads|mamba_n(um)?_heads|linear_num_value_heads|num_query_groups", 4),
     (r"linear_num_key_heads", 2),
-    (r"(swa_)?(attention_|linear_key_|linear_value_|index_|qk_rope_|qk_nope_|v_|swa_v_|d_)?head_dim|kv_channels|d_kv|d_head|dim_head", 8),
+    (
+        r"(swa_)?(attention_|linear_key_|linear_value_|index_|qk_rope_|qk_nope_|v_|swa_v_|d_)?head_dim|kv_channels|d_kv|d_head|dim_head",
+        8,
+    ),
     (r"attention_head_size", 8),
     (r"qk_head_dim|mamba_d_head|mamba_headdim|mamba_head_dim", 16),
     (r"rotary_dim", 8),
@@ -37,7 +40,7 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r".*(intermediate|ffn|inner|dff|d_ff|dim_ff|feed_forward).*", 64),
     (r"(num_|n_routed_|num_local_|moe_num_)experts|num_experts|zero_expert_num", 4),
     (r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k|index_topk(_blocks)?", 2),
-    (r"n_group", 2),
+    (r"n_group|num_(expert_)?group", 2),
     (r"topk_group", 1),
     (r".*n_?groups", 1),
     (r".*(state_size|d_state)", 8),
@@ -48,13 +51,44 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"block_size|index_block_size|mamba_chunk_size", 8),
 )
 """(how configs call it, its tiny value); the first that matches holds"""
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], BLOCKS // 2]]},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "zamba2": {
+        "layers_block_type": ["mamba", "hybrid"] * 2,
+        "layer_types": ["mamba", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"default_language": "en_XX"},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid", "hybrid"]},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.0] * BLOCKS,
+    },
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
+}
+"""what one model type wants beside: sizes that belong together, or have no default"""
 _KEY_VALUE_HEADS = re.compile(r"(swa_)?(num_key_value_heads|num_kv_heads|kv_n_heads)")
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """A tiny config of `model_type`, without dropout that matters (models run in eval mode)."""
     kind = CONFIG_MAPPING[model_type]
-    return kind(**_tiny(kind()))
+    settings = _tiny(kind()) | SETTINGS.get(model_type, {})
+    if kind in MODEL_FOR_MASKED_LM_MAPPING and not kind.is_encoder_decoder:
+        settings["is_decoder"] = True  # as for tokens that attend to earlier ones alone
+    return kind(**settings)
 
 
 def _tiny(default: PretrainedConfig) -> dict[str, Any]:

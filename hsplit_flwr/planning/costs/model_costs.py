@@ -45,8 +45,9 @@ class ModelCosts:
 
     def __init__(self, config: PretrainedConfig, workload: Workload) -> None:
         self.workload = workload
-        self.hidden_size = int(config.get_text_config().hidden_size)
         skeleton, layout = self._skeleton(config)
+        self.hidden_size = layout.width
+        """values of the activations at one position"""
         self.num_blocks = layout.num_blocks
         self.matrices: tuple[Matrix, ...] = matrices_of(skeleton, layout)
         """every linear layer of the blocks, in the order of the model"""

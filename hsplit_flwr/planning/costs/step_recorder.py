@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from hsplit_flwr.models.block_layout import block_of
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.models.views import hidden_of
 from hsplit_flwr.planning.costs.grouped_products import GROUPED, grouped_flops
 
 aten = torch.ops.aten
@@ -134,8 +135,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if self._backward:
                 return  # computed again under gradient checkpointing
-            hidden: Tensor = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(lambda _: self._start(section))  # type: ignore[no-untyped-call]
+            hidden_of(output).register_hook(lambda _: self._start(section))  # type: ignore[no-untyped-call]
             if section == self._num_sections - 2:
                 self._start(section + 1)
 
