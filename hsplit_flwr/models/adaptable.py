@@ -109,6 +109,7 @@ class _OneLayer(nn.Module):
 def refused_by_peft(config: PretrainedConfig, leaves: Iterable[str]) -> set[str]:
     """Those of the last parts of module names on which PEFT puts no LoRA layer in models of `config`."""
     import peft  # 2.4 s to import
+    from peft.tuners.lora import Linear as LoraLinear
 
     refused = set()
     for leaf in leaves:
@@ -118,6 +119,6 @@ def refused_by_peft(config: PretrainedConfig, leaves: Iterable[str]) -> set[str]
         except ValueError:
             refused.add(leaf)
             continue
-        if not hasattr(model.get_submodule(leaf), "lora_A"):
+        if not isinstance(model.get_submodule(leaf), LoraLinear):  # a router's weight alone, say
             refused.add(leaf)
     return refused

@@ -54,13 +54,7 @@ def _fault(config: PretrainedConfig) -> str | None:
     """Why a model of this config is refused; None if it is not."""
     try:
         model, layout = tried_model(config)
-        try:
-            found = _difference(model, layout)
-        # Whatever the model's own code raises here, it would raise in the middle of a run.
-        except Exception as error:
-            found = one_line(error)
-        if found and (further := further_inputs(model, layout)):
-            found = f"that its blocks also read {', '.join(further)}, which depend on the tokens"
+        found = _finding(model, layout)
         note_passive(config, model, layout)
     except UnsupportedModelError as error:
         return str(error)
@@ -68,6 +62,19 @@ def _fault(config: PretrainedConfig) -> str | None:
         f"Expected head and tail of a {config.model_type!r} model to compute and train what it does in one piece, "
         f"found {found}. Choose a model whose blocks use nothing but the hidden states, such as GPT-2 or LLaMA."
     )
+
+
+def _finding(model: PreTrainedModel, layout: BlockLayout) -> str | None:
+    """What is wrong when the model is cut, and what its blocks read besides if that is why; None if nothing is."""
+    try:
+        found = _difference(model, layout)
+    # Whatever the model's own code raises here, it would raise in the middle of a run.
+    except Exception as error:
+        further = further_inputs(model, layout)
+        return f"that its blocks also read {further}, which depend on the tokens" if further else one_line(error)
+    if found and (further := further_inputs(model, layout)):
+        return f"{found}: its blocks also read {further}, which depend on the tokens"
+    return found
 
 
 def _difference(model: PreTrainedModel, layout: BlockLayout) -> str | None:
@@ -87,10 +94,11 @@ def _difference(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     return _gradient_difference(expected_gradients, _backward(model, cuts, found, weights))
 
 
-def further_inputs(model: PreTrainedModel, layout: BlockLayout) -> list[str]:
-    """What the blocks are given beside hidden states, and what depends on the tokens: names of arguments."""
+def further_inputs(model: PreTrainedModel, layout: BlockLayout) -> str:
+    """Names of what the blocks are given beside hidden states that depends on the tokens; empty if nothing does."""
     first, second = (_arguments(model, layout, seed) for seed in (1, 2))
-    return sorted({name for name, tensor in first.items() if not torch.equal(tensor, second[name])} - {HIDDEN})
+    differing = {name for name, tensor in first.items() if not torch.equal(tensor, second[name])}
+    return ", ".join(sorted(differing - {HIDDEN}))
 
 
 def _arguments(model: PreTrainedModel, layout: BlockLayout, seed: int) -> dict[str, Tensor]:

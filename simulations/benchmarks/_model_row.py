@@ -6,7 +6,7 @@ The reference is always transformers' own model, in one piece, and PEFT's own ad
 import copy
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,15 @@ def model_row(model_type: str) -> dict[str, Any]:
     gate = cell(lambda: require_cuttable(config) or 0.0)
     if gate["status"] != WORKS:
         return {**row, "cells": dict.fromkeys(COLUMNS, gate)}
-    checks: dict[str, Callable[[PreTrainedModel], float]] = {
-        "cut": cut_difference,
-        "gradients": gradient_difference,
-        "folder": folder_difference,
-        "plan": plan_difference,
-        "export": export_difference,
+    pieces = list(halves(whole))
+    checks: dict[str, Callable[[], float]] = {
+        "cut": lambda: cut_difference(whole, pieces),
+        "gradients": lambda: gradient_difference(whole, pieces),
+        "folder": lambda: folder_difference(whole),
+        "plan": lambda: plan_difference(whole),
+        "export": lambda: export_difference(whole),
     }
-    cells = {name: cell(lambda check=check: check(whole)) for name, check in checks.items()}  # type: ignore[misc]
-    return {**row, "cells": cells}
+    return {**row, "cells": {name: cell(check) for name, check in checks.items()}}
 
 
 def cell(check: Callable[[], float]) -> Cell:
@@ -126,27 +126,29 @@ def require_equal_logits(what: str, padding: str, expected: Tensor, found: Tenso
     return require_equal(f"{what}, padding {padding}", expected[seen], found[seen], tolerance)
 
 
-def halves(whole: PreTrainedModel) -> Iterator[tuple[int, Segment, Segment]]:
+Piece = tuple[int, Segment, Segment]
+
+
+def halves(whole: PreTrainedModel) -> Iterator[Piece]:
     """Every cut with its head and its tail."""
     num_blocks = segment_from_model(whole).num_blocks
     for cut in range(1, num_blocks):
         yield cut, segment_from_model(whole, 0, cut), segment_from_model(whole, cut)
 
 
-def cut_difference(whole: PreTrainedModel) -> float:
+def cut_difference(whole: PreTrainedModel, pieces: Sequence[Piece]) -> float:
     """Logits and losses of head and tail at every cut, padded and not, against the whole model."""
     far = [0.0]
-    for cut, head, tail in halves(whole):
-        for padding in ("none", "right", "left"):
-            inputs = batch(padding)
-            mask, labels = inputs["attention_mask"], inputs["labels"]
+    for padding in ("none", "right", "left"):
+        inputs, expected = batch(padding), logits_of(whole, padding)
+        mask, labels = inputs["attention_mask"], inputs["labels"]
+        expected_loss = ForCausalLMLoss(expected, labels, expected.shape[-1])
+        for cut, head, tail in pieces:
             with torch.no_grad():
                 found = tail(head(inputs["input_ids"], mask), mask)
                 loss = token_losses(found, labels).sum() / (labels[:, 1:] != -100).sum()
-                expected_loss = ForCausalLMLoss(logits_of(whole, padding), labels, found.shape[-1])
-            where = f"cut {cut}"
-            far.append(require_equal_logits(where, padding, logits_of(whole, padding), found, TOLERANCE))
-            far.append(require_equal(f"loss at {where}, padding {padding}", expected_loss, loss))
+            far.append(require_equal_logits(f"cut {cut}", padding, expected, found, TOLERANCE))
+            far.append(require_equal(f"loss at cut {cut}, padding {padding}", expected_loss, loss))
     return max(far)
 
 
@@ -179,7 +181,7 @@ def is_transposed(segment: Segment) -> bool:
     return not all(isinstance(layer, torch.nn.Linear) for layer in segment.linear_modules().values())
 
 
-def gradient_difference(whole: PreTrainedModel) -> float:
+def gradient_difference(whole: PreTrainedModel, pieces: Sequence[Piece]) -> float:
     """Gradients of all adapters in head and tail at every cut, importance measured, against PEFT in one piece."""
     segment = segment_from_model(whole)
     factors = random_factors(segment)
@@ -190,7 +192,7 @@ def gradient_difference(whole: PreTrainedModel) -> float:
     ForCausalLMLoss(logits, labels, logits.shape[-1]).backward()
     largest = max(float(p.grad.abs().max()) for p in reference.parameters() if p.grad is not None)
     far = [0.0]
-    for cut, head, tail in halves(whole):
+    for cut, head, tail in pieces:
         sides = [SegmentAdapters(side, LoraSpec(RANK, 2.0 * RANK)) for side in (head, tail)]
         for side in sides:
             side.set({name: factors[name] for name in side.module_names})
