@@ -126,12 +126,17 @@ def _arguments(model: PreTrainedModel, layout: BlockLayout, seed: int) -> dict[s
 
 
 def _pass_in_pieces(segment: Segment, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The logits, and of every cut what left the block before it and the leaf that entered the block after it."""
+    """The logits, and of every cut what left the block before it and the leaf that entered the block after it.
+
+    As between head and tail no padding travels: zeros are put in its place.
+    """
     cuts = []
+    seen = mask.bool()[..., None]
     hidden = segment(ids, mask.clone(), until=1)
     for block in range(1, segment.num_blocks):
-        entering = hidden.detach().requires_grad_()
-        cuts.append((hidden, entering))
+        sent = hidden.where(seen, 0)
+        entering = sent.detach().requires_grad_()
+        cuts.append((sent, entering))
         hidden = segment(entering, mask.clone(), entry=block, until=block + 1)
     return hidden, cuts
 

@@ -93,7 +93,7 @@ def random_whole(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def batch(padding: str) -> dict[str, Tensor]:
-    """Token ids, mask and labels (B, T): full rows, or one padded on that side."""
+    """Token ids, mask and labels (B, T): full rows, or one padded on that side; no padding predicts a target."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 100, (ROWS, TOKENS), generator=generator)
     mask = torch.ones_like(ids)
@@ -101,7 +101,9 @@ def batch(padding: str) -> dict[str, Tensor]:
         mask[1, 6:] = 0
     elif padding == "left":
         mask[1, :3] = 0
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask > 0, -100)}
+    predicted = mask.bool()
+    predicted[:, 1:] &= predicted[:, :-1].clone()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(predicted, -100)}
 
 
 def logits_of(model: Any, padding: str) -> Tensor:
@@ -126,6 +128,11 @@ def require_equal_logits(what: str, padding: str, expected: Tensor, found: Tenso
     return require_equal(f"{what}, padding {padding}", expected[seen], found[seen], tolerance)
 
 
+def sent(activations: Tensor, mask: Tensor) -> Tensor:
+    """What the tail sees of a head's activations: no padding travels, zeros are put in its place."""
+    return activations.where(mask.bool()[..., None], 0)
+
+
 Piece = tuple[int, Segment, Segment]
 
 
@@ -145,7 +152,7 @@ def cut_difference(whole: PreTrainedModel, pieces: Sequence[Piece]) -> float:
         expected_loss = ForCausalLMLoss(expected, labels, expected.shape[-1])
         for cut, head, tail in pieces:
             with torch.no_grad():
-                found = tail(head(inputs["input_ids"], mask), mask)
+                found = tail(sent(head(inputs["input_ids"], mask), mask), mask)
                 loss = token_losses(found, labels).sum() / (labels[:, 1:] != -100).sum()
             far.append(require_equal_logits(f"cut {cut}", padding, expected, found, TOLERANCE))
             far.append(require_equal(f"loss at cut {cut}, padding {padding}", expected_loss, loss))
@@ -199,7 +206,7 @@ def gradient_difference(whole: PreTrainedModel, pieces: Sequence[Piece]) -> floa
         rows = [sample for sample in [sample_rows(labels, 2)] if sample]
         probes = [ImportanceProbe(side, rows, labels.shape, side.start) for side in (head, tail)]
         with probes[0], probes[1]:
-            left = head(inputs["input_ids"], mask)
+            left = sent(head(inputs["input_ids"], mask), mask)
             entering = left.detach().requires_grad_()
             losses = token_losses(tail(entering, mask), labels)
             (losses.sum() / (labels[:, 1:] != -100).sum()).backward()  # type: ignore[no-untyped-call]
@@ -238,7 +245,8 @@ def folder_difference(whole: PreTrainedModel) -> float:
         expected = logits_of(AutoModelForCausalLM.from_pretrained(name), "left")
         inputs = batch("left")
         with torch.no_grad():
-            found = tail(head(inputs["input_ids"], inputs["attention_mask"]), inputs["attention_mask"])
+            mask = inputs["attention_mask"]
+            found = tail(sent(head(inputs["input_ids"], mask), mask), mask)
         sizes = [sum(p.numel() for p in model.parameters()) for model in (head, tail, whole)]
         if not sizes[0] < sizes[2]:
             raise Different(f"the head holds {sizes[0]} parameters of {sizes[2]}")
