@@ -5,16 +5,16 @@ tokenizer files. Tensors go by the names of the model's own ``state_dict``, what
 them.
 """
 
+import logging
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
+from transformers import __version__ as transformers_version
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -24,18 +24,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hsplit_flwr.errors import ConfigError, HSplitError, UnsupportedModelError
+from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import build_skeleton
 from hsplit_flwr.models.conversions import Parameters, Source, converted, sources_of
 from hsplit_flwr.models.gguf_cache import convert_once
-from hsplit_flwr.models.tensor_files import stored_tensors
+from hsplit_flwr.models.hub import hub_folder
+from hsplit_flwr.models.tensor_files import StoredTensor, stored_tensors
 from hsplit_flwr.models.token_limits import TokenLimits
 
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CHUNK_ELEMENTS = 2**21
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_log = logging.getLogger("hsplit_flwr")
 
 
 class ModelFiles:
@@ -75,20 +76,39 @@ class ModelFiles:
             return cls(convert_once(path))
         if path.is_dir():
             return cls(path)
-        return cls(_from_hub(name))
+        return cls(hub_folder(name))
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The config of the whole model."""
-        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        """The config of the whole model.
+
+        Raises:
+            ConfigError: config.json is none, or of a model type that transformers does not know.
+        """
+        config: PretrainedConfig = self._parsed("config.json", AutoConfig)
         return config
 
     def generation_config(self) -> GenerationConfig | None:
-        """How the checkpoint says that texts are written (end tokens, penalties); None if it says nothing."""
+        """How the checkpoint says that texts are written (end tokens, penalties); None if it says nothing.
+
+        Raises:
+            ConfigError: generation_config.json is none.
+        """
         if not (self.folder / GENERATION_CONFIG).is_file():
             return None
-        generation: GenerationConfig = GenerationConfig.from_pretrained(self.folder)
+        generation: GenerationConfig = self._parsed(GENERATION_CONFIG, GenerationConfig)
         return generation
+
+    def _parsed(self, file: str, kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.folder)
+        # transformers raises OSError, ValueError, KeyError and more of its own for what it cannot read.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"Expected {self.folder / file} to be a file that transformers {transformers_version} reads, "
+                f"found: {reason:.300}. Download it again, or take a model that this version knows."
+            ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -135,9 +155,20 @@ class ModelFiles:
     def _match(self, skeleton: PreTrainedModel) -> dict[str, Source]:
         found = sources_of(skeleton, self._stored)
         for name, source in found.items():
+            for stored in source.stored:
+                self._require_floats(stored, self._stored[stored])
             if source.converter is None:
                 tensor = self._stored[source.stored[0]]
                 self._require_shape(name, tensor.shape, str(tensor.file))
+        used = {stored for source in found.values() for stored in source.stored}
+        if unused := sorted(self._stored.keys() - used):
+            _log.warning(
+                "%d tensors of %s, such as %s, have no place in the model that its config.json describes: they are "
+                "left out, as transformers does. Check the number of layers there.",
+                len(unused),
+                self.folder,
+                unused[0],
+            )
         ties: Mapping[str, str] = skeleton.all_tied_weights_keys
         for alias, source_name in ties.items():
             if alias in found and source_name in found:
@@ -154,6 +185,13 @@ class ModelFiles:
             raise ConfigError(
                 f"Expected {name} of the shape {expected}, as config.json makes the model, found {shape} in "
                 f"{where}. Take config.json and weights of one checkpoint (its vocab_size and widths)."
+            )
+
+    def _require_floats(self, name: str, tensor: StoredTensor) -> None:
+        if tensor.dtype not in _TORCH_DTYPES and len(tensor.shape) > 1:
+            raise UnsupportedModelError(
+                f"Expected weights in {', '.join(_TORCH_DTYPES)}, found {name} in {tensor.dtype} in {tensor.file}: a "
+                "quantised checkpoint whose config.json does not say so. Take the checkpoint that it was made from."
             )
 
     def _require_equal(self, alias: str, first: Source, source_name: str, second: Source) -> None:
@@ -233,35 +271,3 @@ def refuse_adapter(folder: Path) -> None:
             "(PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)), or remove its files to train "
             "the model without it."
         )
-
-
-def _from_hub(name: str) -> Path:
-    wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*/*"]}
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True, **wanted))
-        if _is_complete(folder):
-            return folder
-    except HFValidationError as error:
-        raise _not_found(name) from error
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(name, **wanted))
-    # The hub client raises its own, requests', httpx' and OSErrors for "not there" and "not reachable".
-    except Exception as error:
-        raise _not_found(name) from error
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        stored_tensors(folder)
-    except HSplitError:
-        return False
-    return (folder / "config.json").is_file()
-
-
-def _not_found(name: str) -> ConfigError:
-    return ConfigError(
-        f"Expected a local folder, a .gguf file or a model of the hub, found nothing under {name!r}. "
-        "Check the path, or the name and the connection to the hub."
-    )
