@@ -3,7 +3,8 @@
 An adapter works where the model calls the layer, with every position of the batch, and goes on with the one tensor
 that comes back. Others stay frozen: those whose weights are used without a call (Mamba's step sizes), routers that
 return more than one tensor, experts that see some positions only, gates of width 1, which have no rank to choose. So do
-those that PEFT refuses or takes for something else (a fused expert of that name), since nobody could load the adapter.
+those that PEFT refuses, renames as it loads them, or takes for something else (a fused expert of that name), since
+nobody could load the adapter.
 Fused experts are no linear layers: they are frozen, too.
 """
 
@@ -17,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.models.block_layout import BlockLayout, find_layout
+from hsplit_flwr.models.conversions import renamed_on_load
 from hsplit_flwr.models.trial import config_key, trial_batch, tried_model
 
 _PASSIVE: dict[str, frozenset[str]] = {}
@@ -54,7 +56,8 @@ def note_passive(config: PretrainedConfig, model: PreTrainedModel, layout: Block
 def passive_layers(model: PreTrainedModel, layout: BlockLayout) -> frozenset[str]:
     """Names of the linear layers in the blocks of `model` that take no adapter."""
     layers = {name: model.get_submodule(name) for name in layout.linear_layers(model)}
-    useful = _seeing_all(model, layers) - {name for name, layer in layers.items() if _is_vector(layer)}
+    useful = _seeing_all(model, layers) - renamed_on_load(model, layers)
+    useful -= {name for name in useful if _is_vector(layers[name])}
     leaves = {name: name.rpartition(".")[2] for name in useful}
     refused = refused_by_peft(model.config, set(leaves.values()))
     return frozenset(layers.keys() - {name for name, leaf in leaves.items() if leaf not in refused})

@@ -57,6 +57,18 @@ class Parameters:
         return self._forms[name]
 
 
+def renamed_on_load(model: PreTrainedModel, module_names: Iterable[str]) -> set[str]:
+    """Those of `module_names` that transformers' rules would rename, though they are the model's own names already.
+
+    transformers itself then keeps the name; PEFT, which goes by the same rules, loses the adapter without a word.
+    """
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    keys = {name: f"{name}.weight" for name in module_names}
+    return {name for name, key in keys.items() if rename_source_key(key, renamings, converters)[0] != key}
+
+
 def sources_of(skeleton: PreTrainedModel, stored: Iterable[str]) -> dict[str, Source]:
     """State-dict name -> where it comes from, for what the `stored` names are known to be; as transformers loads it."""
     rules = get_model_conversion_mapping(skeleton)
