@@ -36,8 +36,8 @@ def spec_from_peft(config: "LoraConfig") -> LoraSpec:
             raise ConfigError(f"Expected a LoRA config without {option}, found {getattr(config, option)!r}: {reason}.")
     if config.init_lora_weights not in _ORDINARY_STARTS:
         raise ConfigError(
-            f"Expected adapters that start at B = 0, found init_lora_weights={config.init_lora_weights!r}: it takes the "
-            "adapter's start out of the base weights (PiSSA, OLoRA, CorDA, EVA, LoftQ), so that heads, tail and merged "
+            f"Expected adapters that start at B = 0, found init_lora_weights={config.init_lora_weights!r}: it takes "
+            "the adapter's start out of the base weights (PiSSA, OLoRA, CorDA, EVA, LoftQ), so that heads, tail and merged "
             "model would have different bases. Leave it at True; A is drawn as PEFT draws it by default."
         )
     if config.bias != "none":

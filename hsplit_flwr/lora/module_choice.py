@@ -1,7 +1,7 @@
 """Which linear layers a LoRA spec is for, by PEFT's ways of saying it.
 
-A tuple names endings of module names (``q_proj``, ``1.mlp.up_proj``), a text with regular expressions the whole name, as
-``re.fullmatch`` finds it. A plain text is one ending.
+A tuple names endings of module names (``q_proj``, ``1.mlp.up_proj``), a text with a regular expression the whole name,
+as ``re.fullmatch`` finds it. A plain text is one ending.
 """
 
 import re

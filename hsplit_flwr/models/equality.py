@@ -19,7 +19,7 @@ from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.models.adaptable import note_passive
 from hsplit_flwr.models.block_layout import BlockLayout
 from hsplit_flwr.models.segments import Segment
-from hsplit_flwr.models.trial import config_key, one_line, trial_batch, tried_model
+from hsplit_flwr.models.trial import config_key, trial_batch, tried_model
 
 LOGITS_TOLERANCE = 1e-4
 """largest difference of logits, in units of the largest one; rounding stays far below"""
@@ -68,13 +68,20 @@ def _finding(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     """What is wrong when the model is cut, and what its blocks read besides if that is why; None if nothing is."""
     try:
         found = _difference(model, layout)
+    except UnsupportedModelError:
+        raise
     # Whatever the model's own code raises here, it would raise in the middle of a run.
     except Exception as error:
         further = further_inputs(model, layout)
-        return f"that its blocks also read {further}, which depend on the tokens" if further else one_line(error)
+        return f"that its blocks also read {further}, which depend on the tokens" if further else stops(error)
     if found and (further := further_inputs(model, layout)):
         return f"{found}: its blocks also read {further}, which depend on the tokens"
     return found
+
+
+def stops(error: Exception) -> str:
+    """What a model's own code says that runs as a whole, and not in parts."""
+    return f"that it stops when it is cut: {str(error).strip().partition(chr(10))[0]:.160}"
 
 
 def _difference(model: PreTrainedModel, layout: BlockLayout) -> str | None:

@@ -50,11 +50,17 @@ def _groups(config: PretrainedConfig) -> int:
 
 def _factor(config: PretrainedConfig) -> int:
     """What the widths are divided by."""
-    heads = getattr(config, "num_attention_heads", None)
+    heads, width = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     if isinstance(heads, int) and heads > 0:
-        return math.gcd(heads // 2 if heads % 2 == 0 else heads, config.hidden_size)
-    width = getattr(config, "hidden_size", None)
+        return math.gcd(heads // 2 if heads % 2 == 0 else heads, width)
     return max(1, width // WIDTH) if isinstance(width, int) else 1
+
+
+def _size(config: PretrainedConfig, key: str) -> Any:
+    try:
+        return getattr(config, key, None)
+    except Exception:  # of transformers' own, where each block has its own value
+        return None
 
 
 def _smaller(key: str, value: Any, factor: int, experts: int) -> Any:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig
 
+from hsplit_flwr.errors import UnsupportedModelError
+
 _CONFIG = PretrainedConfig
 
 
@@ -168,7 +170,16 @@ class Absent(nn.Module):
     """In place of a module that a segment lacks: its result has the right form and a value nobody uses."""
 
     def forward(self, first: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        """Activations as they are; for indices (an embedding) a zero, which adds to any activations."""
+        """Activations as they are; for indices (an embedding) a zero, which adds to any activations.
+
+        Raises:
+            UnsupportedModelError: for something else, such as the shape that RoFormer's angles are made from.
+        """
+        if not isinstance(first, Tensor):
+            raise UnsupportedModelError(
+                "Expected modules before the blocks to make activations of token ids or activations, found one that is "
+                f"given {first!s:.40}: what it makes goes into the blocks, too. Choose another architecture."
+            )
         return first if first.is_floating_point() else torch.zeros((), device=first.device)
 
 

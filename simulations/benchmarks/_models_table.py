@@ -10,25 +10,26 @@ COLUMNS = ("cut", "gradients", "folder", "plan", "export")
 MARKS = {"works": "yes", "refused": "refused", "differs": "DIFFERS", "raw error": "ERROR"}
 _PREFACE = """# Models
 
-Which architectures can be split: the decoders of transformers {transformers}, each tried on a tiny model with random weights
-against transformers and PEFT {peft} in one piece. Written by
+Which architectures can be split: the decoders of transformers {transformers}, each tried on a tiny model with random
+weights against transformers and PEFT {peft} in one piece. Written by
 `python simulations/benchmarks/models.py --json simulations/evidence/models.json --table docs/models.md`
 at commit {commit}; `simulations/evidence/models.json` has every figure.
 
-**{works} of {total} work in every column, {refused} are refused before a run begins, {partly} are refused in one column.**
-{silent} compute wrong numbers without a word, {raw} end in anything but a refusal that names the reason. {not_run} were not run,
-because transformers itself does not run the tiny config: they say nothing.
+**{works} of {total} work in every column, {refused} are refused before a run begins, {partly} in one column alone.**
+{silent} compute wrong numbers without a word, {raw} end in anything but a refusal that names the reason. {not_run} were
+not run, because transformers itself does not run the tiny config: they say nothing.
 
-* *cut*: logits and losses of head and tail equal the whole model's at every cut; rows full, padded right, padded left (1e-5 of the
-  largest)
-* *gradients*: of all adapters at every cut, while importance is measured, equal PEFT's (1e-4 of each one's largest entry)
+* *cut*: logits and losses of head and tail equal the whole model's at every cut; rows full, padded right, padded left
+  (1e-5 of the largest)
+* *gradients*: of all adapters at every cut, while importance is measured, equal PEFT's (1e-4 of each one's largest)
 * *folder*: head and tail each read their own tensors from a folder; fused experts are put together from single ones
 * *plan*: `hsplit-flwr plan` knows the costs, and plans for the layers that a run adapts
 * *export*: merged model and adapter, read by transformers and PEFT, give the logits of PEFT in one piece (1e-4)
 
-Adapters go on the linear layers of the blocks that a model calls with every position, and that PEFT can load again. Fused experts,
-routers, gates of width 1 and layers whose weights are used without a call stay frozen. A model with parts for images or sound
-is trained on text; those parts stay as they are, with the tail. BERT-like models are tried with `is_decoder=True`.
+Adapters go on the linear layers of the blocks that a model calls with every position, and that PEFT can load again.
+Fused experts, routers, gates of width 1 and layers whose weights are used without a call stay frozen. A model with
+parts for images or sound is trained on text; those parts stay as they are, with the tail. BERT-like models are tried
+with `is_decoder=True`. Where *plan* alone is refused, configure cuts and ranks.
 
 """
 _LARGEST = "largest difference"

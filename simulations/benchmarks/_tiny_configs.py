@@ -25,6 +25,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"(num|n|swa_num|decoder|encoder|num_(en|de)coder|conf_num|index_n)?_?(attention_)?heads?|num_attention_heads", 4),
     (r".*attention_heads|index_n_heads|n_mamba_heads|mamba_n(um)?_heads|linear_num_value_heads|num_query_groups", 4),
     (r"linear_num_key_heads", 2),
+    (r"linear_num_heads", 4),
+    (r"linear_head_dim", 8),
     (
         r"(swa_)?(attention_|linear_key_|linear_value_|index_|qk_rope_|qk_nope_|v_|swa_v_|d_)?head_dim|kv_channels|d_kv|d_head|dim_head",
         8,
@@ -69,6 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 2, "topk_group": 1},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid", "hybrid"]},
     "gemma3n_text": {
@@ -91,10 +94,15 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     return kind(**settings)
 
 
+def written_as(config: PretrainedConfig, key: str) -> str:
+    """What this kind of config calls `key` itself, such as ``n_head``."""
+    return str(config.attribute_map.get(key, key))
+
+
 def _tiny(default: PretrainedConfig) -> dict[str, Any]:
     """Arguments of the constructor that make `default` small."""
     written = {alias: name for name, alias in default.attribute_map.items()}
-    heads = getattr(default, "num_attention_heads", None)
+    heads = vars(default).get(written_as(default, "num_attention_heads"))
     arguments: dict[str, Any] = {}
     for key, value in vars(default).items():
         if isinstance(value, PretrainedConfig):

@@ -67,7 +67,7 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['model_type']:28} {cells or 'not run: ' + row['not_run']}"
 
 
-def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def figures_of(rows: Sequence[dict[str, Any]], origin: dict[str, Any]) -> dict[str, Any]:
     """The rows and what they come to."""
     statuses = [{cell["status"] for cell in row["cells"].values()} for row in rows]
     return {
@@ -78,7 +78,7 @@ def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "partly_refused": sum(found == {WORKS, REFUSED} for found in statuses),
         "not_run": sum(not found for found in statuses),
         "rows": rows,
-        **provenance(SEED),
+        **origin,
     }
 
 
@@ -94,7 +94,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    figures = figures_of(run(arguments.models or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, arguments.limit))
+    origin = provenance(SEED)  # of the code that runs, not of what is checked out when it ends
+    figures = figures_of(run(arguments.models or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, arguments.limit), origin)
     arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if arguments.table:
         arguments.table.write_text(document(figures), encoding="utf-8")
