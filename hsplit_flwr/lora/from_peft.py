@@ -37,8 +37,8 @@ def spec_from_peft(config: "LoraConfig") -> LoraSpec:
     if config.init_lora_weights not in _ORDINARY_STARTS:
         raise ConfigError(
             f"Expected adapters that start at B = 0, found init_lora_weights={config.init_lora_weights!r}: it takes "
-            "the adapter's start out of the base weights (PiSSA, OLoRA, CorDA, EVA, LoftQ), so that heads, tail and merged "
-            "model would have different bases. Leave it at True; A is drawn as PEFT draws it by default."
+            "the adapter's start out of the base weights (PiSSA, OLoRA, CorDA, EVA, LoftQ), so that heads, tail and "
+            "merged model would have different bases. Leave it at True; A is drawn as PEFT draws it by default."
         )
     if config.bias != "none":
         raise ConfigError(f"Expected bias='none', found {config.bias!r}: only A and B are aggregated.")

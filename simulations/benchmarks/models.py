@@ -20,7 +20,8 @@ import json
 import logging
 import multiprocessing
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -37,29 +38,44 @@ SEED = 0
 LIMIT_S = 180.0
 
 
-def run(model_types: Iterable[str], limit_s: float) -> list[dict[str, Any]]:
-    """The rows, one process each: what one of them breaks ends no other."""
+@dataclass(frozen=True)
+class _Trial:
+    """A row that is being made in a process of its own."""
+
+    model_type: str
+    process: Any
+    answers: Any
+
+    @classmethod
+    def start(cls, model_type: str) -> "_Trial":
+        """Fork, so that libraries are imported once."""
+        context = multiprocessing.get_context("fork")
+        answers: Any = context.Queue()
+        process = context.Process(target=lambda: answers.put(model_row(model_type)), daemon=True)
+        process.start()
+        return cls(model_type, process, answers)
+
+    def row(self, limit_s: float) -> dict[str, Any]:
+        """What came of it within `limit_s`; what it breaks ends no other."""
+        try:
+            row: dict[str, Any] = self.answers.get(timeout=limit_s)
+        except Empty:
+            failure = {"status": FAILED, "detail": f"no answer within {limit_s:g} s, or the process ended"}
+            row = {"model_type": self.model_type, "not_run": None, "cells": dict.fromkeys(COLUMNS, failure)}
+        self.process.join(timeout=5.0)
+        self.process.kill()
+        self.process.join()
+        return row
+
+
+def run(model_types: Sequence[str], limit_s: float, workers: int) -> list[dict[str, Any]]:
+    """The rows, `workers` at a time."""
     rows = []
-    for model_type in model_types:
-        rows.append(_row_apart(model_type, limit_s))
-        print(_line(rows[-1]), flush=True)
+    for first in range(0, len(model_types), workers):
+        for trial in [_Trial.start(model_type) for model_type in model_types[first : first + workers]]:
+            rows.append(trial.row(limit_s))
+            print(_line(rows[-1]), flush=True)
     return rows
-
-
-def _row_apart(model_type: str, limit_s: float) -> dict[str, Any]:
-    context = multiprocessing.get_context("fork")
-    answers: Any = context.Queue()
-    process = context.Process(target=lambda: answers.put(model_row(model_type)), daemon=True)
-    process.start()
-    try:
-        row: dict[str, Any] = answers.get(timeout=limit_s)
-    except Empty:
-        failure = {"status": FAILED, "detail": f"no answer within {limit_s:g} s, or the process ended"}
-        row = {"model_type": model_type, "not_run": None, "cells": dict.fromkeys(COLUMNS, failure)}
-    process.join(timeout=5.0)
-    process.kill()
-    process.join()
-    return row
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -89,13 +105,15 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="where the document with the table goes")
     parser.add_argument("--models", nargs="+", metavar="TYPE", help="model types (default: all)")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for one row")
+    parser.add_argument("--workers", type=int, default=1, help="rows at a time")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # processes are forked
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     origin = provenance(SEED)  # of the code that runs, not of what is checked out when it ends
-    figures = figures_of(run(arguments.models or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, arguments.limit), origin)
+    model_types = arguments.models or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    figures = figures_of(run(model_types, arguments.limit, arguments.workers), origin)
     arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if arguments.table:
         arguments.table.write_text(document(figures), encoding="utf-8")
