@@ -9,7 +9,8 @@ Fused experts are no linear layers: they are frozen, too.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -17,9 +18,18 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import UnsupportedModelError
-from hsplit_flwr.models.block_layout import BlockLayout, find_layout
+from hsplit_flwr.models.block_layout import (
+    BlockLayout,
+    block_kinds,
+    block_of,
+    build_skeleton,
+    find_layout,
+    shift_block,
+)
 from hsplit_flwr.models.conversions import renamed_on_load
+from hsplit_flwr.models.miniature import fill, narrow
 from hsplit_flwr.models.trial import config_key, trial_batch, tried_model
+from hsplit_flwr.models.views import ExitBlock, LastBlockDone, graft, set_view_config
 
 _PASSIVE: dict[str, frozenset[str]] = {}
 """what was found for the configs of this process"""
@@ -38,8 +48,9 @@ def layout_of(skeleton: PreTrainedModel) -> BlockLayout:
     key = config_key(config)
     if key not in _PASSIVE:
         with torch.random.fork_rng(devices=[]):
-            note_passive(config, *tried_model(config))
-    layout = replace(layout, passive=_PASSIVE[key])
+            _PASSIVE[key] = _passive_layers(config)
+    vectors = {name for name in layout.linear_layers(skeleton) if _is_vector(skeleton.get_submodule(name))}
+    layout = replace(layout, passive=_PASSIVE[key] | vectors)
     if not layout.linear_layers(skeleton):
         raise UnsupportedModelError(
             f"Expected linear layers that take adapters in the blocks of a {config.model_type!r} model, found none. "
@@ -48,16 +59,42 @@ def layout_of(skeleton: PreTrainedModel) -> BlockLayout:
     return layout
 
 
-def note_passive(config: PretrainedConfig, model: PreTrainedModel, layout: BlockLayout) -> None:
-    """Remember what takes no adapter in models of `config`, of which `model` is the one to try."""
-    _PASSIVE[config_key(config)] = passive_layers(model, layout)
+def _passive_layers(config: PretrainedConfig) -> frozenset[str]:
+    """Names of the linear layers in the blocks of a model of `config` that take no adapter."""
+    try:
+        return _passive_of_first_blocks(build_skeleton(narrow(config), torch.float32))
+    except UnsupportedModelError:
+        raise
+    except Exception:  # widths that do not fit together when they are narrow, blocks that need all others
+        model, layout = tried_model(config)
+        return _passive_in(model, model, layout, range(layout.num_blocks))
 
 
-def passive_layers(model: PreTrainedModel, layout: BlockLayout) -> frozenset[str]:
-    """Names of the linear layers in the blocks of `model` that take no adapter."""
-    layers = {name: model.get_submodule(name) for name in layout.linear_layers(model)}
-    useful = _seeing_all(model, layers) - renamed_on_load(model, layers)
-    useful -= {name for name in useful if _is_vector(layers[name])}
+def _passive_of_first_blocks(skeleton: PreTrainedModel) -> frozenset[str]:
+    """Of as many blocks as it takes to have one of each kind; the others are like them."""
+    layout = find_layout(skeleton)
+    kinds = block_kinds(skeleton, layout)
+    like = [kinds.index(kind) for kind in kinds]
+    held = max(like) + 1
+    names = layout.linear_layers(skeleton)
+    first = list(skeleton.get_submodule(layout.blocks).children())[:held]
+    skeleton.set_submodule(layout.blocks, nn.ModuleList(first))
+    fill(skeleton)
+    view_blocks = [*first[:-1], ExitBlock(first[-1])] if held < layout.num_blocks else first
+    view = graft(skeleton, {layout.blocks: nn.ModuleList(view_blocks)})
+    set_view_config(view, layout.blocks, 0, held)
+    passive = _passive_in(skeleton, view, layout, range(held))
+    moved = {name: shift_block(name, layout.blocks, like[block_of(name)] - block_of(name)) for name in names}
+    return frozenset(name for name in names if moved[name] in passive)
+
+
+def _passive_in(
+    model: PreTrainedModel, view: nn.Module, layout: BlockLayout, blocks: Collection[int]
+) -> frozenset[str]:
+    """Of the linear layers in these blocks of `model`, of which `view` runs them."""
+    names = [name for name in layout.linear_layers(model) if block_of(name) in blocks]
+    layers = {name: model.get_submodule(name) for name in names}
+    useful = _seeing_all(model.config, view, layers) - renamed_on_load(model, layers)
     leaves = {name: name.rpartition(".")[2] for name in useful}
     refused = refused_by_peft(model.config, set(leaves.values()))
     return frozenset(layers.keys() - {name for name, leaf in leaves.items() if leaf not in refused})
@@ -69,9 +106,9 @@ def _is_vector(layer: nn.Module) -> bool:
     return min(weight.shape) == 1
 
 
-def _seeing_all(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str]:
-    """The layers that a pass calls with all positions of the batch, and that return one tensor."""
-    batch = trial_batch(model.config)
+def _seeing_all(config: PretrainedConfig, view: nn.Module, layers: dict[str, nn.Module]) -> set[str]:
+    """The layers that a pass of `view` calls with all positions of the batch, and that return one tensor."""
+    batch = trial_batch(config)
     seen: dict[str, bool] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -83,8 +120,8 @@ def _seeing_all(model: PreTrainedModel, layers: dict[str, nn.Module]) -> set[str
 
     hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     try:
-        with torch.no_grad():
-            model(**batch, use_cache=False)
+        with torch.no_grad(), suppress(LastBlockDone):
+            view(**batch, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

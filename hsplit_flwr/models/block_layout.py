@@ -204,6 +204,16 @@ def find_layout(skeleton: PreTrainedModel) -> BlockLayout:
     return layout
 
 
+def block_kinds(skeleton: PreTrainedModel, layout: BlockLayout) -> list[tuple[Any, ...]]:
+    """What tells one block from another: its class, its parameters' shapes and its entries in per-layer settings."""
+    config: PretrainedConfig = skeleton.config.get_text_config()
+    lists = [v for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == layout.num_blocks]
+    return [
+        (type(block), tuple(p.shape for p in block.parameters()), tuple(repr(values[index]) for values in lists))
+        for index, block in enumerate(skeleton.get_submodule(layout.blocks).children())
+    ]
+
+
 def _require_both_ends(skeleton: PreTrainedModel, layout: BlockLayout) -> None:
     kind = type(skeleton).__name__
     names = {module: name for name, module in skeleton.named_modules()}

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import UnsupportedModelError
-from hsplit_flwr.models.adaptable import note_passive
 from hsplit_flwr.models.block_layout import BlockLayout
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.models.trial import config_key, trial_batch, tried_model
@@ -55,7 +54,6 @@ def _fault(config: PretrainedConfig) -> str | None:
     try:
         model, layout = tried_model(config)
         found = _finding(model, layout)
-        note_passive(config, model, layout)
     except UnsupportedModelError as error:
         return str(error)
     return found and (

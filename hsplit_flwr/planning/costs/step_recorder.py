@@ -227,6 +227,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_attention = "scaled_dot_product" in packet.__name__
         formula = flop_registry.get(aten._scaled_dot_product_flash_attention if is_attention else packet)
         if packet is GROUPED:
+            args = args[:2]  # not where each expert's rows end, which has no gradient
             flops = grouped_flops(args[0].shape, args[1].shape)
         elif formula is None:
             return
