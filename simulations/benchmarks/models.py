@@ -19,8 +19,10 @@ import argparse
 import json
 import logging
 import multiprocessing
+import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -57,9 +59,15 @@ class _Trial:
 
     def row(self, limit_s: float) -> dict[str, Any]:
         """What came of it within `limit_s`; what it breaks ends no other."""
-        try:
-            row: dict[str, Any] = self.answers.get(timeout=limit_s)
-        except Empty:
+        deadline = time.monotonic() + limit_s
+        row: dict[str, Any] | None = None
+        while row is None and time.monotonic() < deadline:
+            ended = not self.process.is_alive()
+            with suppress(Empty):
+                row = self.answers.get(timeout=1.0)
+            if ended:
+                break
+        if row is None:
             failure = {"status": FAILED, "detail": f"no answer within {limit_s:g} s, or the process ended"}
             row = {"model_type": self.model_type, "not_run": None, "cells": dict.fromkeys(COLUMNS, failure)}
         self.process.join(timeout=5.0)
