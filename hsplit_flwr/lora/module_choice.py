@@ -36,6 +36,13 @@ def normalized(key: str, names: Names) -> Names:
     return (names,) if isinstance(names, str) and names != ALL_LINEAR else names
 
 
+def from_words(words: Sequence[str]) -> Names:
+    """What people typed, word by word: endings, or one regular expression; none: every linear layer."""
+    if not words:
+        return ALL_LINEAR
+    return words[0] if len(words) == 1 and is_regex(words[0]) else tuple(words)
+
+
 def matching(key: str, names: Names, module_names: Sequence[str]) -> list[str]:
     """Those of `module_names` that `names` means, in the given order.
 

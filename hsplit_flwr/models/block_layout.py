@@ -9,14 +9,14 @@ import copy
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -27,7 +27,8 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
-from hsplit_flwr.models.views import WrappedBlock, graft, path_to
+from hsplit_flwr.models.prelude import used_before_blocks
+from hsplit_flwr.models.views import path_to
 
 PATCHING = threading.Lock()
 """Held while nn.Module is patched to build on the meta device: building real modules in another thread must wait."""
@@ -191,7 +192,7 @@ def find_layout(skeleton: PreTrainedModel) -> BlockLayout:
         and name not in on_path
         and not name.startswith(f"{blocks}.")
     }
-    prelude, streams = _used_before_blocks(skeleton, blocks, outside)
+    prelude, streams = used_before_blocks(skeleton, blocks, outside)
     layout = BlockLayout(
         blocks=blocks,
         num_blocks=num_blocks,
@@ -256,75 +257,3 @@ def _module_lists(skeleton: PreTrainedModel, root: nn.Module) -> dict[str, int]:
         for name, module in root.named_modules()
         if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+\.", name)
     }
-
-
-class _FirstBlockReached(Exception):  # noqa: N818  (a signal, not an error)
-    """Ends a pass before the first block, with the hidden states that reach it."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-
-class _StopAtBlock(WrappedBlock):
-    """Stands in for a block while the prelude is observed."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        """Raises `_FirstBlockReached`."""
-        raise _FirstBlockReached(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-
-
-class _ArgumentsSeen(TorchFunctionMode):
-    """Notes the arguments of every torch function: unlike module hooks, also parameters used directly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ids.update(map(id, args))
-        self.ids.update(map(id, (kwargs or {}).values()))
-        return func(*args, **(kwargs or {}))
-
-
-def _used_before_blocks(
-    skeleton: PreTrainedModel, blocks: str, outside: Mapping[str, nn.Module]
-) -> tuple[frozenset[str], tuple[int, ...]]:
-    """Which modules of `outside` a pass uses before the blocks, and the form of one position of what reaches them."""
-    # A real pass rather than one on the meta device, where code that looks at a mask's values fails.
-    for module in [*outside.values(), *map(skeleton.get_submodule, path_to(blocks))]:
-        _use_zeros(module)
-    stand_ins = nn.ModuleList(map(_StopAtBlock, skeleton.get_submodule(blocks).children()))
-    view = graft(skeleton, {blocks: stand_ins})
-    tokens = torch.zeros(1, 2, dtype=torch.long)
-    seen = _ArgumentsSeen()
-    try:
-        with torch.no_grad(), seen:
-            view(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-    except _FirstBlockReached as reached:
-        if (shape := tuple(reached.hidden.shape))[:2] != tuple(tokens.shape):
-            found = f"hidden states of the shape {shape} for {tuple(tokens.shape)} tokens"
-            raise _not_run(skeleton, blocks, found) from reached
-        used = {
-            name
-            for name, module in outside.items()
-            if any(id(parameter) in seen.ids for parameter in module.parameters(recurse=False))
-        }
-        return frozenset(used), shape[2:]
-    except Exception as error:
-        raise _not_run(skeleton, blocks, f"a pass that failed before them ({error!r})") from error
-    raise _not_run(skeleton, blocks, "a pass without them")
-
-
-def _not_run(skeleton: PreTrainedModel, blocks: str, found: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"Expected {type(skeleton).__name__} to run the blocks in {blocks!r}, found {found}. "
-        "Choose a model whose decoder calls its blocks one after another."
-    )
-
-
-def _use_zeros(module: nn.Module) -> None:
-    """Gives the module's own parameters a value that takes no memory: one zero, expanded."""
-    for leaf, parameter in module.named_parameters(recurse=False):
-        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-        module._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
