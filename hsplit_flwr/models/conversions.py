@@ -79,9 +79,9 @@ def sources_of(skeleton: PreTrainedModel, stored: Iterable[str]) -> dict[str, So
     sources: dict[str, Source] = {}
     groups: dict[str, list[tuple[str, str]]] = {}
     for key in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, names)  # type: ignore[arg-type]
+        name, pattern = rename_source_key(key, renamings, converters, prefix, names)
         if name not in names:
-            name, pattern = rename_source_key(key, [], [], prefix, names)  # type: ignore[arg-type]
+            name, pattern = rename_source_key(key, [], [], prefix, names)
         if name in names and pattern is None:
             sources[name] = Source((key,))
         elif name in names and pattern is not None:
@@ -105,7 +105,8 @@ def converted(source: Source, read: Callable[[str], Tensor], model: Parameters) 
     assert source.converter is not None
     converter = copy.deepcopy(source.converter)
     for key, pattern in zip(source.stored, source.patterns, strict=True):
-        converter.add_tensor(source.layer, key, pattern, lambda key=key: read(key))  # type: ignore[misc, arg-type]
+        converter.add_tensor(source.layer, key, pattern, lambda key=key: read(key))
     made = converter.convert(source.layer, model=model, config=model.config)
-    tensor = made.get(source.made)
-    return tensor[0] if isinstance(tensor, list) else tensor
+    found = made.get(source.made)
+    tensor: Tensor | None = found[0] if isinstance(found, list) else found
+    return tensor

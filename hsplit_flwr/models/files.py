@@ -141,7 +141,7 @@ class ModelFiles:
         """State-dict name -> where it comes from, of the tensors found in the checkpoint; tied ones by each name."""
         return self._match(self.skeleton())
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         """Whether the checkpoint has the tensor of that state-dict name."""
         return name in self._sources
 

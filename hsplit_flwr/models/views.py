@@ -16,8 +16,6 @@ from transformers import PretrainedConfig
 
 from hsplit_flwr.errors import UnsupportedModelError
 
-_CONFIG = PretrainedConfig
-
 
 def path_to(name: str) -> list[str]:
     """The name of every module from the root ('') to `name`: ['', 'model', 'model.layers']."""
@@ -60,8 +58,9 @@ def set_view_config(view: nn.Module, blocks: str, start: int, stop: int) -> None
     ``config.cross_attention_layers``.
     """
     *path, _ = (view.get_submodule(name) for name in path_to(blocks))
-    whole = next(module.config for module in reversed(path) if isinstance(getattr(module, "config", None), _CONFIG))
-    num_blocks = whole.num_hidden_layers
+    configs: list[Any] = [getattr(module, "config", None) for module in reversed(path)]
+    whole: PretrainedConfig = next(config for config in configs if isinstance(config, PretrainedConfig))
+    num_blocks: int = whole.num_hidden_layers
     cut = copy.copy(whole)
     # Into __dict__: an assignment would be validated by itself, while the lengths must change together.
     cut.__dict__[whole.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = stop - start
@@ -149,7 +148,7 @@ class EntryBlock(WrappedBlock):
 
     def __init__(self, block: nn.Module, smashed_BTW: Tensor, streams: tuple[int, ...]) -> None:
         super().__init__(block)
-        self._smashed = smashed_BTW.unflatten(-1, streams) if len(streams) > 1 else smashed_BTW
+        self._smashed = smashed_BTW.reshape(*smashed_BTW.shape[:-1], *streams) if len(streams) > 1 else smashed_BTW
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own output."""

@@ -95,15 +95,16 @@ class _LossesByParts(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
         ctx.save_for_backward(logits_NV, labels_N)
         size = _positions_at_once(logits_NV)
-        return torch.cat([_losses(*part) for part in zip(logits_NV.split(size), labels_N.split(size), strict=True)])
+        parts = [torch.split(tensor, size) for tensor in (logits_NV, labels_N)]
+        return torch.cat([_losses(logits, labels) for logits, labels in zip(*parts, strict=True)])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None]:
         logits_NV, labels_N = ctx.saved_tensors
         size = _positions_at_once(logits_NV)
         gradient_NV = torch.empty_like(logits_NV)
-        parts = [tensor.split(size) for tensor in (logits_NV, labels_N, gradient_N, gradient_NV)]
+        parts = [torch.split(tensor, size) for tensor in (logits_NV, labels_N, gradient_N, gradient_NV)]
         for logits, labels, gradient, found in zip(*parts, strict=True):
             with torch.enable_grad():
                 leaf = logits.detach().requires_grad_()

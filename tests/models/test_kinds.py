@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.lora.spec import LoraSpec
@@ -68,7 +69,12 @@ def test_a_head_reads_the_experts_of_its_own_blocks_alone(tmp_path: Path, monkey
     assert "experts.3.w1" in stored
     read: list[str] = []
     take = files._read_stored
-    monkeypatch.setattr(files, "_read_stored", lambda name, dtype: (read.append(name), take(name, dtype))[1])
+
+    def noted(name: str, dtype: torch.dtype | None) -> Tensor:
+        read.append(name)
+        return take(name, dtype)
+
+    monkeypatch.setattr(files, "_read_stored", noted)
     load_segment(files, 0, 1)
     assert any("layers.0.block_sparse_moe.experts.3" in name for name in read)
     assert not any("layers.1." in name or "lm_head" in name for name in read)

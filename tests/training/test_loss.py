@@ -165,14 +165,16 @@ def test_losses_by_parts_are_those_of_the_whole_bit_for_bit(
     whole = logits.clone().requires_grad_()
     shifted = torch.cat([labels[:, 1:], torch.full((B, 1), -100)], dim=1)
     expected = F.cross_entropy(whole.float().view(B * T, V), shifted.view(-1), reduction="none").view(B, T)
-    expected.backward(weights)
+    torch.autograd.backward(expected, weights)
 
     monkeypatch.setattr(loss, "PART_BYTES", 4 * V * positions)
     by_parts = logits.clone().requires_grad_()
     found = loss.token_losses(by_parts, labels)
-    found.backward(weights)
+    torch.autograd.backward(found, weights)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+    assert by_parts.grad is not None
+    assert whole.grad is not None
     assert torch.equal(by_parts.grad, whole.grad)
     with torch.no_grad():
         assert torch.equal(loss.token_losses(logits, labels), expected)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from hsplit_flwr.errors import HSplitError, UnsupportedModelError
@@ -56,8 +57,9 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
     adapters = SegmentAdapters(segment, LoraSpec(1, 1.0))
     recorder = StepRecorder(num_run)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    grouped: TorchDispatchMode = GroupedProducts()  # type: ignore[no-untyped-call]
     try:
-        with fake, GroupedProducts(), _quiet():
+        with fake, grouped, _quiet():
             _fill_with_fakes(segment.model)
             for parameter in adapters.parameters():
                 # Their gradients are counted apart, for their real ranks.
@@ -94,9 +96,9 @@ def _with_fixed_angles(model: nn.Module) -> None:
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         if isinstance(kind, str):
-            module.rope_type = "default"
+            module.__dict__["rope_type"] = "default"
         elif isinstance(kind, dict):
-            module.rope_type = dict.fromkeys(kind, "default")
+            module.__dict__["rope_type"] = dict.fromkeys(kind, "default")
 
 
 @contextmanager
