@@ -15,7 +15,7 @@ weights against transformers and PEFT {peft} in one piece. Written by
 `python simulations/benchmarks/models.py --json simulations/evidence/models.json --table docs/models.md`
 at commit {commit}; `simulations/evidence/models.json` has every figure.
 
-**{works} of {total} work in every column, {refused} are refused before a run begins, {partly} in one column alone.**
+**Of {total} model types {works} work in every column, {refused} are refused before a run, {partly} in one column.**
 {silent} compute wrong numbers without a word, {raw} end in anything but a refusal that names the reason. {not_run} were
 not run, because transformers itself does not run the tiny config: they say nothing.
 
@@ -41,7 +41,7 @@ def document(figures: Mapping[str, Any]) -> str:
     preface = _PREFACE.format(
         transformers=figures["versions"]["transformers"],
         peft=figures["versions"]["peft"],
-        commit=figures["commit"],
+        commit=str(figures["commit"])[:7],
         works=figures["works"],
         total=len(rows),
         refused=figures["refused"],
