@@ -1,6 +1,6 @@
 """What a step of training is, as far as its costs are concerned."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from hsplit_flwr.common.checks import require, require_whole
@@ -36,6 +36,14 @@ class Workload:
     """steps of a round that also measure importance; 0: none"""
     importance_rows: int = TrainingConfig.importance_rows
     """rows of a batch that it is measured on; 0: all"""
+    micro_batches: int = TrainingConfig.micro_batches
+    """parts that a batch travels in"""
+    micro_batches_in_flight: int = TrainingConfig.micro_batches_in_flight
+    """parts that a head keeps until their gradients come"""
+    micro_steps: bool = TrainingConfig.micro_steps
+    """each part has an optimizer step, and so adapters of its own while it is in flight"""
+    joint_steps: bool = TrainingConfig.joint_steps
+    """the tail computes on all clients at once"""
 
     def __post_init__(self) -> None:
         require_whole("batch_size", self.batch_size, 1)
@@ -43,6 +51,8 @@ class Workload:
         require_whole("local_steps", self.local_steps, 1)
         require_whole("importance_steps", self.importance_steps, 0)
         require_whole("importance_rows", self.importance_rows, 0)
+        require_whole("micro_batches", self.micro_batches, 1)
+        require_whole("micro_batches_in_flight", self.micro_batches_in_flight, 1)
         require(self.dtype in WEIGHT_DTYPES, "dtype", f"as one of {WEIGHT_DTYPES}", self.dtype)
         require_codecs(self.activation_codec, self.gradient_codec)
 
@@ -71,23 +81,41 @@ class Workload:
             gradient_checkpointing=gradient_checkpointing,
             importance_steps=training.importance_steps,
             importance_rows=training.importance_rows,
+            micro_batches=training.micro_batches,
+            micro_batches_in_flight=training.micro_batches_in_flight,
+            micro_steps=training.micro_steps,
+            joint_steps=training.joint_steps,
         )
 
     @property
+    def part(self) -> Self:
+        """The workload of the largest part alone."""
+        return replace(self, batch_size=-(-self.batch_size // self.micro_batches), micro_batches=1)
+
+    @property
+    def parts_alive(self) -> int:
+        """Parts of which a head keeps activations at a time."""
+        return min(self.micro_batches, self.batch_size, self.micro_batches_in_flight)
+
+    @property
     def measured_rows(self) -> int:
-        """Rows of a batch on which weight importance is measured; 0: it is not measured."""
+        """Rows of a batch on which weight importance is measured, all of its first part; 0: it is not measured."""
         if not self.importance_steps:
             return 0
-        return min(self.importance_rows or self.batch_size, self.batch_size)
+        rows = self.part.batch_size
+        return min(self.importance_rows or rows, rows)
 
     def check(self, training: TrainingConfig) -> None:
         """Refuse a run that trains otherwise than the costs are predicted for.
 
         Raises:
-            ConfigError: other steps or codecs, or importance that is measured on other rows.
+            ConfigError: other steps, codecs or micro-batches, or importance that is measured on other rows.
         """
         trained = type(self).of(training, batch_size=self.batch_size)
-        for name in ("local_steps", "activation_codec", "gradient_codec", "measured_rows"):
+        for name in (
+            *("local_steps", "activation_codec", "gradient_codec", "measured_rows", "joint_steps"),
+            *("micro_batches", "parts_alive", "micro_steps"),
+        ):
             expected, found = getattr(trained, name), getattr(self, name)
             if expected != found:
                 raise ConfigError(

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from _deployment import Deployment
 from _network import Rates
+from hsplit_flwr.experiments.clock import ClientWork, play_round
 
 from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.exchange.positions import BatchForm
-from hsplit_flwr.experiments.clock import ClientWork, play_round
 from hsplit_flwr.experiments.settings import SETTINGS
 from hsplit_flwr.experiments.work import split_work
 from hsplit_flwr.planning.budgets.budget import Budget

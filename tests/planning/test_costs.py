@@ -3,6 +3,7 @@
 import importlib.util
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -252,8 +253,49 @@ def test_costs_rise_with_cut_rank_and_clients(llama: ModelCosts) -> None:
     assert llama.head_flops(2, higher) > llama.head_flops(2, ranks) > llama.head_flops(1, ranks)
     assert llama.tail_flops(1, ranks) > llama.tail_flops(2, ranks)
     alone, pair = (llama.tail_memory(cuts, ranks) for cuts in ([2], [2, 2]))
+    assert pair.activations == alone.activations  # one after another
+    assert pair.workspace > alone.workspace
+    assert llama.tail_memory([2, 2], ranks).activations < llama.tail_memory([1, 2], ranks).activations
+
+
+def test_a_joint_step_holds_all_clients_of_a_cut_at_once() -> None:
+    llama = ModelCosts(tiny_config("llama", True), Workload(2, 8, joint_steps=True))
+    ranks = rank_patterns(llama)["all"]
+    alone, pair = (llama.tail_memory(cuts, ranks) for cuts in ([2], [2, 2]))
     assert pair.activations == 2 * alone.activations
     assert llama.tail_memory([1, 2], ranks).activations < llama.tail_memory([1, 1], ranks).activations
+
+
+def test_a_server_of_22_gb_serves_llama_2_7b() -> None:
+    """It was refused with 24.3 GB for clients that run one after another."""
+    costs = ModelCosts(LlamaConfig(), Workload(4, 128, dtype="bf16", activation_codec="bf16", gradient_codec="bf16"))
+    ranks = {matrix.name: 16 for matrix in costs.matrices}
+    assert 18.5e9 < costs.tail_memory([1] * 5, ranks).total_bytes < 19.5e9
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_in_flight_are_what_a_head_keeps(parts: int) -> None:
+    """Activations are those of the parts in flight; all of them at once are those of the batch in one piece."""
+    whole = ModelCosts(tiny_config("llama", True), Workload(8, 64))
+    ranks = rank_patterns(whole)["all"]
+    kept = whole.head_memory(2, ranks)
+    for in_flight in range(1, parts + 1):
+        load = Workload(8, 64, micro_batches=parts, micro_batches_in_flight=in_flight)
+        found = ModelCosts(tiny_config("llama", True), load).head_memory(2, ranks)
+        assert found.activations == pytest.approx(kept.activations * in_flight / parts, rel=0.02)
+        assert found.adapters == kept.adapters
+        assert found.total_bytes < kept.total_bytes
+        moving = ModelCosts(tiny_config("llama", True), replace(load, micro_steps=True)).head_memory(2, ranks)
+        copies = in_flight if in_flight > 1 else 0
+        assert moving.adapters == (1 + copies) * kept.adapters
+
+
+def test_parts_change_frames_but_not_flops() -> None:
+    whole, parts = (ModelCosts(tiny_config("llama", True), Workload(8, 64, micro_batches=m)) for m in (1, 4))
+    ranks = rank_patterns(whole)["all"]
+    assert parts.head_flops(2, ranks) == whole.head_flops(2, ranks)
+    assert parts.tail_flops(2, ranks) == whole.tail_flops(2, ranks)
+    assert 1 < parts.step_bytes_up / whole.step_bytes_up < 1.1  # three more headers
 
 
 def test_gradient_checkpointing_trades_activations_for_flops() -> None:

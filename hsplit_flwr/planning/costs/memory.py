@@ -7,7 +7,10 @@ what autograd keeps of the forward pass, and the workspace: the largest of
 * the exchange: the activations' frame on its way out, the gradient's on its way in, what packs and unpacks them
 * the backward pass: temporaries of one block, one tile of the importance measurement, the activations sent
 
-and on top what the process needs beside its tensors. That part is measured, not derived (`HEAP_SPREAD`,
+Where a batch travels in parts, a part is what a pass computes on, and so many of them as may be in flight are kept with
+their frames. With an optimizer step for each part, each in flight has the adapters that it went through.
+
+And on top what the process needs beside its tensors. That part is measured, not derived (`HEAP_SPREAD`,
 `PACKING_BYTES`, `PROCESS_BYTES`; simulations/benchmarks/cost_model.py measures it again): glibc cannot reuse every hole
 that a freed tensor leaves, see `host_memory`. It describes a client on Linux with two compute threads that was started
 with ``GLIBC_TUNABLES`` set to `host_memory.CLIENT_TUNABLES`; with other settings of the allocator it is less
@@ -71,10 +74,10 @@ class HeadMemory:
     """Bytes of the heads of one model.
 
     Args:
-        trace: of a step.
+        trace: of a step on one part of a batch.
         weights: bytes of the model's parts.
         matrices: of all blocks, in the order of the model.
-        workload: what is trained on.
+        workload: what is trained on, whole batches.
         hidden_size: H.
     """
 
@@ -89,6 +92,10 @@ class HeadMemory:
         self._weights = weights
         self._matrices = matrices
         self._again = workload.gradient_checkpointing
+        self._in_flight = workload.parts_alive
+        moves_on = workload.micro_steps and self._in_flight > 1
+        self._copies = self._in_flight if moves_on else 0
+        workload = workload.part
         self._tokens = workload.batch_size * workload.sequence_length
         itemsize = DTYPES[workload.dtype].itemsize
         self._hidden_bytes = self._tokens * hidden_size * itemsize
@@ -125,11 +132,13 @@ class HeadMemory:
     @property
     def rank_bytes(self) -> Floats:
         """Per matrix: bytes of one unit of rank. A and B four times over, and A's output for the backward pass."""
-        return np.array([16 * matrix.sides + 4 * self._tokens for matrix in self._matrices], np.float64)
+        per_side, per_token = 16 + 4 * self._copies, 4 * self._in_flight
+        sizes = [per_side * matrix.sides + per_token * self._tokens for matrix in self._matrices]
+        return np.array(sizes, np.float64)
 
     def base(self, cut: int) -> int:
         """Blocks 0..cut-1 with adapters everywhere, of ranks near 0."""
-        return self.estimate(cut, {}).total_bytes + self._not_kept(cut, {})
+        return self.estimate(cut, {}).total_bytes + self._in_flight * self._not_kept(cut, {})
 
     def estimate(self, cut: int, ranks: Mapping[str, int]) -> MemoryEstimate:
         """Blocks 0..cut-1."""
@@ -145,10 +154,10 @@ class HeadMemory:
         sampled = max(0, int(self._sampled_inputs[cut - 1]) - 8 * parameters)
         return MemoryEstimate(
             weights=self._weights.prelude + sum(self._weights.blocks[:cut]),
-            adapters=4 * parameters,
+            adapters=4 * parameters * (1 + self._copies),
             gradients=4 * parameters,
             optimizer=8 * parameters,
-            activations=int(self._alive[cut]) + kept - self._not_kept(cut, ranks),
+            activations=self._in_flight * (int(self._alive[cut]) + kept - self._not_kept(cut, ranks)),
             workspace=self._workspace(cut) + transient + sampled,
         )
 
@@ -165,7 +174,8 @@ class HeadMemory:
         backward = self._backward_peaks[:cut].max() + self._hidden_bytes + self._tile
         temporaries = max(forward, exchange, backward) - self._alive[cut] + self._tokens * TOKEN_BYTES
         holes = HEAP_SPREAD * self._heap_peaks[cut - 1] * cut ** HEAP_GROWTH[self._again]
-        return int(temporaries + holes) + THREADS * self._packing + PROCESS_BYTES
+        on_their_way = (self._in_flight - 1) * (self._hidden_bytes + FRAME_COPIES * self._frame_bytes)
+        return int(temporaries + holes + on_their_way) + THREADS * self._packing + PROCESS_BYTES
 
 
 def tile_bytes(matrices: Sequence[Matrix], workload: Workload) -> int:

@@ -23,6 +23,7 @@ from hsplit_flwr.planning.costs.memory import HeadMemory, MemoryEstimate
 from hsplit_flwr.planning.costs.shapes import Matrix, matrices_of, weight_bytes
 from hsplit_flwr.planning.costs.step_trace import trace_step
 from hsplit_flwr.planning.costs.tail_memory import TailMemory
+from hsplit_flwr.training.batch import part_rows
 from hsplit_flwr.training.workload import Workload
 
 __all__ = ["Matrix", "MemoryEstimate", "ModelCosts", "Workload"]
@@ -54,16 +55,19 @@ class ModelCosts:
         self._by_name = {matrix.name: matrix for matrix in self.matrices}
         weights = weight_bytes(skeleton, layout)
         plain = replace(workload, gradient_checkpointing=False)
-        trace = trace_step(skeleton, layout, plain)
-        head_trace = trace if plain == workload else trace_step(*self._skeleton(config), workload)
-        tokens = workload.batch_size * workload.sequence_length
+        trace = trace_step(skeleton, layout, plain.part)
+        head_trace = trace if plain == workload else trace_step(*self._skeleton(config), workload.part)
         self._head_memory = HeadMemory(head_trace, weights, self.matrices, workload, self.hidden_size)
         self._tail_memory = TailMemory(trace, weights.whole, self.matrices, workload, self.hidden_size)
-        self._flops = FlopModel(trace, self.matrices, tokens, workload.gradient_checkpointing)
-        self.step_bytes_up = frame_bytes.step_bytes_up(workload, self.hidden_size)
-        """one frame of activations, mask and labels"""
-        self.step_bytes_down = frame_bytes.step_bytes_down(workload, self.hidden_size)
-        """one frame of the activations' gradient"""
+        whole = trace if workload.part == workload else trace_step(*self._skeleton(config), plain)
+        tokens = workload.batch_size * workload.sequence_length
+        self._flops = FlopModel(whole, self.matrices, tokens, workload.gradient_checkpointing)
+        parts = part_rows(workload.batch_size, workload.micro_batches)
+        loads = [replace(workload, batch_size=rows.stop - rows.start) for rows in parts]
+        self.step_bytes_up = sum(frame_bytes.step_bytes_up(load, self.hidden_size) for load in loads)
+        """a step's frames of activations, mask and labels"""
+        self.step_bytes_down = sum(frame_bytes.step_bytes_down(load, self.hidden_size) for load in loads)
+        """a step's frames of the activations' gradient"""
         self.hello_bytes = frame_bytes.hello_bytes()
         """what a client sends at the start of a round"""
 

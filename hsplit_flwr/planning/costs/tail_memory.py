@@ -1,8 +1,9 @@
 """Bytes that the server needs to train the tail, from the trace of one step.
 
-The server holds the whole model. The clients of one step that share a cut run as one batch, one such group after
-another, so activations and workspace are those of the largest group; every client of the step has its activations,
-its gradient and their frames there at once. Tensors alone: the holes in the server's heap are not in it.
+The server holds the whole model. It computes on one part of one client's batch at a time, so activations and workspace
+are those of the one that enters first. Where clients step jointly, those of equal cut run as one batch, and they are
+those of the largest such group. Either way every client of the step may have its activations, its gradient and the
+frames of all its parts in flight there at once. Tensors alone: the holes in the server's heap are not in it.
 """
 
 from collections import Counter
@@ -25,10 +26,10 @@ class TailMemory:
     """Bytes of the tails of one model.
 
     Args:
-        trace: of a step without gradient checkpointing.
+        trace: of a step on one part of a batch, without gradient checkpointing.
         weights: bytes of the whole model.
         matrices: of all blocks, in the order of the model.
-        workload: of one client.
+        workload: of one client, whole batches.
         hidden_size: H.
     """
 
@@ -37,10 +38,15 @@ class TailMemory:
     ) -> None:
         self._weights = weights
         self._matrices = matrices
+        self._joint = workload.joint_steps
+        in_flight = workload.parts_alive
+        rows_in_flight = workload.batch_size / workload.part.batch_size
+        workload = workload.part
         self._tokens = workload.batch_size * workload.sequence_length
         self._hidden_bytes = self._tokens * hidden_size * DTYPES[workload.dtype].itemsize
-        frames = FRAME_COPIES * payload_bytes(workload, hidden_size) + packing_bytes(workload, hidden_size)
-        self._queued = 2 * self._hidden_bytes + frames + self._tokens * TOKEN_BYTES
+        frames = in_flight * FRAME_COPIES * payload_bytes(workload, hidden_size) + packing_bytes(workload, hidden_size)
+        # Until the end of the step the activations of all its parts are there for further passes over them.
+        self._queued = int((1 + rows_in_flight) * self._hidden_bytes) + frames + self._tokens * TOKEN_BYTES
         grown = np.array([block.grown for block in trace.blocks], np.int64)
         np.subtract.at(grown, [matrix.block for matrix in matrices], 4 * self._tokens)
         self._kept = np.concatenate([np.cumsum(grown[::-1])[::-1], [0]])
@@ -54,9 +60,9 @@ class TailMemory:
         parameters = sum(ranks.get(matrix.name, 0) * matrix.sides for matrix in self._matrices)
         kept = [
             clients * (int(self._kept[cut]) + self._hidden_bytes + self._of_ranks(cut, ranks))
-            for cut, clients in Counter(cuts).items()
+            for cut, clients in self._together(cuts).items()
         ]
-        largest = max(Counter(cuts).values(), default=0)
+        largest = max(self._together(cuts).values(), default=0)
         return MemoryEstimate(
             weights=self._weights,
             adapters=4 * parameters,
@@ -68,8 +74,12 @@ class TailMemory:
 
     def rank_bytes(self, cuts: Sequence[int]) -> Floats:
         """Per matrix: bytes of one unit of rank in a step of these clients; an upper bound where cuts differ."""
-        largest = max(Counter(cuts).values(), default=0)
+        largest = max(self._together(cuts).values(), default=0)
         return np.array([16 * matrix.sides + 4 * self._tokens * largest for matrix in self._matrices], np.float64)
+
+    def _together(self, cuts: Sequence[int]) -> Mapping[int, int]:
+        """Cut -> clients that are computed on at once."""
+        return Counter(cuts) if self._joint else dict.fromkeys(cuts, 1)
 
     def _of_ranks(self, cut: int, ranks: Mapping[str, int]) -> int:
         """What the adapters of blocks cut..L-1 keep for the backward pass."""
