@@ -16,13 +16,13 @@ must be 0. ``works`` counts rows where every cell works.
 """
 
 import argparse
+import gc
 import json
 import logging
 import multiprocessing
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -38,6 +38,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 SEED = 0
 LIMIT_S = 180.0
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class _Trial:
     model_type: str
     process: Any
     answers: Any
+    started: float
 
     @classmethod
     def start(cls, model_type: str) -> "_Trial":
@@ -55,19 +57,16 @@ class _Trial:
         answers: Any = context.Queue()
         process = context.Process(target=lambda: answers.put(model_row(model_type)), daemon=True)
         process.start()
-        return cls(model_type, process, answers)
+        return cls(model_type, process, answers, time.monotonic())
 
-    def row(self, limit_s: float) -> dict[str, Any]:
-        """What came of it within `limit_s`; what it breaks ends no other."""
-        deadline = time.monotonic() + limit_s
-        row: dict[str, Any] | None = None
-        while row is None and time.monotonic() < deadline:
-            ended = not self.process.is_alive()
-            with suppress(Empty):
-                row = self.answers.get(timeout=1.0)
-            if ended:
-                break
-        if row is None:
+    def row(self, limit_s: float) -> dict[str, Any] | None:
+        """What came of it, None as long as nothing did; what it breaks ends no other."""
+        ended = not self.process.is_alive()
+        try:
+            row: dict[str, Any] = self.answers.get(timeout=POLL_S)
+        except Empty:
+            if not ended and time.monotonic() < self.started + limit_s:
+                return None
             failure = {"status": FAILED, "detail": f"no answer within {limit_s:g} s, or the process ended"}
             row = {"model_type": self.model_type, "not_run": None, "cells": dict.fromkeys(COLUMNS, failure)}
         self.process.join(timeout=5.0)
@@ -77,13 +76,18 @@ class _Trial:
 
 
 def run(model_types: Sequence[str], limit_s: float, workers: int) -> list[dict[str, Any]]:
-    """The rows, `workers` at a time."""
-    rows = []
-    for first in range(0, len(model_types), workers):
-        for trial in [_Trial.start(model_type) for model_type in model_types[first : first + workers]]:
-            rows.append(trial.row(limit_s))
-            print(_line(rows[-1]), flush=True)
-    return rows
+    """The rows, in the order of `model_types`; `workers` of them are made at a time."""
+    waiting, trials, rows = list(model_types), list[_Trial](), dict[str, dict[str, Any]]()
+    gc.freeze()  # the forked processes need not touch, and so copy, what is here already
+    while waiting or trials:
+        while waiting and len(trials) < workers:
+            trials.append(_Trial.start(waiting.pop(0)))
+        for trial in list(trials):
+            if (row := trial.row(limit_s)) is not None:
+                trials.remove(trial)
+                rows[trial.model_type] = row
+                print(_line(row), flush=True)
+    return [rows[model_type] for model_type in model_types]
 
 
 def _line(row: dict[str, Any]) -> str:
