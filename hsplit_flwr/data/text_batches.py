@@ -1,28 +1,21 @@
 """Data-to-text as batches: a meaning representation is the prompt, its sentence is what the loss is taken on.
 
 The form is that of GPT-2 on E2E NLG in LoRA (Hu et al. 2021, arXiv:2106.09685, section 5.4): ``<mr> =>
-<ref><eos>``, with the loss on the reference and the end token only. A *batch* maps ``input_ids`` (B, T)
-int64, ``attention_mask`` (B, T) int64 and ``labels`` (B, T) int64, -100 on the prompt and the padding. Labels
-are not shifted: the loss shifts
-them, as in transformers. Padding is on the right.
+<ref><eos>``, with the loss on the reference and the end token only. What a batch is stands in `row_batches.py`.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from hsplit_flwr.data.row_batches import BatchOrder, RowBatches, padding_of
+from hsplit_flwr.data.token_row import IGNORE, TokenRow
 from hsplit_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE = -100
-"""The label of a position that has no loss."""
 SHOWN = 60
 """Characters of a prompt in a message"""
 SEPARATOR = " =>"
@@ -55,18 +48,8 @@ class _Encoded(NamedTuple):
     prompt_length: int
 
 
-def spread(examples: Sequence[Example], count: int) -> list[Example]:
-    """`count` of `examples`, evenly spaced; all of them for 0."""
-    return list(examples[:: max(1, len(examples) // count)][:count]) if count else list(examples)
-
-
-class TextBatches:
-    """Batches of ``examples``, each example once per epoch, in an order that ``(seed, epoch)`` alone decides.
-
-    Iterating gives one epoch (the first pass is epoch 0, the next pass epoch 1, ...); the last batch of an
-    epoch may be smaller. `stream` gives the endless sequence of all epochs from any step on and does not
-    depend on earlier passes, so a client that is built anew in every round continues where it stopped.
-    Tokenising happens once, here.
+class TextBatches(RowBatches):
+    """Batches of ``examples`` (see `RowBatches`). Tokenizing happens once, here.
 
     Args:
         examples: at least one.
@@ -93,55 +76,14 @@ class TextBatches:
         shuffle: bool = True,
         pad_to_max_length: bool = False,
     ) -> None:
-        if not examples:
-            raise ConfigError("Expected at least one example, found none. Give this client some data.")
-        if batch_size < 1:
-            raise ConfigError(f"Expected batch_size >= 1, found {batch_size}.")
-        if seed < 0:
-            raise ConfigError(f"Expected seed >= 0, found {seed}.")
         self.max_length = max_length
         self.truncated = 0
         """How many examples had their target cut to fit ``max_length``"""
         self.dropped = 0
         """How many examples are left out because their prompt fills ``max_length``"""
-        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
-        self._pad_to = max_length if pad_to_max_length else None
-        self._passes = 0
-        self._encoded = self._encode(examples, tokenizer)
-        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        self._pad_id = int(eos if pad is None else pad)  # any id will do: masked and without loss
-
-    def __len__(self) -> int:
-        """Batches per epoch."""
-        return -(-len(self._encoded) // self._batch_size)
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The batches of the next epoch."""
-        first = self._passes * len(self)
-        self._passes += 1
-        stream = self.stream(first)
-        return (next(stream) for _ in range(len(self)))
-
-    def stream(self, start_step: int = 0) -> Iterator[dict[str, Tensor]]:
-        """All batches from step ``start_step`` on, endless; step k is batch ``k % len`` of epoch ``k // len``."""
-        if start_step < 0:
-            raise ConfigError(f"Expected start_step >= 0, found {start_step}.")
-        return self._steps(start_step)
-
-    def _steps(self, step: int) -> Iterator[dict[str, Tensor]]:
-        epoch, position = divmod(step, len(self))
-        while True:
-            order = self._order(epoch)
-            for start in range(position * self._batch_size, len(order), self._batch_size):
-                chosen = order[start : start + self._batch_size]
-                yield collate([self._encoded[i] for i in chosen], self._pad_id, self._pad_to)
-            epoch, position = epoch + 1, 0
-
-    def _order(self, epoch: int) -> list[int]:
-        if not self._shuffle:
-            return list(range(len(self._encoded)))
-        order: list[int] = np.random.default_rng((self._seed, epoch)).permutation(len(self._encoded)).tolist()
-        return order
+        rows = [_row(encoded) for encoded in self._encode(examples, tokenizer)] if examples else []
+        order, pad_to = BatchOrder(batch_size, seed, shuffle), max_length if pad_to_max_length else None
+        super().__init__(rows, order, padding_of(tokenizer), pad_to)
 
     def _encode(self, examples: Sequence[Example], tokenizer: "PreTrainedTokenizerBase") -> list[_Encoded]:
         if tokenizer.eos_token_id is None:
@@ -175,14 +117,6 @@ class TextBatches:
         _log.warning("Left out what has no room for a target in max-length=%d tokens: %s", self.max_length, found)
 
 
-def collate(examples: Sequence[tuple[list[int], int]], pad_id: int, pad_to: int | None) -> dict[str, Tensor]:
-    """Right-padded tensors of ``(ids, prompt_length)`` pairs, as wide as ``pad_to`` or the longest example."""
-    width = pad_to or max(len(ids) for ids, _ in examples)
-    input_ids = torch.full((len(examples), width), pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    labels = torch.full_like(input_ids, IGNORE)
-    for row, (ids, prompt_length) in enumerate(examples):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-        attention_mask[row, : len(ids)] = 1
-        labels[row, prompt_length : len(ids)] = input_ids[row, prompt_length : len(ids)]
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+def _row(encoded: _Encoded) -> TokenRow:
+    ids, prompt = encoded.ids, encoded.prompt_length
+    return TokenRow(ids, [IGNORE] * prompt + ids[prompt:])

@@ -9,6 +9,10 @@ Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_arm
 (``with_joint_steps``, ``with_deep_heads``, ``without_one_alpha``, ``without_going_on``), each alone.
 ``hsplitlora_4_passes`` is HSplitLoRA whose tail trains four times on what it is sent, while clients and links are busy.
 
+Activations and their gradients travel in bfloat16 unless a method's name says otherwise. ``..._pipelined`` sends int8,
+in four parts of which three may be in flight, each an optimizer step; SplitLoRA gets it too (it is not its authors').
+``hsplitlora_step_ahead`` sends a batch before the gradient of the one before it is there.
+
 Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's proposal:
 
 * ``splitlora_16``: SplitLoRA at the largest rank that HSplitLoRA's planner may give, 16 instead of 8. Where the planner
@@ -85,7 +89,11 @@ class Method:
     codec: str = "bf16"
     """of activations and their gradients on the wire"""
     micro_batches: int = 1
-    """parts that a batch travels in; with more than one, each is an optimizer step (`TrainingConfig.micro_steps`)"""
+    """parts that a batch travels in"""
+    in_flight: int = 1
+    """parts whose gradients a head may be waiting for"""
+    micro_steps: bool = False
+    """each part is an optimizer step"""
 
     def training_settings(self) -> dict[str, Any]:
         """Fields of `TrainingConfig` that the method decides."""
@@ -95,7 +103,8 @@ class Method:
             "activation_codec": self.codec,
             "gradient_codec": self.codec,
             "micro_batches": self.micro_batches,
-            "micro_steps": self.micro_batches > 1,
+            "micro_batches_in_flight": self.in_flight,
+            "micro_steps": self.micro_steps,
         }
 
 
@@ -104,9 +113,15 @@ _SPLITLORA = Method(title="SplitLoRA", trainer=SPLIT, rule="fedavg", carried=Tru
 _SPLITLORA_16 = replace(_SPLITLORA, title="SplitLoRA, rank 16", largest_rank=True)
 _FROZEN_HEAD = replace(_HSPLITLORA, title="Frozen head", planned=False, largest_rank=True, frozen_heads=True)
 _CENLORA = Method(title="CenLoRA", trainer="rivals.server_model:ServerTrainer", pooled_data=True)
+_PIPELINED: dict[str, Any] = {"codec": "int8", "micro_batches": 4, "in_flight": 3, "micro_steps": True}
 METHODS: Mapping[str, Method] = {
     "hsplitlora": _HSPLITLORA,
     "hsplitlora_4_passes": replace(_HSPLITLORA, title="HSplitLoRA, 4 tail passes", tail_passes=4),
+    "hsplitlora_fp32": replace(_HSPLITLORA, title="HSplitLoRA, fp32 wire", codec="fp32"),
+    "hsplitlora_int8": replace(_HSPLITLORA, title="HSplitLoRA, int8 wire", codec="int8"),
+    "hsplitlora_int4": replace(_HSPLITLORA, title="HSplitLoRA, int4 wire", codec="int4"),
+    "hsplitlora_pipelined": replace(_HSPLITLORA, title="HSplitLoRA, int8 wire, micro-steps", **_PIPELINED),
+    "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
     "without_naa": replace(_HSPLITLORA, title="HSplitLoRA with averaged factors", rule="fedavg"),
@@ -118,6 +133,8 @@ METHODS: Mapping[str, Method] = {
     "splitlora_joint": replace(_SPLITLORA, title="SplitLoRA, joint tail steps", joint_steps=True),
     "splitlora_as_released": replace(_SPLITLORA, title="SplitLoRA as released", stale_snapshots=True),
     "splitlora_16": _SPLITLORA_16,
+    "splitlora_16_int8": replace(_SPLITLORA_16, title="SplitLoRA, rank 16, int8 wire", codec="int8"),
+    "splitlora_16_pipelined": replace(_SPLITLORA_16, title="SplitLoRA, rank 16, int8, micro-steps", **_PIPELINED),
     "splitlora_4_passes": replace(_SPLITLORA_16, title="SplitLoRA, rank 16, 4 tail passes", tail_passes=4),
     "frozen_head": _FROZEN_HEAD,
     "frozen_head_4_passes": replace(_FROZEN_HEAD, title="Frozen head, 4 tail passes", tail_passes=4),

@@ -47,8 +47,8 @@ class ServerSide:
     """as a user names the base model"""
     files: ModelFiles
     """the base model"""
-    eval_batches: Iterable[Batch]
-    """server-side held-out batches"""
+    eval_batches: Iterable[Batch] | None
+    """server-side held-out batches; None: the server scores nothing"""
     samples: Sequence[Sample] = ()
     """prompts to show with the model's texts, before and after training"""
     prompts: Sequence[str] = ()

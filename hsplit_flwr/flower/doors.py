@@ -30,7 +30,7 @@ def flower_rounds(
         given,
         activation_codec=training.activation_codec,
         gradient_codec=training.gradient_codec,
-        frames_ahead=training.micro_batches_in_flight - 1 if training.micro_batches > 1 else 0,
+        frames_ahead=training.parts_in_flight - 1,
     )
 
     def open_door(tail: SharedTail, model: GlobalModel, run: str) -> Door:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def generate_texts(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     *,
     max_new_tokens: int,
     batch_size: int = 16,
@@ -31,7 +31,7 @@ def generate_texts(
     Args:
         model: a causal language model with its head.
         tokenizer: with an end token, at which a text ends.
-        prompts: as in training, `hsplit_flwr.data.text_batches.prompt_text`.
+        prompts: as in training, `hsplit_flwr.data.text_batches.prompt_text`; texts, or their token ids.
         max_new_tokens: where a text without an end token is cut.
         batch_size: prompts at a time; it changes time and memory only (and, in low precision, ties).
         num_beams: width of the search.
@@ -50,7 +50,7 @@ def generate_texts(
         raise ConfigError("Expected a tokenizer with an end token, found none. Set tokenizer.eos_token.")
     if not prompts:
         return []
-    ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
+    ids = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
     _check_lengths(ids, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
     texts: list[str] = []
     was_training = model.training

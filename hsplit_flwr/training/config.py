@@ -58,7 +58,8 @@ class TrainingConfig:
     micro_batches_in_flight: int = 2
     """parts whose gradient a head may be waiting for at a time: they and their activations take its memory"""
     micro_steps: bool = False
-    """heads and tail take an optimizer step on each part; else one on the whole batch, as if it were in one piece"""
+    """heads and tail take an optimizer step on each part, and a head goes on with the next one, be it of the next
+    batch, while others are in flight; else they take one on the whole batch, as if it were in one piece"""
 
     def __post_init__(self) -> None:
         from hsplit_flwr.training.optimizer import OPTIMIZERS  # torch: who only reads the defaults need not wait for it
@@ -73,6 +74,11 @@ class TrainingConfig:
         require(self.schedule in SCHEDULES, "schedule", f"as one of {SCHEDULES}", self.schedule)
         require(self.optimizer in OPTIMIZERS, "optimizer", f"as one of {tuple(OPTIMIZERS)}", self.optimizer)
         require_codecs(self.activation_codec, self.gradient_codec)
+
+    @property
+    def parts_in_flight(self) -> int:
+        """Parts of one client that may be on their way at a time."""
+        return self.micro_batches_in_flight if self.micro_batches > 1 or self.micro_steps else 1
 
     @property
     def total_steps(self) -> int:

@@ -107,7 +107,7 @@ class _HeadTraining:
     ) -> None:
         self._head = head
         self._adapters = adapters
-        self._moves_on = config.micro_steps and config.micro_batches_in_flight > 1
+        self._moves_on = config.micro_steps and config.parts_in_flight > 1
         self._session = session
         self._config = config
         self._first_step = first_step

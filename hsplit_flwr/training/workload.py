@@ -94,8 +94,9 @@ class Workload:
 
     @property
     def parts_alive(self) -> int:
-        """Parts of which a head keeps activations at a time."""
-        return min(self.micro_batches, self.batch_size, self.micro_batches_in_flight)
+        """Parts of which a head keeps activations at a time; with micro-steps also those of the next batch."""
+        in_flight = self.micro_batches_in_flight
+        return in_flight if self.micro_steps else min(self.micro_batches, self.batch_size, in_flight)
 
     @property
     def measured_rows(self) -> int:

@@ -9,7 +9,7 @@ Ethernet frames): none (loopback), 60/110, 15/28, and one *in proportion*: this 
 devices that are stated for 60/110, so that their link hardly counts beside it. It slows the link down as well, until
 transfer takes the share of a step that it takes in the experiments' homogeneous setting. Columns:
 
-* ``s/step``: measured, mean; ``predicted``: by `experiments/clock.py` from stated rates, the cost model's FLOPs, the
+* ``s/step``: measured, mean; ``predicted``: by `planning/clock.py` from stated rates, the cost model's FLOPs, the
   frames' bytes and the latency that a client's probe measures on the idle link (half of a small exchange). The FLOP/s
   of heads and tail are calibrated on the compute seconds that they report of the very same steps. On loopback the rate
   is that of the probe. Batches in parts (micro-batches) are not predicted: the clock does not know them yet.

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from hsplit_flwr.data.text_batches import IGNORE, Example, TextBatches, prompt_text
+from hsplit_flwr.data.text_batches import Example, TextBatches, prompt_text
+from hsplit_flwr.data.token_row import IGNORE
 from hsplit_flwr.errors import ConfigError
 
 WORDS = ["<eos>", "<pad>", "=>", "name", "Fox", "Owl", "is", "a", "bar", "cafe", "here", "and", "there"]

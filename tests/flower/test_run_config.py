@@ -23,7 +23,9 @@ from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
 SIMULATIONS = Path(__file__).parents[2] / "simulations"
-APPS = ["quickstart", "e2e_nlg"]
+APPS = ["quickstart", "e2e_nlg", "finetune"]
+PROFILED = ["quickstart", "e2e_nlg"]
+"""those that come with a profile file"""
 HERE = Path(__file__).parent
 EXPERIMENTS = sorted((SIMULATIONS / "e2e_nlg" / "experiments").glob("*.toml"))
 SMALLEST = {"cuts": "1,3", "ranks": "2,4"}
@@ -103,11 +105,18 @@ def test_every_key_arrives() -> None:
             "importance-rows": 0,
             "joint-steps": True,
             "tail-passes": 3,
+            "micro-batches": 4,
+            "micro-batches-in-flight": 3,
+            "micro-steps": True,
         },
         HERE,
     )
-    assert settings.training == TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", "int8", 9, 2, 0, True, 3)
-    assert settings.workload == Workload(3, 50, 8, "bf16", "bf16", "int8", True, importance_steps=2, importance_rows=0)
+    parts: dict[str, Any] = {"micro_batches": 4, "micro_batches_in_flight": 3, "micro_steps": True}
+    expected = TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", "int8", 9, 2, 0, True, 3, **parts)
+    assert settings.training == expected
+    assert settings.workload == Workload(
+        *(3, 50, 8, "bf16", "bf16", "int8", True), importance_steps=2, importance_rows=0, joint_steps=True, **parts
+    )
     assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"))
     assert settings.replan == ReplanConfig(0.5, 0.3)
     assert settings.lora_alpha == 4.0
@@ -134,7 +143,7 @@ def test_a_tail_without_adapters() -> None:
     assert tail.targets(["h.1.q", "h.1.v"]) == []
 
 
-@pytest.mark.parametrize("app", APPS)
+@pytest.mark.parametrize("app", PROFILED)
 def test_the_apps_configs_are_settings(app: str) -> None:
     settings = read_settings(app_config(app), SIMULATIONS / app / app)
     assert settings.plans is None

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hsplit_flwr.data.restaurants import restaurant_examples
-from hsplit_flwr.data.text_batches import IGNORE, TextBatches
+from hsplit_flwr.data.text_batches import TextBatches
+from hsplit_flwr.data.token_row import IGNORE
 from hsplit_flwr.models.assets import tiny_checkpoint
 
 FOLDER = tiny_checkpoint()

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from transformers import GPT2Config, LlamaConfig
 
-from hsplit_flwr.cli import UNIFORM, main, read_config, read_importance
+from hsplit_flwr.cli import main
+from hsplit_flwr.cli.plan import UNIFORM, read_config, read_importance
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload

@@ -336,8 +336,27 @@ def test_the_tail_keeps_what_it_trains_well(costs: ModelCosts, importance: Mappi
     assert cuts(tail_rank=0) == [deepest] * 3  # the tail has no adapters: all is the heads' to train
     assert cuts(tail_worth=0.0) == [deepest] * 3
     assert cuts(tail_worth=0.9) == [deepest] * 3  # equal ranks
-    needed = plan(costs, importance, clients, SERVER, PlannerConfig(deadline_s=math.inf)).tail.memory_bytes
-    assert cuts(replace(SERVER, memory_bytes=needed - 1)) == [1, 1, 2]  # one block fewer is what the server affords
+
+
+def test_a_joint_tail_that_is_short_of_memory_leaves_a_block_to_a_head(importance: Mapping[str, float]) -> None:
+    joint = ModelCosts(tiny_config("llama", tied=False), Workload(2, 16, joint_steps=True))
+    clients, config = {name: device() for name in "abc"}, PlannerConfig(deadline_s=math.inf)
+    needed = plan(joint, importance, clients, SERVER, config).tail.memory_bytes
+    short = plan(joint, importance, clients, replace(SERVER, memory_bytes=needed - 1), config)
+    assert sorted(client.cut for client in short.clients.values()) == [1, 1, 2]
+
+
+def test_a_tail_that_serves_in_turn_needs_no_more_for_more_blocks_of_others(
+    costs: ModelCosts, importance: Mapping[str, float]
+) -> None:
+    """One client's activations at a time: what a further client adds is what waits for its turn."""
+    config = PlannerConfig(deadline_s=math.inf, tail_worth=2.0)
+    one, four = (
+        plan(costs, importance, {name: device() for name in names}, SERVER, config).tail.memory_bytes
+        for names in ("a", "abcd")
+    )
+    queued = [costs.tail_memory([1] * n, {}).total_bytes for n in (1, 2)]
+    assert four - one == 3 * (queued[1] - queued[0])
 
 
 @pytest.mark.parametrize("tail_rank", [0, 1, 5, 8, 16, 99])

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from hsplit_flwr.data.e2e import check_partitions, client_examples, validation_examples
-from hsplit_flwr.data.text_batches import Example, TextBatches, spread
+from hsplit_flwr.data.row_batches import spread
+from hsplit_flwr.data.text_batches import Example, TextBatches
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.flower.client_settings import RunConfig, count_clients, get
 from hsplit_flwr.models.assets import smollm2_checkpoint

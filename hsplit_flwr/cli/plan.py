@@ -1,4 +1,4 @@
-"""The command ``hsplit-flwr``: what a federation would do, before anyone trains.
+"""``hsplit-flwr plan``: what a federation would do, before anyone trains.
 
 ``hsplit-flwr plan --model NAME --profiles FILE`` plans cuts and ranks for the devices of a profile file
 (`planning/budgets/fleet.py`), prints the plan as a table and, with ``--output``, writes ``plan.json``,
@@ -7,14 +7,14 @@
 
 import argparse
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from hsplit_flwr.cli.parsing import NOBODY, Defaults, OneLineParser, fail, number
 from hsplit_flwr.common.checks import require_whole
-from hsplit_flwr.errors import ConfigError, HSplitError
+from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.module_choice import from_words
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.training.config import WIRE_CODECS, TrainingConfig
@@ -26,75 +26,42 @@ if TYPE_CHECKING:
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
     from hsplit_flwr.planning.round_plan import RoundPlan
 
-PROGRAM = "hsplit-flwr"
-NOBODY = 1
-"""exit code: the plan leaves every client out"""
-USER_ERROR = 2
-"""exit code: what the user gave cannot be planned for"""
 UNIFORM = "uniform (nothing measured yet: every matrix counts the same)"
 
 
-class _OneLineParser(argparse.ArgumentParser):
-    """Errors on one line, without the usage before them."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Names the defaults that say something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, `NOBODY` or `USER_ERROR`, both with one line on stderr."""
-    options = _parser().parse_args(arguments)
-    try:
-        made = _plan(options)
-    except HSplitError as error:
-        return _fail(USER_ERROR, str(error))
-    if not made.clients:
-        client, reason = next(iter(made.left_out.items()))
-        return _fail(NOBODY, f"none of {len(made.left_out)} clients can take part; client {client}: {reason}")
-    return 0
-
-
-def _fail(code: int, message: str) -> int:
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _OneLineParser(prog=PROGRAM, description="Heterogeneous split LoRA fine-tuning with Flower.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    """Add the command and its options."""
     plan = commands.add_parser(
         "plan",
         help="who gets which blocks and ranks, what it costs, what limits it",
         description="Plan cuts and ranks for the devices of a profile file, from the model's config alone.",
-        formatter_class=_Defaults,
+        formatter_class=Defaults,
     )
     required = plan.add_argument_group("required")
     required.add_argument("--model", required=True, help="name on the hub, folder, .gguf file or path of a config.json")
     required.add_argument("--profiles", required=True, type=Path, metavar="FILE", help="TOML file of the devices")
     work = plan.add_argument_group("what a step is")
-    _number(work, "--batch-size", Workload.batch_size, "rows per client and step")
-    _number(work, "--sequence-length", Workload.sequence_length, "tokens per row, padding included")
-    _number(work, "--local-steps", TrainingConfig.local_steps, "steps per round")
+    number(work, "--batch-size", Workload.batch_size, "rows per client and step")
+    number(work, "--sequence-length", Workload.sequence_length, "tokens per row, padding included")
+    number(work, "--local-steps", TrainingConfig.local_steps, "steps per round")
     work.add_argument("--dtype", default=Workload.dtype, help="of the frozen weights: fp32, bf16 or fp16")
     codecs = ", ".join(WIRE_CODECS)
     up, down = TrainingConfig.activation_codec, TrainingConfig.gradient_codec
     work.add_argument("--activation-codec", default=up, metavar="CODEC", help=f"of activations, up: {codecs}")
     work.add_argument("--gradient-codec", default=down, metavar="CODEC", help="of their gradients, down")
+    number(work, "--micro-batches", TrainingConfig.micro_batches, "parts that a batch travels in")
+    in_flight = "parts whose gradients a head may be waiting for"
+    number(work, "--micro-batches-in-flight", TrainingConfig.micro_batches_in_flight, in_flight)
+    work.add_argument("--micro-steps", action="store_true", help="an optimizer step on each part")
+    work.add_argument("--joint-steps", action="store_true", help="the tail steps on all clients at once")
     work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
     measured = "first steps of a round that measure importance, too; 0: none"
-    _number(work, "--importance-steps", TrainingConfig.importance_steps, measured)
-    _number(work, "--importance-rows", TrainingConfig.importance_rows, "rows of a batch it is measured on; 0: all")
+    number(work, "--importance-steps", TrainingConfig.importance_steps, measured)
+    number(work, "--importance-rows", TrainingConfig.importance_rows, "rows of a batch it is measured on; 0: all")
     choice = plan.add_argument_group("how to plan")
     ranks = ",".join(map(str, PlannerConfig.ranks))
     choice.add_argument("--ranks", type=_whole_numbers, default=ranks, help="candidate ranks, besides 0")
-    _number(choice, "--tail-rank", PlannerConfig.tail_rank, "mean rank of the tail's adapters")
+    number(choice, "--tail-rank", PlannerConfig.tail_rank, "mean rank of the tail's adapters")
     worth = "of a matrix that the tail trains, against one in a head; 0: as many blocks in heads as they afford"
     worth, default = f"{worth} (default: %(default)s)", PlannerConfig.tail_worth
     choice.add_argument("--tail-worth", type=float, default=default, metavar="W", help=worth)
@@ -105,14 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     choice.add_argument("--deadline-s", type=float, metavar="S", help=deadline)
     choice.add_argument("--importance", type=Path, metavar="FILE", help="summary.json of a run, or JSON by module")
     choice.add_argument("--exact", action="store_true", help="the exact optimum by integer programming; slow for many")
-    _number(choice, "--round", 1, "the round whose budgets hold")
-    _number(choice, "--seed", TrainingConfig.seed, "of the budgets' fluctuations")
+    number(choice, "--round", 1, "the round whose budgets hold")
+    number(choice, "--seed", TrainingConfig.seed, "of the budgets' fluctuations")
     plan.add_argument("--output", type=Path, metavar="DIR", help="also write plan.json, importance.png and budgets.png")
-    return parser
+    plan.set_defaults(run=run)
 
 
-def _number(group: argparse._ArgumentGroup, option: str, default: int, meaning: str) -> None:
-    group.add_argument(option, type=int, default=default, metavar="N", help=meaning)
+def run(options: argparse.Namespace) -> int:
+    """Plan; returns 0, or `NOBODY` where every client is left out."""
+    made = _plan(options)
+    if made.clients:
+        return 0
+    client, reason = next(iter(made.left_out.items()))
+    return fail(NOBODY, f"none of {len(made.left_out)} clients can take part; client {client}: {reason}")
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -174,6 +146,10 @@ def _workload(options: argparse.Namespace) -> Workload:
         gradient_codec=options.gradient_codec,
         importance_steps=options.importance_steps,
         importance_rows=options.importance_rows,
+        micro_batches=options.micro_batches,
+        micro_batches_in_flight=options.micro_batches_in_flight,
+        micro_steps=options.micro_steps,
+        joint_steps=options.joint_steps,
     )
     return Workload.of(
         training,
@@ -293,7 +269,3 @@ def _write(folder: Path, content: Mapping[str, Any]) -> Path:
     except OSError as error:
         raise ConfigError(f"Expected a folder to write into at {folder}, found: {error}.") from error
     return folder
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,23 @@
+"""The command ``hsplit-flwr``: a plan before anyone trains (``plan``), a result tried and scored afterwards."""
+
+from collections.abc import Sequence
+
+from hsplit_flwr.cli import plan, results
+from hsplit_flwr.cli.parsing import PROGRAM, USER_ERROR, OneLineParser, fail
+from hsplit_flwr.errors import HSplitError
+
+__all__ = ["USER_ERROR", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0, `NOBODY` or `USER_ERROR`, both with one line on stderr."""
+    parser = OneLineParser(prog=PROGRAM, description="Heterogeneous split LoRA fine-tuning with Flower.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    plan.declare(commands)
+    results.declare(commands)
+    options = parser.parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except HSplitError as error:
+        return fail(USER_ERROR, str(error))
+    return code

@@ -1,0 +1,37 @@
+"""What the commands of ``hsplit-flwr`` have in common: how options are declared, how errors are said."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+PROGRAM = "hsplit-flwr"
+NOBODY = 1
+"""exit code: the plan leaves every client out"""
+USER_ERROR = 2
+"""exit code: what the user gave cannot be worked with"""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Errors on one line, without the usage before them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print `message` and leave."""
+        self.exit(USER_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
+def number(group: argparse._ActionsContainer, option: str, default: int, meaning: str) -> None:
+    """An option that is a whole number."""
+    group.add_argument(option, type=int, default=default, metavar="N", help=meaning)
+
+
+def fail(code: int, message: str) -> int:
+    """`message` on one line of stderr; returns `code`."""
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

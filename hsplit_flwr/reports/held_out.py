@@ -1,0 +1,100 @@
+"""A result scored on held-out examples: perplexity, and how many answers are exactly those that people wrote."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from hsplit_flwr.common.tables import format_number, format_table
+from hsplit_flwr.data.forms import Example
+from hsplit_flwr.data.own_data import OwnData
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.models.generation import generate_texts
+from hsplit_flwr.training.loss import Score, target_tokens, token_losses
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class HeldOutScore:
+    """What a model makes of held-out examples."""
+
+    examples: int
+    tokens: int
+    """target tokens, over which the loss is the mean"""
+    loss: float
+    """nats per target token"""
+    perplexity: float
+    asked: int
+    """examples with an answer that the model was asked for: those whose prompt leaves room for one in the model's
+    positions; 0: exact answers were not measured"""
+    exact: int
+    """answers, written greedily, that are those of the file but for spaces around them"""
+
+    def table(self) -> str:
+        """The score for people."""
+        rows = [
+            ["examples", str(self.examples)],
+            ["target tokens", f"{self.tokens:,}"],
+            ["loss", f"{self.loss:.4f}"],
+            ["perplexity", format_number(self.perplexity)],
+            ["exact answers", f"{self.exact} of {self.asked}" if self.asked else "not measured"],
+        ]
+        return format_table(["score", "value"], rows, markdown=False, left_aligned=1)
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        try:
+            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"Expected a file to write the score to, found: {error}.") from error
+
+
+def score_held_out(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    data: OwnData,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> HeldOutScore:
+    """Score `examples` of `data`.
+
+    Args:
+        model: a whole causal language model in eval mode.
+        tokenizer: its own.
+        data: says how examples become rows, and what their loss is on.
+        examples: to score.
+        max_new_tokens: of an answer; 0: nothing is asked.
+        progress: see `generate_texts`.
+
+    Raises:
+        ConfigError: no target tokens in all of `examples`.
+    """
+    nll, tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in data.scoring_batches(examples):
+            logits = model(
+                input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device)
+            ).logits
+            nll += float(token_losses(logits, batch["labels"].to(model.device)).double().sum())
+            tokens += target_tokens(batch["labels"])
+    score = Score(nll, tokens)
+    loss = score.loss  # before anything is generated: that takes longer than to find out that nothing is there
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = positions - max_new_tokens if positions else None
+    asked = data.asked(examples, longest) if max_new_tokens else []
+    texts = generate_texts(
+        model, tokenizer, [one.ids for one in asked], max_new_tokens=max_new_tokens or 1, progress=progress
+    )
+    exact = sum(text == one.answer.strip() for text, one in zip(texts, asked, strict=True))
+    return HeldOutScore(len(examples), tokens, loss, score.perplexity, len(asked), exact)
