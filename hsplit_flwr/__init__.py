@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
     from hsplit_flwr.flower.server import server_components
     from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
+    from hsplit_flwr.lora.from_peft import spec_from_peft
     from hsplit_flwr.lora.spec import LoraSpec
     from hsplit_flwr.models.files import ModelFiles
     from hsplit_flwr.planning.budgets.budget import Budget
@@ -55,6 +56,7 @@ _MODULE_OF = {
     "Workload": "training.workload",
     "client_app": "flower.message_client",
     "server_components": "flower.server",
+    "spec_from_peft": "lora.from_peft",
 }
 
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "Workload",
     "client_app",
     "server_components",
+    "spec_from_peft",
 ]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hsplit_flwr.cli.parsing import NOBODY, Defaults, OneLineParser, fail, number
 from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.lora.module_choice import from_words
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.training.config import WIRE_CODECS, TrainingConfig
 from hsplit_flwr.training.workload import Workload
@@ -64,7 +65,8 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     worth = "of a matrix that the tail trains, against one in a head; 0: as many blocks in heads as they afford"
     worth, default = f"{worth} (default: %(default)s)", PlannerConfig.tail_worth
     choice.add_argument("--tail-worth", type=float, default=default, metavar="W", help=worth)
-    targets = f"endings of the linear layers that may get an adapter (default: {PlannerConfig.target_modules})"
+    targets = "endings of the linear layers that may get an adapter, or one regular expression"
+    targets = f"{targets} (default: {PlannerConfig.target_modules})"
     choice.add_argument("--target-modules", nargs="+", metavar="NAME", help=targets)
     deadline = "the longest a round may take; inf: any (default: what the slowest client needs for one block)"
     choice.add_argument("--deadline-s", type=float, metavar="S", help=deadline)
@@ -169,7 +171,7 @@ def _planner_config(options: argparse.Namespace) -> PlannerConfig:
         tail_rank=options.tail_rank,
         tail_worth=options.tail_worth,
         deadline_s=options.deadline_s,
-        target_modules=tuple(options.target_modules or ()) or PlannerConfig.target_modules,
+        target_modules=from_words(options.target_modules or ()),
     )
 
 

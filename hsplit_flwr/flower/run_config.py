@@ -12,6 +12,7 @@ from hsplit_flwr.exchange.tls_files import CLIENT, CLIENT_ROOTS, TAIL, TAIL_ROOT
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.run_output import KEEP_CHECKPOINTS
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
+from hsplit_flwr.lora.module_choice import from_words
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.fleet import Fleet
@@ -75,7 +76,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     lora_alpha = get(run_config, "lora-alpha", 16.0)
     targets = get(run_config, "target-modules", "")
     tail_rank = get(run_config, "tail-rank", PlannerConfig.tail_rank)
-    spec = tuple(targets.split()) if targets else LoraSpec().target_modules
+    spec = from_words(targets.split())
     adapter_rank = get(run_config, "adapter-rank", 0)
     if adapter_rank < 0:
         raise ConfigError(f"Expected adapter-rank >= 0 (0: as much as exactness takes), found {adapter_rank}.")
@@ -157,5 +158,5 @@ def plans_from_table(
     """Plans per client id from two small tables, with one alpha for all."""
     if set(cuts) != set(ranks):
         raise ConfigError(f"Expected cuts and ranks for the same clients, found {sorted(cuts)} and {sorted(ranks)}.")
-    targets = tuple(target_modules.split()) if target_modules else "all-linear"
+    targets = from_words(target_modules.split())
     return {client: ClientPlan(cuts[client], LoraSpec(ranks[client], lora_alpha, targets)) for client in cuts}

@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.lora.module_choice import ALL_LINEAR, Names, in_blocks, is_regex, matching, normalized
 
-ALL_LINEAR = "all-linear"
 Number = TypeVar("Number", int, float)
 
 
@@ -23,14 +23,20 @@ class LoraSpec:
 
     ``rank_pattern`` and ``alpha_pattern`` work as in PEFT: a key is a regular expression for the end of a module
     name, the first match wins, otherwise ``r`` and ``lora_alpha`` hold. Rank 0 means no adapter there.
-    ``target_modules`` is ``"all-linear"`` (every linear layer of a block) or a tuple of module-name endings.
     """
 
     r: int = 8
     lora_alpha: float = 16.0
-    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    target_modules: Names = ALL_LINEAR
+    """``"all-linear"`` (every linear layer of a block that takes an adapter), endings, or a regular expression"""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: Names = ()
+    """endings or a regular expression for what gets none"""
+    layers_to_transform: tuple[int, ...] | None = None
+    """the blocks whose layers get one; None: all"""
+    use_rslora: bool = False
+    """rank-stabilized scaling, ``lora_alpha / sqrt(r)`` (arXiv:2312.03732)"""
 
     def __post_init__(self) -> None:
         ranks = [self.r, *self.rank_pattern.values()]
@@ -44,8 +50,8 @@ class LoraSpec:
                 re.compile(key)
             except re.error as error:
                 raise ConfigError(f"Expected a regular expression in a pattern, found {key!r}: {error}.") from error
-        if isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR:
-            object.__setattr__(self, "target_modules", (self.target_modules,))
+        for key in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, key, normalized(key, getattr(self, key)))
         if not self.target_modules:
             raise ConfigError(f"Expected target_modules, found none. Use {ALL_LINEAR!r}, or r=0 for no adapter.")
 
@@ -53,21 +59,15 @@ class LoraSpec:
         """Those of `module_names` that the spec trains (rank > 0), in the given order.
 
         Raises:
-            ConfigError: a target matches no module.
+            ConfigError: a target, or what is to be left out, matches no module; or a block has none.
         """
         names = list(module_names)
-        if isinstance(self.target_modules, str):
-            chosen = names
-        else:
-            endings = self.target_modules
-            chosen = [n for n in names if any(n == e or n.endswith(f".{e}") for e in endings)]
-            missing = [e for e in endings if not any(n == e or n.endswith(f".{e}") for n in names)]
-            if missing:
-                leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
-                raise ConfigError(
-                    f"Expected target_modules among the linear layers {leaves}, found {missing}. "
-                    f"Use one of those names or {ALL_LINEAR!r}."
-                )
+        chosen = matching("target_modules", self.target_modules, names)
+        if self.exclude_modules:
+            excluded = set(matching("exclude_modules", self.exclude_modules, names))
+            chosen = [name for name in chosen if name not in excluded]
+        if self.layers_to_transform is not None:
+            chosen = in_blocks(self.layers_to_transform, chosen)
         return [n for n in chosen if self.rank(n) > 0]
 
     def check(self, module_names: Iterable[str]) -> None:
@@ -95,24 +95,51 @@ class LoraSpec:
         return _first_match(self.rank_pattern, module_name, self.r)
 
     def scaling(self, module_name: str) -> float:
-        """The scaling ``lora_alpha / r`` of the adapter on `module_name`."""
-        return _first_match(self.alpha_pattern, module_name, self.lora_alpha) / self.rank(module_name)
+        """The scaling of the adapter on `module_name`: ``lora_alpha / r``, or ``lora_alpha / sqrt(r)``."""
+        rank = self.rank(module_name)
+        return _first_match(self.alpha_pattern, module_name, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
 
-    def spelled_out(self, module_names: Iterable[str]) -> "LoraSpec":
+    def spelled_out(self, module_names: Iterable[str], whole: Iterable[str] | None = None) -> "LoraSpec":
         """The same adapters on `module_names` by their whole names, without regular expressions: to be sent.
 
-        A spec without regular expressions stays as it is.
+        A spec that says no more than ranks and endings, all of which are there, stays as it is.
+
+        Args:
+            module_names: the linear layers of a head.
+            whole: those of the whole model, among which the spec chooses; default: `module_names`. A head need not
+                have a layer of each kind.
         """
-        if all(map(is_literal, [*self.rank_pattern, *self.alpha_pattern])):
+        here = list(module_names)
+        names = set(self.targets(here if whole is None else whole))
+        if self._is_plain() and (whole is None or self._all_are_in(here)):
             return self
-        names = self.targets(module_names)
-        alphas = {re.escape(name): _first_match(self.alpha_pattern, name, self.lora_alpha) for name in names}
+        held = [name for name in here if name in names]
+        alphas = {re.escape(name): self._alpha(name) for name in held}
         return LoraSpec(
             r=0,
             lora_alpha=self.lora_alpha,
-            rank_pattern=_by_whole_name({name: self.rank(name) for name in names}),
+            rank_pattern=_by_whole_name({name: self.rank(name) for name in held}),
             alpha_pattern=alphas,
         )
+
+    def _is_plain(self) -> bool:
+        """Whether ranks, alphas and endings say all, and none of them is a regular expression."""
+        further = self.exclude_modules or self.layers_to_transform is not None or self.use_rslora
+        patterns = all(map(is_literal, [*self.rank_pattern, *self.alpha_pattern]))
+        return patterns and not further and not is_regex(self.target_modules)
+
+    def _all_are_in(self, names: list[str]) -> bool:
+        try:
+            matching("target_modules", self.target_modules, names)
+        except ConfigError:
+            return False
+        return True
+
+    def _alpha(self, module_name: str) -> float:
+        """What divided by the rank is the scaling."""
+        if self.use_rslora:
+            return self.scaling(module_name) * self.rank(module_name)
+        return _first_match(self.alpha_pattern, module_name, self.lora_alpha)
 
     @classmethod
     def of_ranks(cls, ranks: Mapping[str, int], lora_alpha: float) -> "LoraSpec":
@@ -130,7 +157,13 @@ class LoraSpec:
         return cls(r=0, rank_pattern=trained, alpha_pattern={name: scaling * rank for name, rank in trained.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form; `from_dict` takes it back."""
+        """A JSON-able form of a spec that is `spelled_out`; `from_dict` takes it back.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if self.exclude_modules or self.layers_to_transform is not None or self.use_rslora:
+            raise ConfigError(f"Expected a spec of ranks and names to be sent, found {self}. Send spelled_out(...).")
         targets = self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules)
         return {
             "r": self.r,
@@ -145,12 +178,14 @@ class LoraSpec:
         """The spec that `to_dict` wrote.
 
         Raises:
-            ConfigError: unknown or missing keys.
+            ConfigError: unknown or missing keys, or a regular expression, which may take any time to match.
         """
         expected = {"r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"}
         if set(data) != expected:
             raise ConfigError(f"Expected a LoRA spec with the keys {sorted(expected)}, found {sorted(data)}.")
         targets = data["target_modules"]
+        if is_regex(targets):
+            raise ConfigError(f"Expected target_modules of plain names, found {targets!r}. Send spelled_out(...).")
         return cls(**{**data, "target_modules": targets if isinstance(targets, str) else tuple(targets)})
 
 

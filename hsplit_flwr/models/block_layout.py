@@ -6,9 +6,10 @@ else outside the blocks is the *postlude* (final norm, LM head).
 """
 
 import copy
+import math
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +18,26 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
+from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
-from hsplit_flwr.models.views import graft, path_to
+from hsplit_flwr.models.prelude import used_before_blocks
+from hsplit_flwr.models.views import path_to
 
 PATCHING = threading.Lock()
 """Held while nn.Module is patched to build on the meta device: building real modules in another thread must wait."""
+_AUTO_CLASSES = (
+    (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+    (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+)
+_LARGE = 1 << 20
+"""elements of a tensor that is not allocated while a skeleton is built"""
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,31 @@ class BlockLayout:
     """modules with parameters used before the blocks: embeddings, position embeddings, their norm, ..."""
     postlude: frozenset[str]
     """all other modules with parameters outside the blocks: final norm, LM head, ..."""
+    streams: tuple[int, ...]
+    """the form of the hidden states at one position: (H,), or (4, H) with four streams (hyper-connections)"""
+    embedding_size: int
+    """width of what enters in place of the embeddings"""
+    passive: frozenset[str] = frozenset()
+    """linear layers of the blocks that take no adapter (`adaptable`)"""
+
+    @property
+    def width(self) -> int:
+        """Values of the activations at one position, W."""
+        return math.prod(self.streams)
+
+    def linear_layers(self, model: nn.Module, start: int = 0) -> list[str]:
+        """Whole-model names of the linear layers in the blocks of `model` that take an adapter, in its order.
+
+        Args:
+            model: the whole model, or one that holds the blocks from `start` on.
+            start: its first block.
+        """
+        names = [
+            shift_block(name, self.blocks, start)
+            for name, module in model.named_modules()
+            if name.startswith(f"{self.blocks}.") and isinstance(module, nn.Linear | Conv1D)
+        ]
+        return [name for name in names if name not in self.passive]
 
 
 def block_of(name: str) -> int:
@@ -56,10 +94,34 @@ def block_of(name: str) -> int:
     return int(found.group(1))
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """Large tensors without values have no storage: accelerate moves a parameter away only once it is there.
+
+    The fused experts of one block of DeepSeek-V3 would ask for 30 GB. Smaller ones stay as they are, so that buffers
+    that a model fills in are computed.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and "device" not in kwargs:
+            size = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
+            if all(isinstance(side, int) for side in size) and math.prod(size) >= _LARGE:
+                return func(*args, **kwargs, device="meta")
+        return func(*args, **kwargs)
+
+
+def shift_block(name: str, blocks: str, by: int) -> str:
+    """`name` with its index among the `blocks` moved; names of what lies elsewhere stay."""
+    if not name.startswith(f"{blocks}."):
+        return name
+    index, dot, rest = name[len(blocks) + 1 :].partition(".")
+    return f"{blocks}.{int(index) + by}{dot}{rest}"
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Models built inside have parameters without storage; buffers (rotary frequencies) are computed."""
-    with PATCHING, init_empty_weights(include_buffers=False):  # patches nn.Module for all threads
+    with PATCHING, init_empty_weights(include_buffers=False), _LargeOnMeta():  # patches nn.Module for all threads
         yield
 
 
@@ -71,8 +133,25 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     """
     _require_causal_lm(config)
     with parameters_on_meta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+    _auto_class(model.config)  # Emu3's text model goes by a type of its own, which nothing would load again
+    if blank := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise UnsupportedModelError(
+            f"Expected buffers of a {config.model_type!r} model that are computed as it is built, found {blank[0]} "
+            "without values. Choose another architecture."
+        )
     return model.eval()
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The class that makes a model of `config`. One for images and text runs its text part alone where no image is."""
+    for auto, mapping in _AUTO_CLASSES:
+        if type(config) in mapping:
+            return auto
+    raise UnsupportedModelError(
+        f"Expected a model that AutoModelForCausalLM knows, found the model type {config.model_type!r}. "
+        "Choose a decoder-only causal language model."
+    )
 
 
 def _require_causal_lm(config: PretrainedConfig) -> None:
@@ -88,16 +167,6 @@ def _require_causal_lm(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(
             f"Expected a decoder-only causal language model, found the encoder-decoder model {kind!r}. "
             "Choose a model with one stack of blocks, such as GPT-2 or LLaMA."
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"Expected a model that AutoModelForCausalLM knows, found the model type {kind!r}. "
-            "Choose a decoder-only causal language model."
-        )
-    if config.get_text_config() is not config:
-        raise UnsupportedModelError(
-            f"Expected a language model, found {kind!r}, which has parts for other inputs beside it. "
-            "Choose a checkpoint of its text model alone."
         )
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise UnsupportedModelError(
@@ -123,10 +192,27 @@ def find_layout(skeleton: PreTrainedModel) -> BlockLayout:
         and name not in on_path
         and not name.startswith(f"{blocks}.")
     }
-    prelude = _used_before_blocks(skeleton, blocks, num_blocks, outside)
-    layout = BlockLayout(blocks, num_blocks, prelude, frozenset(outside) - prelude)
+    prelude, streams = used_before_blocks(skeleton, blocks, outside)
+    layout = BlockLayout(
+        blocks=blocks,
+        num_blocks=num_blocks,
+        prelude=prelude,
+        postlude=frozenset(outside) - prelude,
+        streams=streams,
+        embedding_size=_embedding_size(skeleton),
+    )
     _require_both_ends(skeleton, layout)
     return layout
+
+
+def block_kinds(skeleton: PreTrainedModel, layout: BlockLayout) -> list[tuple[Any, ...]]:
+    """What tells one block from another: its class, its parameters' shapes and its entries in per-layer settings."""
+    config: PretrainedConfig = skeleton.config.get_text_config()
+    lists = [v for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == layout.num_blocks]
+    return [
+        (type(block), tuple(p.shape for p in block.parameters()), tuple(repr(values[index]) for values in lists))
+        for index, block in enumerate(skeleton.get_submodule(layout.blocks).children())
+    ]
 
 
 def _require_both_ends(skeleton: PreTrainedModel, layout: BlockLayout) -> None:
@@ -144,81 +230,30 @@ def _require_both_ends(skeleton: PreTrainedModel, layout: BlockLayout) -> None:
         )
 
 
+def _embedding_size(skeleton: PreTrainedModel) -> int:
+    return int(skeleton.config.get_text_config().hidden_size)
+
+
 def _find_blocks(skeleton: PreTrainedModel) -> tuple[str, int]:
+    """The ``ModuleList`` of as many entries as the config has layers; the outermost, or the only one there is."""
     num_blocks = skeleton.config.get_text_config().num_hidden_layers
-    decoder = skeleton.get_decoder()
-    prefix = next(name for name, module in skeleton.named_modules() if module is decoder)
-    lengths = {
-        f"{prefix}.{name}".lstrip("."): len(module)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+\.", name)
-    }
-    found = [name for name, length in lengths.items() if length == num_blocks]
-    if len(found) != 1:
+    lengths = _module_lists(skeleton, skeleton.get_decoder()) or _module_lists(skeleton, skeleton)
+    found = [name for name, length in lengths.items() if length == num_blocks] or list(lengths)
+    depth = min((name.count(".") for name in found), default=0)
+    outermost = [name for name in found if name.count(".") == depth]
+    if len(outermost) != 1 or lengths[outermost[0]] < 2:
         raise UnsupportedModelError(
             f"Expected one ModuleList with the {num_blocks} blocks of {type(skeleton).__name__}, "
             f"found {lengths}. Choose a model whose decoder is a single stack of blocks."
         )
-    return found[0], num_blocks
+    return outermost[0], lengths[outermost[0]]
 
 
-class _FirstBlockReached(Exception):  # noqa: N818  (a signal, not an error)
-    pass
-
-
-class _StopAtBlock(nn.Module):
-    """Stands in for a block while the prelude is observed."""
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> None:
-        raise _FirstBlockReached
-
-
-class _ArgumentsSeen(TorchFunctionMode):
-    """Notes the arguments of every torch function: unlike module hooks, also parameters used directly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ids: set[int] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ids.update(map(id, args))
-        self.ids.update(map(id, (kwargs or {}).values()))
-        return func(*args, **(kwargs or {}))
-
-
-def _used_before_blocks(
-    skeleton: PreTrainedModel, blocks: str, num_blocks: int, outside: Mapping[str, nn.Module]
-) -> frozenset[str]:
-    # A real pass rather than one on the meta device, where code that looks at a mask's values fails.
-    for module in [*outside.values(), *map(skeleton.get_submodule, path_to(blocks))]:
-        _use_zeros(module)
-    stand_ins = nn.ModuleList(_StopAtBlock() for _ in range(num_blocks))
-    view = graft(skeleton, {blocks: stand_ins})
-    tokens = torch.zeros(1, 2, dtype=torch.long)
-    seen = _ArgumentsSeen()
-    try:
-        with torch.no_grad(), seen:
-            view(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-    except _FirstBlockReached:
-        return frozenset(
-            name
-            for name, module in outside.items()
-            if any(id(parameter) in seen.ids for parameter in module.parameters(recurse=False))
-        )
-    except Exception as error:
-        raise _not_run(skeleton, blocks, f"a pass that failed before them ({error!r})") from error
-    raise _not_run(skeleton, blocks, "a pass without them")
-
-
-def _not_run(skeleton: PreTrainedModel, blocks: str, found: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"Expected {type(skeleton).__name__} to run the blocks in {blocks!r}, found {found}. "
-        "Choose a model whose decoder calls its blocks one after another."
-    )
-
-
-def _use_zeros(module: nn.Module) -> None:
-    """Gives the module's own parameters a value that takes no memory: one zero, expanded."""
-    for leaf, parameter in module.named_parameters(recurse=False):
-        zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-        module._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
+def _module_lists(skeleton: PreTrainedModel, root: nn.Module) -> dict[str, int]:
+    """Name -> length of the module lists in `root` that are in no other one."""
+    prefix = next(name for name, module in skeleton.named_modules() if module is root)
+    return {
+        f"{prefix}.{name}".lstrip("."): len(module)
+        for name, module in root.named_modules()
+        if isinstance(module, nn.ModuleList) and not re.search(r"\.\d+\.", name)
+    }

@@ -6,16 +6,19 @@ numbers without a word. So all blocks run one by one, cut before each of them as
 gradients must be those of transformers' own pass.
 """
 
-from collections.abc import Callable
+import inspect
+from collections import defaultdict
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import UnsupportedModelError
-from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton, find_layout
-from hsplit_flwr.models.miniature import narrow, random_model
+from hsplit_flwr.models.block_layout import BlockLayout
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.models.trial import config_key, trial_batch, tried_model
 
 LOGITS_TOLERANCE = 1e-4
 """largest difference of logits, in units of the largest one; rounding stays far below"""
@@ -23,9 +26,7 @@ GRADIENT_TOLERANCE = 1e-3
 """largest difference in the gradient of one parameter, in units of its largest entry"""
 NOISE = 1e-5
 """in units of the largest gradient of all: below it is rounding (the gradients of key biases cancel, say)"""
-LARGEST = 150_000_000
-"""parameters of a model that is built for the check: 1.8 GB with two sets of gradients"""
-ROWS, TOKENS = 3, 6
+HIDDEN = "hidden_states"
 Gradients = dict[str, Tensor]
 _FAULTS: dict[str, str | None] = {}
 """what was found for the configs of this process"""
@@ -40,7 +41,7 @@ def require_cuttable(config: PretrainedConfig) -> None:
     Raises:
         UnsupportedModelError: logits or gradients differ, or the model cannot be cut, or not be tried; says which.
     """
-    key = f"{type(config).__name__} {config.to_json_string(use_diff=False)}"
+    key = config_key(config)
     if key not in _FAULTS:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             _FAULTS[key] = _fault(config)
@@ -51,66 +52,39 @@ def require_cuttable(config: PretrainedConfig) -> None:
 def _fault(config: PretrainedConfig) -> str | None:
     """Why a model of this config is refused; None if it is not."""
     try:
-        found = _difference(*_tried_model(config))
+        model, layout = tried_model(config)
+        found = _finding(model, layout)
     except UnsupportedModelError as error:
         return str(error)
-    # Whatever the model's own code raises here, it would raise in the middle of a run.
-    except Exception as error:
-        found = _one_line(error)
     return found and (
         f"Expected head and tail of a {config.model_type!r} model to compute and train what it does in one piece, "
         f"found {found}. Choose a model whose blocks use nothing but the hidden states, such as GPT-2 or LLaMA."
     )
 
 
-def _tried_model(config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
-    """The miniature, or the model with its own widths if parts of the miniature do not fit together."""
+def _finding(model: PreTrainedModel, layout: BlockLayout) -> str | None:
+    """What is wrong when the model is cut, and what its blocks read besides if that is why; None if nothing is."""
     try:
-        return _built(narrow(config))
+        found = _difference(model, layout)
     except UnsupportedModelError:
         raise
+    # Whatever the model's own code raises here, it would raise in the middle of a run.
     except Exception as error:
-        size = _size(build_skeleton(config, torch.float32))
-        if size <= LARGEST:
-            return _built(config)
-        raise UnsupportedModelError(
-            f"Expected a model of type {config.model_type!r} to be tried in head and tail first, found one of {size:,} "
-            f"parameters whose miniature does not run ({_one_line(error)}). Choose another architecture."
-        ) from error
+        further = further_inputs(model, layout)
+        return f"that its blocks also read {further}, which depend on the tokens" if further else stops(error)
+    if found and (further := further_inputs(model, layout)):
+        return f"{found}: its blocks also read {further}, which depend on the tokens"
+    return found
 
 
-def _built(config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
-    """A model that ran as a whole, and where it can be cut."""
-    skeleton = build_skeleton(config, torch.float32)
-    if _size(skeleton) > LARGEST:
-        raise MemoryError("it is too large")
-    model = random_model(config)
-    with torch.no_grad():
-        model(**_batch(config), use_cache=False)
-    return model, find_layout(skeleton)
-
-
-def _size(skeleton: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in skeleton.parameters())
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
-
-
-def _batch(config: PretrainedConfig) -> dict[str, Tensor]:
-    """Token ids and mask (B, T): a full row, one padded on the right, one padded on the left."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, config.vocab_size, (ROWS, TOKENS), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
-    mask[2, :2] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+def stops(error: Exception) -> str:
+    """What a model's own code says that runs as a whole, and not in parts."""
+    return f"that it stops when it is cut: {str(error).strip().partition(chr(10))[0]:.160}"
 
 
 def _difference(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     """What differs between the model's own pass and one that is cut before every block; None if nothing does."""
-    batch = _batch(model.config)
+    batch = trial_batch(model.config)
     seen = batch["attention_mask"].bool()
     expected = model(**batch, use_cache=False).logits
     # Any loss will do: a weighted sum of the logits of all tokens.
@@ -118,8 +92,6 @@ def _difference(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     expected_gradients = _backward(model, [], expected, weights)
 
     segment = Segment(model, layout, 0, layout.num_blocks)
-    if unfit := _unfit_layers(segment, batch):
-        return unfit
     found, cuts = _pass_in_pieces(segment, batch["input_ids"], batch["attention_mask"])
     far = float(((found - expected)[seen].abs().max() / expected[seen].abs().max()).detach())
     if not far <= LOGITS_TOLERANCE:  # NaN is not
@@ -127,32 +99,49 @@ def _difference(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     return _gradient_difference(expected_gradients, _backward(model, cuts, found, weights))
 
 
-def _unfit_layers(segment: Segment, batch: dict[str, Tensor]) -> str | None:
-    """Linear layers in which an adapter would break the pass or change nothing."""
-    results: dict[str, object] = {}
+def further_inputs(model: PreTrainedModel, layout: BlockLayout) -> str:
+    """Names of what the blocks are given beside hidden states that depends on the tokens; empty if nothing does."""
+    first, second = (_arguments(model, layout, seed) for seed in (1, 2))
+    differing = {name for name, tensor in first.items() if not torch.equal(tensor, second[name])}
+    return ", ".join(sorted(differing - {HIDDEN}))
 
-    def note(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: results.update({name: output})
 
-    layers = segment.linear_modules()
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
-    with torch.no_grad():
-        segment.model(**batch, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    if unused := layers.keys() - results.keys():
-        return f"{min(unused)}, whose weights are used without calling the layer, so past any adapter"
-    tuples = [name for name, result in results.items() if not isinstance(result, Tensor)]
-    return f"{tuples[0]}, which returns something else than one tensor and so takes no adapter" if tuples else None
+def _arguments(model: PreTrainedModel, layout: BlockLayout, seed: int) -> dict[str, Tensor]:
+    """Argument -> all tensors that the blocks are given by it in a pass over random tokens, as one (float64)."""
+    given: dict[str, list[Tensor]] = defaultdict(list)
+
+    def note(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arguments = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+        named = {**arguments, **arguments.pop("kwargs", {})}
+        for position, (name, value) in enumerate(named.items()):
+            given[HIDDEN if position == 0 else name] += [t for t in tree_iter(value) if isinstance(t, Tensor)]
+
+    blocks = model.get_submodule(layout.blocks).children()
+    hooks = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        with torch.no_grad():
+            model(**trial_batch(model.config, seed), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        name: torch.cat([t.flatten().double() for t in tensors]) if tensors else torch.zeros(0)
+        for name, tensors in given.items()
+    }
 
 
 def _pass_in_pieces(segment: Segment, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The logits, and of every cut what left the block before it and the leaf that entered the block after it."""
+    """The logits, and of every cut what left the block before it and the leaf that entered the block after it.
+
+    As between head and tail no padding travels: zeros are put in its place.
+    """
     cuts = []
+    seen = mask.bool()[..., None]
     hidden = segment(ids, mask.clone(), until=1)
     for block in range(1, segment.num_blocks):
-        entering = hidden.detach().requires_grad_()
-        cuts.append((hidden, entering))
+        sent = hidden.where(seen, 0)
+        entering = sent.detach().requires_grad_()
+        cuts.append((sent, entering))
         hidden = segment(entering, mask.clone(), entry=block, until=block + 1)
     return hidden, cuts
 

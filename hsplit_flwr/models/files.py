@@ -5,14 +5,13 @@ tokenizer files. Tensors go by the names of the model's own ``state_dict``, what
 them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -23,20 +22,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers import __version__ as transformers_version
 
-from hsplit_flwr.errors import ConfigError, HSplitError, UnsupportedModelError
+from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import build_skeleton
+from hsplit_flwr.models.conversions import Parameters, Source, converted, sources_of
 from hsplit_flwr.models.gguf_cache import convert_once
-from hsplit_flwr.models.tensor_files import stored_tensors
+from hsplit_flwr.models.hub import hub_folder
+from hsplit_flwr.models.tensor_files import StoredTensor, stored_tensors
 from hsplit_flwr.models.token_limits import TokenLimits
 
 ADAPTER_CONFIG = "adapter_config.json"
 GENERATION_CONFIG = "generation_config.json"
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _CHUNK_ELEMENTS = 2**21
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_log = logging.getLogger("hsplit_flwr")
 
 
 class ModelFiles:
@@ -76,20 +76,39 @@ class ModelFiles:
             return cls(convert_once(path))
         if path.is_dir():
             return cls(path)
-        return cls(_from_hub(name))
+        return cls(hub_folder(name))
 
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The config of the whole model."""
-        config: PretrainedConfig = AutoConfig.from_pretrained(self.folder)
+        """The config of the whole model.
+
+        Raises:
+            ConfigError: config.json is none, or of a model type that transformers does not know.
+        """
+        config: PretrainedConfig = self._parsed("config.json", AutoConfig)
         return config
 
     def generation_config(self) -> GenerationConfig | None:
-        """How the checkpoint says that texts are written (end tokens, penalties); None if it says nothing."""
+        """How the checkpoint says that texts are written (end tokens, penalties); None if it says nothing.
+
+        Raises:
+            ConfigError: generation_config.json is none.
+        """
         if not (self.folder / GENERATION_CONFIG).is_file():
             return None
-        generation: GenerationConfig = GenerationConfig.from_pretrained(self.folder)
+        generation: GenerationConfig = self._parsed(GENERATION_CONFIG, GenerationConfig)
         return generation
+
+    def _parsed(self, file: str, kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.folder)
+        # transformers raises OSError, ValueError, KeyError and more of its own for what it cannot read.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"Expected {self.folder / file} to be a file that transformers {transformers_version} reads, "
+                f"found: {reason:.300}. Download it again, or take a model that this version knows."
+            ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
@@ -103,8 +122,9 @@ class ModelFiles:
             UnsupportedModelError: not a decoder-only causal language model.
         """
         skeleton = build_skeleton(self.config, dtype)
-        if "stored_names" not in self.__dict__:
-            self.stored_names = self._match(skeleton)
+        if "_sources" not in self.__dict__:
+            self._parameters = Parameters(skeleton)
+            self._sources = self._match(skeleton)
         return skeleton
 
     @cached_property
@@ -113,70 +133,108 @@ class ModelFiles:
         return TokenLimits.of(self.skeleton()).positions
 
     @cached_property
-    def stored_names(self) -> dict[str, str]:
-        """State-dict name -> name in the checkpoint, of the tensors found there; tied ones by each name."""
+    def _parameters(self) -> Parameters:
+        return Parameters(self.skeleton())
+
+    @cached_property
+    def _sources(self) -> dict[str, Source]:
+        """State-dict name -> where it comes from, of the tensors found in the checkpoint; tied ones by each name."""
         return self._match(self.skeleton())
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the checkpoint has the tensor of that state-dict name."""
+        return name in self._sources
 
     def weight_names(self) -> list[str]:
         """State-dict names of the tensors in the checkpoint, in the model's order, each tied tensor once."""
-        once: dict[str, str] = {}
-        for name, stored in self.stored_names.items():
-            once.setdefault(stored, name)
+        once: dict[Source, str] = {}
+        for name, source in self._sources.items():
+            once.setdefault(source, name)
         return list(once.values())
 
-    def _match(self, skeleton: PreTrainedModel) -> dict[str, str]:
-        names = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        found: dict[str, str] = {}
-        for stored, renamed in _renamed_keys(skeleton, self._stored):
-            # A checkpoint of the bare model lacks the prefix.
-            prefix = f"{skeleton.base_model_prefix}."
-            for name in (renamed, prefix + renamed, renamed.removeprefix(prefix)):
-                if name in names:
-                    self._require_shape(name, stored, names[name])
-                    found[name] = stored
-                    break
+    def _match(self, skeleton: PreTrainedModel) -> dict[str, Source]:
+        found = sources_of(skeleton, self._stored)
+        for name, source in found.items():
+            for stored in source.stored:
+                self._require_floats(stored, self._stored[stored])
+            if source.converter is None:
+                tensor = self._stored[source.stored[0]]
+                self._require_shape(name, tensor.shape, str(tensor.file))
+        used = {stored for source in found.values() for stored in source.stored}
+        if unused := sorted(self._stored.keys() - used):
+            _log.warning(
+                "%d tensors of %s, such as %s, have no place in the model that its config.json describes: they are "
+                "left out, as transformers does. Check the number of layers there.",
+                len(unused),
+                self.folder,
+                unused[0],
+            )
         ties: Mapping[str, str] = skeleton.all_tied_weights_keys
-        for alias, source in ties.items():
-            if alias in found and source in found:
-                self._require_equal(alias, found[alias], source, found[source])
-                found[alias] = found[source]
+        for alias, source_name in ties.items():
+            if alias in found and source_name in found:
+                self._require_equal(alias, found[alias], source_name, found[source_name])
+                found[alias] = found[source_name]
             elif alias in found:
-                found[source] = found[alias]
-            elif source in found:
-                found[alias] = found[source]
-        return {name: found[name] for name in names if name in found}
+                found[source_name] = found[alias]
+            elif source_name in found:
+                found[alias] = found[source_name]
+        return {name: found[name] for name in self._parameters.shapes if name in found}
 
-    def _require_shape(self, name: str, stored: str, expected: tuple[int, ...]) -> None:
-        tensor = self._stored[stored]
-        if tensor.shape != expected:
+    def _require_shape(self, name: str, shape: tuple[int, ...], where: str) -> None:
+        if shape != (expected := self._parameters.shapes[name]):
             raise ConfigError(
-                f"Expected {name} of the shape {expected}, as config.json makes the model, found {tensor.shape} in "
-                f"{tensor.file}. Take config.json and weights of one checkpoint (its vocab_size and widths)."
+                f"Expected {name} of the shape {expected}, as config.json makes the model, found {shape} in "
+                f"{where}. Take config.json and weights of one checkpoint (its vocab_size and widths)."
             )
 
-    def _require_equal(self, alias: str, stored_alias: str, source: str, stored_source: str) -> None:
-        first, second = self._stored[stored_alias].file, self._stored[stored_source].file
-        with safe_open(first, framework="pt") as one, safe_open(second, framework="pt") as other:
-            if not torch.equal(one.get_tensor(stored_alias), other.get_tensor(stored_source)):
-                raise UnsupportedModelError(
-                    f"Expected {alias} to equal {source}, to which config.json ties it, found different values "
-                    f"in {self.folder}. Set tie_word_embeddings to false there."
-                )
+    def _require_floats(self, name: str, tensor: StoredTensor) -> None:
+        if tensor.dtype not in _TORCH_DTYPES and len(tensor.shape) > 1:
+            raise UnsupportedModelError(
+                f"Expected weights in {', '.join(_TORCH_DTYPES)}, found {name} in {tensor.dtype} in {tensor.file}: a "
+                "quantised checkpoint whose config.json does not say so. Take the checkpoint that it was made from."
+            )
+
+    def _require_equal(self, alias: str, first: Source, source_name: str, second: Source) -> None:
+        if not torch.equal(self._made(alias, first, None), self._made(source_name, second, None)):
+            raise UnsupportedModelError(
+                f"Expected {alias} to equal {source_name}, to which config.json ties it, found different values "
+                f"in {self.folder}. Set tie_word_embeddings to false there."
+            )
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor of the base weights W_0, on the CPU; under any name of a tied one.
 
-        With `dtype` None or the stored one, a view of the mapped file: treat it as read-only. Otherwise a copy.
+        With `dtype` None or the stored one, a view of the mapped file: treat it as read-only. Otherwise, and where the
+        checkpoint stores it in other pieces than the model, a copy.
 
         Raises:
+            ConfigError: the pieces do not make a tensor of the model's shape.
             UnsupportedModelError: the checkpoint has no such tensor.
         """
-        stored = self.stored_names.get(name)
-        if stored is None:
+        if (source := self._sources.get(name)) is None:
             raise UnsupportedModelError(
                 f"Expected a tensor for {name!r} in {self.folder}, found none of that name. "
-                "Use a checkpoint of this model class whose tensors transformers loads one to one, not a quantised one."
+                "Use a checkpoint of this model class that transformers loads, not a quantised one."
             )
+        return self._made(name, source, dtype)
+
+    def _made(self, name: str, source: Source, dtype: torch.dtype | None) -> Tensor:
+        if source.converter is None:
+            return self._read_stored(source.stored[0], dtype)
+        try:
+            tensor = converted(source, lambda key: self._read_stored(key, dtype), self._parameters)
+        # Whatever transformers' conversion meets: a missing expert, tensors of two widths.
+        except Exception as error:
+            raise ConfigError(
+                f"Expected the tensors that make {name} in {self.folder} ({source.stored[0]}, ..., "
+                f"{len(source.stored)} in all), found some that do not fit: {error}. Download the folder again."
+            ) from error
+        shape = () if tensor is None else tuple(tensor.shape)
+        self._require_shape(name, shape, f"what {source.stored[0]}, ... of {self.folder} make")
+        assert tensor is not None
+        return tensor
+
+    def _read_stored(self, stored: str, dtype: torch.dtype | None) -> Tensor:
         path = self._stored[stored].file
         mapped = self._open(path)
         stored_dtype = _TORCH_DTYPES.get(mapped.get_slice(stored).get_dtype())
@@ -189,16 +247,6 @@ class ModelFiles:
         if path not in self._mapped:
             self._mapped[path] = safe_open(path, framework="pt")
         return self._mapped[path]
-
-
-def _renamed_keys(skeleton: PreTrainedModel, keys: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Checkpoint key -> what transformers calls it today: GPT-NeoX's ``embed_out`` is now ``lm_head``."""
-    renamings = [rule for rule in get_model_conversion_mapping(skeleton) if isinstance(rule, WeightRenaming)]
-    for key in keys:
-        renamed = key
-        for rule in renamings:
-            renamed, _ = rule.rename_source_key(renamed)
-        yield key, renamed
 
 
 def _read_converted(path: Path, stored: str, dtype: torch.dtype) -> Tensor:
@@ -223,35 +271,3 @@ def refuse_adapter(folder: Path) -> None:
             "(PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)), or remove its files to train "
             "the model without it."
         )
-
-
-def _from_hub(name: str) -> Path:
-    wanted: dict[str, Any] = {"allow_patterns": _HUB_FILES, "ignore_patterns": ["*/*"]}
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True, **wanted))
-        if _is_complete(folder):
-            return folder
-    except HFValidationError as error:
-        raise _not_found(name) from error
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(name, **wanted))
-    # The hub client raises its own, requests', httpx' and OSErrors for "not there" and "not reachable".
-    except Exception as error:
-        raise _not_found(name) from error
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        stored_tensors(folder)
-    except HSplitError:
-        return False
-    return (folder / "config.json").is_file()
-
-
-def _not_found(name: str) -> ConfigError:
-    return ConfigError(
-        f"Expected a local folder, a .gguf file or a model of the hub, found nothing under {name!r}. "
-        "Check the path, or the name and the connection to the hub."
-    )

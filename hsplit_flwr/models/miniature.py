@@ -17,11 +17,15 @@ from hsplit_flwr.models.block_layout import build_skeleton
 WIDTH = 64
 """of feed-forward layers, and of the hidden states of a model without attention heads"""
 VOCABULARY = 128
+EXPERTS_CHOSEN = 2
+"""per token; what a router chooses from is made as small as its groups allow"""
 WINDOW = 4
 """of sliding attention: shorter than the rows of a check, so that a wrong window is seen"""
 _FEED_FORWARD = re.compile(r"intermediate|ffn|inner|dff")
 _SCALED = re.compile(r"hidden_size|heads$|n_head$|embd|embed|d_model|d_ssm|width")
 """keys of what grows with the number of attention heads; the sizes of single heads do not"""
+_EXPERTS = re.compile(r"(num|n_routed|num_local|moe_num)_experts")
+_CHOSEN = re.compile(r"num_experts_per_tok(en)?|moe_top_?k|moe_k")
 
 
 def narrow(config: PretrainedConfig) -> PretrainedConfig:
@@ -31,30 +35,49 @@ def narrow(config: PretrainedConfig) -> PretrainedConfig:
     of the copy is not built, or does not run.
     """
     small = copy.deepcopy(config)
-    factor = _factor(config)
+    factor, experts = _factor(config), 2 * EXPERTS_CHOSEN * _groups(config)
     for key, value in vars(config).items():
         # Into __dict__: an assignment would be validated by itself, while the values must change together.
-        small.__dict__[key] = _smaller(key, value, factor)
+        small.__dict__[key] = _smaller(key, value, factor, experts)
     return small
+
+
+def _groups(config: PretrainedConfig) -> int:
+    """Groups that a router chooses from before it chooses experts; 1 where there are none."""
+    groups = getattr(config, "n_group", None)
+    return groups if isinstance(groups, int) and groups > 0 else 1
 
 
 def _factor(config: PretrainedConfig) -> int:
     """What the widths are divided by."""
-    heads = getattr(config, "num_attention_heads", None)
+    heads, width = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     if isinstance(heads, int) and heads > 0:
-        return math.gcd(heads // 2 if heads % 2 == 0 else heads, config.hidden_size)
-    return max(1, int(config.hidden_size) // WIDTH)
+        return math.gcd(heads // 2 if heads % 2 == 0 else heads, width)
+    return max(1, width // WIDTH) if isinstance(width, int) else 1
 
 
-def _smaller(key: str, value: Any, factor: int) -> Any:
+def _size(config: PretrainedConfig, key: str) -> Any:
+    try:
+        return getattr(config, key, None)
+    except Exception:  # of transformers' own, where each block has its own value
+        return None
+
+
+def _smaller(key: str, value: Any, factor: int, experts: int) -> Any:
+    if isinstance(value, PretrainedConfig):
+        return narrow(value)
     if isinstance(value, list) and _FEED_FORWARD.search(key):
-        return [_smaller(key, one, factor) for one in value]
+        return [_smaller(key, one, factor, experts) for one in value]
     if not isinstance(value, int) or isinstance(value, bool) or "position" in key:
         return value
     if key.startswith("vocab_size"):
         return min(value, VOCABULARY)
     if key.endswith("token_id"):
         return min(value, VOCABULARY - 1)
+    if _EXPERTS.fullmatch(key):
+        return min(value, experts)
+    if _CHOSEN.fullmatch(key):
+        return min(value, EXPERTS_CHOSEN)
     if key == "sliding_window":
         return min(value, WINDOW)
     if _FEED_FORWARD.search(key):

@@ -6,7 +6,7 @@ and rotary embeddings are computed as in the whole model: the first block receiv
 instead of whatever reached it, and the pass ends with the last block held. Every architecture goes through
 the same code. The cut into a client-side and a server-side model is that of split learning (arXiv:2505.02795).
 
-Shape suffixes: B batch, T tokens, H hidden size, V vocabulary.
+Shape suffixes: B batch, T tokens, H hidden size, W width of activations (mostly H), V vocabulary.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -14,10 +14,10 @@ from collections.abc import Callable, Container, Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.models.block_layout import BlockLayout, block_of, build_skeleton, find_layout
+from hsplit_flwr.models.adaptable import layout_of
+from hsplit_flwr.models.block_layout import BlockLayout, block_of, build_skeleton, shift_block
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.token_limits import TokenLimits
 from hsplit_flwr.models.views import (
@@ -27,6 +27,7 @@ from hsplit_flwr.models.views import (
     ExitBlock,
     LastBlockDone,
     graft,
+    outermost,
     set_view_config,
     stand_in,
 )
@@ -53,11 +54,7 @@ class Segment(nn.Module):
         """compute each block's activations again in the backward pass instead of keeping them"""
         self._layout = layout
         self._limits = TokenLimits.of(model)
-        self._linear_names = [
-            self.global_name(name)
-            for name, module in model.named_modules()
-            if name.startswith(f"{layout.blocks}.") and isinstance(module, nn.Linear | Conv1D)
-        ]
+        self._linear_names = layout.linear_layers(model, start)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -66,8 +63,8 @@ class Segment(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """The hidden size H."""
-        return int(self.config.get_text_config().hidden_size)
+        """The width W of activations: the hidden size, times the streams of a model that has several."""
+        return self._layout.width
 
     @property
     def vocab_size(self) -> int:
@@ -81,14 +78,14 @@ class Segment(nn.Module):
 
         Args:
             inputs: `input_ids` (B, T) if the segment starts with the embeddings and `entry` is None,
-                otherwise the smashed activations (B, T, H) that enter before block `entry`, in the segment's
+                otherwise the smashed activations (B, T, W) that enter before block `entry`, in the segment's
                 dtype.
             attention_mask: (B, T), 1 for tokens and 0 for padding.
             entry: a block of the segment; its first one by default.
             until: the block before which the pass ends; ``stop`` by default.
 
         Returns:
-            The hidden states (B, T, H) after block ``until - 1``, or the logits (B, T, V) if that is the
+            The hidden states (B, T, W) after block ``until - 1``, or the logits (B, T, V) if that is the
             model's last one.
 
         Raises:
@@ -99,11 +96,11 @@ class Segment(nn.Module):
         end = self.stop if until is None else until
         self._check(inputs, first, end, embed)
         view = self._view(first, end, None if embed else inputs)
-        tokens = {"input_ids": inputs} if embed else {"inputs_embeds": stand_in(inputs)}
+        tokens = {"input_ids": inputs} if embed else {"inputs_embeds": stand_in(inputs, self._layout.embedding_size)}
         try:
             outputs = view(**tokens, attention_mask=attention_mask, use_cache=False)
         except LastBlockDone as done:
-            return done.hidden_BTH
+            return done.hidden_BTW
         logits_BTV: Tensor = outputs.logits
         return logits_BTV
 
@@ -134,16 +131,16 @@ class Segment(nn.Module):
                 f"found {tuple(inputs.shape)}. Only a segment with the embeddings takes input_ids."
             )
 
-    def _view(self, first: int, end: int, smashed_BTH: Tensor | None) -> nn.Module:
-        """The model with blocks first..end-1 only, fed from `smashed_BTH` and ended after the last one."""
+    def _view(self, first: int, end: int, smashed_BTW: Tensor | None) -> nn.Module:
+        """The model with blocks first..end-1 only, fed from `smashed_BTW` and ended after the last one."""
         held = self.model.get_submodule(self._layout.blocks)
         blocks: list[nn.Module] = list(held.children())[first - self.start : end - self.start]
         if self.gradient_checkpointing:
             blocks = [CheckpointedBlock(block) for block in blocks]
         replacements: dict[str, nn.Module] = {}
-        if smashed_BTH is not None:
-            blocks[0] = EntryBlock(blocks[0], smashed_BTH)
-            replacements |= {name: Absent() for name in self._layout.prelude}
+        if smashed_BTW is not None:
+            blocks[0] = EntryBlock(blocks[0], smashed_BTW, self._layout.streams)
+            replacements |= {name: Absent() for name in outermost(self._layout.prelude)}
         if end < self.num_blocks:
             blocks[-1] = ExitBlock(blocks[-1])
         view = graft(self.model, {**replacements, self._layout.blocks: nn.ModuleList(blocks)})
@@ -153,7 +150,7 @@ class Segment(nn.Module):
     def linear_modules(self) -> dict[str, nn.Module]:
         """Whole-model name -> linear layer (``nn.Linear`` or ``Conv1D``) of the blocks held, in their order.
 
-        The base layer, also after PEFT has put a LoRA layer in its place.
+        Only those that take an adapter (`adaptable`); the base layer, also after PEFT has put a LoRA layer around it.
         """
         layers = {name: self.model.get_submodule(self.local_name(name)) for name in self._linear_names}
         return {
@@ -174,18 +171,11 @@ class Segment(nn.Module):
                     f"Expected a name in the blocks {self.start}..{self.stop - 1}, found {name!r}. "
                     "Ask the segment that holds that block."
                 )
-        return _shift_block(name, self._layout.blocks, -self.start)
+        return shift_block(name, self._layout.blocks, -self.start)
 
     def global_name(self, name: str) -> str:
         """The whole-model name of what ``self.model`` calls `name`."""
-        return _shift_block(name, self._layout.blocks, self.start)
-
-
-def _shift_block(name: str, blocks: str, by: int) -> str:
-    if not name.startswith(f"{blocks}."):
-        return name
-    index, dot, rest = name[len(blocks) + 1 :].partition(".")
-    return f"{blocks}.{int(index) + by}{dot}{rest}"
+        return shift_block(name, self._layout.blocks, self.start)
 
 
 def load_segment(
@@ -208,8 +198,7 @@ def load_segment(
     skeleton = source.skeleton(dtype)
     if (generation := source.generation_config()) is not None:
         skeleton.generation_config = generation  # the merged model is written with it
-    names = source.stored_names
-    return _cut(skeleton, start, stop, names, lambda name: source.read(name, dtype).to(device), device)
+    return _cut(skeleton, start, stop, source, lambda name: source.read(name, dtype).to(device), device)
 
 
 def segment_from_model(model: PreTrainedModel, start: int = 0, stop: int | None = None) -> Segment:
@@ -233,7 +222,7 @@ def _cut(
     read: Callable[[str], Tensor],
     device: torch.device | str,
 ) -> Segment:
-    layout = find_layout(skeleton)
+    layout = layout_of(skeleton)
     stop = layout.num_blocks if stop is None else stop
     if not 0 <= start < stop <= layout.num_blocks:
         raise ConfigError(
@@ -252,7 +241,7 @@ def _cut(
 
 
 def _drop(model: nn.Module, names: frozenset[str]) -> None:
-    for name in names:
+    for name in outermost(names):
         model.set_submodule(name, Absent())
 
 

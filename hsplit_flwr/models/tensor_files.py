@@ -20,6 +20,8 @@ class StoredTensor:
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
+    """as safetensors calls it, such as ``BF16``"""
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -75,7 +77,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _header(path: Path) -> dict[str, StoredTensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: StoredTensor(path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: StoredTensor(path, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"Expected a complete safetensors file at {path}, found {_content(path, error)}. Download it again."

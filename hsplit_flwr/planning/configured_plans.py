@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from hsplit_flwr.common.state import State
@@ -42,11 +43,12 @@ class ConfiguredPlans:
         modules: Collection[str],
     ) -> None:
         self.plans = plans
-        self.tail_lora = tail_lora
+        self.tail_lora = tail_lora.spelled_out(modules)
         self.workload = workload
         self.history = ImportanceHistory()
         self._left_out: set[str] = set()
         """clients that were named in the log"""
+        self._modules = list(modules)
         num_blocks = 1 + max(block_of(name) for name in modules)
         for plan in self._all():
             _check_cut(plan.cut, num_blocks)
@@ -82,11 +84,16 @@ class ConfiguredPlans:
         return isinstance(self.plans, ClientPlan) or client in self.plans
 
     def plan(self, client: str) -> ClientPlan:
-        """The plan of `client`.
+        """The plan of `client`, its adapters by plain names.
 
         Raises:
             ConfigError: there is none.
         """
+        plan = self._configured(client)
+        head = [name for name in self._modules if block_of(name) < plan.cut]
+        return replace(plan, lora=plan.lora.spelled_out(head, self._modules))
+
+    def _configured(self, client: str) -> ClientPlan:
         if isinstance(self.plans, ClientPlan):
             return self.plans
         if client not in self.plans:

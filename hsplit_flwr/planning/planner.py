@@ -36,7 +36,8 @@ import numpy as np
 
 from hsplit_flwr.common.checks import is_at_least, is_whole, require, require_whole
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.lora.spec import ALL_LINEAR, LoraSpec
+from hsplit_flwr.lora.module_choice import ALL_LINEAR
+from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan

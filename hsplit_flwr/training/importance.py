@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.lora.segment_adapters import ADAPTER
+from hsplit_flwr.models.adaptable import sees_all
 from hsplit_flwr.models.segments import Segment, block_of, linear_shape
 from hsplit_flwr.training.loss import target_tokens
 
@@ -155,9 +156,9 @@ class ImportanceProbe:
         self._sums[name] = [a + b for a, b in zip(before, sums, strict=True)] if before else sums
 
     def _sampled(self, name: str, tensor: Tensor) -> list[Tensor]:
-        """The (N, width) rows of each sample in a layer's input or output gradient: (B, T, width) or flattened."""
+        """The (N, width) rows of each sample in a layer's input or output gradient: (B, ..., width) or flattened."""
         B, T = self._batch_shape
-        if tensor.shape[:-1] not in ((B, T), (B * T,)):
+        if not sees_all(tensor.shape, (B, T)):
             raise UnsupportedModelError(
                 f"Expected {name} to see all {B} x {T} positions of the batch, found {tuple(tensor.shape)}. "
                 "Importance cannot be told per client there; set importance_steps to 0."

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hsplit_flwr.errors import ConfigError
@@ -13,6 +15,8 @@ from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.batch import Batch
 
 PARTS = ("input_ids", "attention_mask", "labels")
+PART_BYTES = 32 << 20
+"""of float32 logits that are formed at once: with V = 151,936, of 55 positions"""
 NO_TARGETS = (
     "no target tokens. Labels must hold token ids, not only -100, after the first position of a row; "
     "give a list of batches, as an iterator is empty after its first use."
@@ -58,11 +62,55 @@ def tensors_of(batch: Batch, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Loss per position (B, T) of next-token prediction, float32; 0 where the label to predict is -100.
 
-    Position t predicts label t+1, as in transformers' ``ForCausalLMLoss``.
+    Position t predicts label t+1, as in transformers' ``ForCausalLMLoss``. Of large vocabularies no float32 copy of all
+    logits is made: some positions at a time, to the same bits.
+
+    Args:
+        logits: (B, T, V), any float dtype.
+        labels: (B, T).
     """
-    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    flat = F.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), ignore_index=-100, reduction="none")
-    return flat.view(labels.shape)
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+    flat = logits.flatten(0, 1)
+    if len(flat) <= _positions_at_once(flat):
+        return _losses(flat, shifted).view(labels.shape)
+    losses: Tensor = _LossesByParts.apply(flat, shifted)  # type: ignore[no-untyped-call]
+    return losses.view(labels.shape)
+
+
+def _losses(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=-100, reduction="none")
+
+
+def _positions_at_once(logits_NV: Tensor) -> int:
+    return max(1, PART_BYTES // (4 * logits_NV.shape[1]))
+
+
+class _LossesByParts(torch.autograd.Function):
+    """`_losses`, some positions at a time; backward computes them again, instead of keeping V log probabilities each.
+
+    Every row of a softmax is computed by itself, so losses and gradients have the bits of the whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+        ctx.save_for_backward(logits_NV, labels_N)
+        size = _positions_at_once(logits_NV)
+        parts = [torch.split(tensor, size) for tensor in (logits_NV, labels_N)]
+        return torch.cat([_losses(logits, labels) for logits, labels in zip(*parts, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None]:
+        logits_NV, labels_N = ctx.saved_tensors
+        size = _positions_at_once(logits_NV)
+        gradient_NV = torch.empty_like(logits_NV)
+        parts = [torch.split(tensor, size) for tensor in (logits_NV, labels_N, gradient_N, gradient_NV)]
+        for logits, labels, gradient, found in zip(*parts, strict=True):
+            with torch.enable_grad():
+                leaf = logits.detach().requires_grad_()
+                losses = _losses(leaf, labels)
+            found.copy_(*torch.autograd.grad(losses, leaf, gradient))
+        return gradient_NV, None
 
 
 @dataclass(frozen=True)

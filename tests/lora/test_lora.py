@@ -9,7 +9,8 @@ import torch
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
-from hsplit_flwr.lora.spec import ALL_LINEAR, LoraSpec, is_literal
+from hsplit_flwr.lora.module_choice import ALL_LINEAR
+from hsplit_flwr.lora.spec import LoraSpec, is_literal
 from tests.helpers.models import tiny_model
 
 pytestmark = pytest.mark.timeout(20)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from hsplit_flwr import cli
 from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.models import equality, segments
+from hsplit_flwr.models import equality, segments, trial
 from hsplit_flwr.models.equality import require_cuttable
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.miniature import narrow, random_model
@@ -38,9 +38,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "mamba_ngroups": 1,
             "num_key_value_heads": 4,
         },
-        r"past any adapter|differ",
+        r"found that its blocks also read original_hidden_states, which depend on the tokens",
     ),
-    "gemma3": ({}, "a language model, found 'gemma3', which has parts for other inputs"),
     "gemma3n_text": (
         {
             "head_dim": 8,
@@ -51,18 +50,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "activation_sparsity_pattern": [0.0] * 4,
         },
-        "found RuntimeError: shape",
+        r"hidden states of the shape|also read per_layer_input",
     ),
-    "jamba": (
-        {"num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-        "past any adapter",
+    "xlnet": (
+        {"n_layer": 4, "d_model": 32, "n_head": 4, "d_inner": 64},
+        r"found hidden states of the shape \(2, 1, 16\)",
     ),
-    "llama4": ({}, "a language model, found 'llama4', which has parts for other inputs"),
-    "llama4_text": (
-        {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
-        "router, which returns something else than one tensor",
-    ),
-    "mamba": ({"state_size": 4}, "past any adapter"),
 }
 """by model type: settings of a tiny one, and why it is refused"""
 
@@ -84,7 +77,7 @@ def test_what_differs_or_fails_is_refused_with_one_clear_error(name: str) -> Non
         require_cuttable(config_of(name))
 
 
-@pytest.mark.parametrize("name", ["zamba2", "mamba", "llama4_text"])
+@pytest.mark.parametrize("name", ["zamba2", "xlnet"])
 def test_plan_and_run_refuse_the_same(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The plan said ok to models that the run met with KeyError, AttributeError or wrong numbers."""
     config = config_of(name)
@@ -100,7 +93,7 @@ def test_plan_and_run_refuse_the_same(name: str, tmp_path: Path, capsys: pytest.
 def test_activations_that_the_model_writes_into_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """CTRL scales its embeddings in place. Once these were a view of the activations: loss 4.526 instead of 4.542."""
     monkeypatch.setattr(equality, "_FAULTS", {})
-    monkeypatch.setattr(segments, "stand_in", Tensor.detach)
+    monkeypatch.setattr(segments, "stand_in", lambda activations, _size: activations.detach())
     with pytest.raises(UnsupportedModelError, match=r"of a 'ctrl' model .* found"):
         require_cuttable(tiny_config("ctrl", tied=True))
     require_cuttable(tiny_config("llama", tied=True))
@@ -168,7 +161,7 @@ def test_widths_that_do_not_fit_when_narrow_are_tried_as_they_are(monkeypatch: p
         return small
 
     monkeypatch.setattr(equality, "_FAULTS", {})
-    monkeypatch.setattr(equality, "narrow", misfit)
+    monkeypatch.setattr(trial, "narrow", misfit)
     require_cuttable(tiny_config("llama", tied=True))
     with pytest.raises(UnsupportedModelError, match=r"one of 6,738,415,616 parameters whose miniature does not run"):
         require_cuttable(AutoConfig.for_model("llama"))

@@ -249,6 +249,47 @@ def test_quantised_weights_are_refused_by_run_and_plan(
     assert plan(folder, tmp_path, capsys) == str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_quantised_weights_that_config_json_keeps_silent_about_are_refused(
+    dtype: torch.dtype, llama: tuple[PreTrainedModel, Path]
+) -> None:
+    """Of the right shapes, so they were loaded as they are, and failed in the first matrix product."""
+    _, folder = llama
+    tensors = load_file(folder / WEIGHTS)
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=rf"found {re.escape(name)} in (I8|F8_E4M3) in .*quantised"):
+        load_segment(ModelFiles.resolve(str(folder)), 0, 1)
+
+
+@pytest.mark.parametrize("text", ["{", LFS_POINTER, '{"model_type": "no-such-model"}', "[]", "{}"])
+def test_a_config_that_cannot_be_read_is_refused_by_name(text: str, llama: tuple[PreTrainedModel, Path]) -> None:
+    """Once an OSError or KeyError of transformers."""
+    _, folder = llama
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"Expected .*config\.json to be a file that transformers .* reads, found: "):
+        load_segment(ModelFiles.resolve(str(folder)), 0, 1)
+
+
+def test_a_generation_config_that_cannot_be_read_is_refused_by_name(llama: tuple[PreTrainedModel, Path]) -> None:
+    _, folder = llama
+    (folder / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(ConfigError, match=r"Expected .*generation_config\.json to be a file that"):
+        load_segment(ModelFiles.resolve(str(folder)), 0, 1)
+
+
+def test_blocks_that_config_json_leaves_out_are_said(
+    llama: tuple[PreTrainedModel, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two layers in config.json, four in the file: half of the model would train without a word."""
+    _, folder = llama
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    load_segment(ModelFiles.resolve(str(folder)), 0, 1)
+    assert "18 tensors of" in caplog.text
+    assert "model.layers.2.input_layernorm.weight" in caplog.text
+
+
 def plan(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What ``hsplit-flwr plan`` refuses the model of `folder` with."""
     (tmp_path / "fleet.toml").write_text('[server]\ndevice = "workstation"\n[[client]]\ndevice = "phone"\n')

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import Segment, segment_from_model
+from hsplit_flwr.training import loss
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.head import score_head, train_head
 from hsplit_flwr.training.loss import Score, score_segment, tensors_of
@@ -143,3 +145,36 @@ def test_batches_without_targets_weigh_nothing_among_others() -> None:
     assert found.tokens == 14
     assert found.loss == pytest.approx(expected, rel=TOLERANCE)
     assert found.perplexity == pytest.approx(math.exp(expected), rel=TOLERANCE)
+
+
+# ---- large vocabularies ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("positions", [1, 7, 60], ids=lambda n: f"{n} at once")
+def test_losses_by_parts_are_those_of_the_whole_bit_for_bit(
+    positions: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The independent reference: torch's cross entropy of all positions at once, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    B, T, V = 3, 20, 1_003
+    logits = (5 * torch.randn(B, T, V, generator=generator)).to(dtype)
+    labels = torch.randint(0, V, (B, T), generator=generator)
+    labels[0, 4:9] = -100
+    weights = torch.randn(B, T, generator=generator)
+    whole = logits.clone().requires_grad_()
+    shifted = torch.cat([labels[:, 1:], torch.full((B, 1), -100)], dim=1)
+    expected = F.cross_entropy(whole.float().view(B * T, V), shifted.view(-1), reduction="none").view(B, T)
+    torch.autograd.backward(expected, weights)
+
+    monkeypatch.setattr(loss, "PART_BYTES", 4 * V * positions)
+    by_parts = logits.clone().requires_grad_()
+    found = loss.token_losses(by_parts, labels)
+    torch.autograd.backward(found, weights)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+    assert by_parts.grad is not None
+    assert whole.grad is not None
+    assert torch.equal(by_parts.grad, whole.grad)
+    with torch.no_grad():
+        assert torch.equal(loss.token_losses(logits, labels), expected)

@@ -18,7 +18,8 @@ from hsplit_flwr.exchange.codecs import Part
 from hsplit_flwr.lora.delta_update import ADDED, OWN, REPLACED
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.lora.update_rounding import TensorForm, tensor_forms
-from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton, find_layout
+from hsplit_flwr.models.adaptable import layout_of
+from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs import npy_bytes
 from hsplit_flwr.planning.costs.flops import FlopModel
@@ -49,8 +50,9 @@ class ModelCosts:
 
     def __init__(self, config: PretrainedConfig, workload: Workload) -> None:
         self.workload = workload
-        self.hidden_size = int(config.get_text_config().hidden_size)
         skeleton, layout = self._skeleton(config)
+        self.hidden_size = layout.width
+        """values of the activations at one position"""
         self.num_blocks = layout.num_blocks
         self.matrices: tuple[Matrix, ...] = matrices_of(skeleton, layout)
         """every linear layer of the blocks, in the order of the model"""
@@ -75,7 +77,7 @@ class ModelCosts:
 
     def _skeleton(self, config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
         skeleton = build_skeleton(config, DTYPES[self.workload.dtype])
-        return skeleton, find_layout(skeleton)
+        return skeleton, layout_of(skeleton)
 
     def head_memory(self, cut: int, ranks: Mapping[str, int]) -> MemoryEstimate:
         """Peak of a client that trains blocks 0..cut-1, above its idle process with all libraries imported."""

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.models.block_layout import BlockLayout, block_of
 from hsplit_flwr.models.segments import linear_shape
@@ -41,9 +39,8 @@ class WeightBytes:
 def matrices_of(skeleton: PreTrainedModel, layout: BlockLayout) -> tuple[Matrix, ...]:
     """The linear layers of all blocks, in the order of the model, named as `Segment.linear_modules` does."""
     return tuple(
-        Matrix(name, block_of(name), *linear_shape(module))
-        for name, module in skeleton.named_modules()
-        if name.startswith(f"{layout.blocks}.") and isinstance(module, nn.Linear | Conv1D)
+        Matrix(name, block_of(name), *linear_shape(skeleton.get_submodule(name)))
+        for name in layout.linear_layers(skeleton)
     )
 
 

@@ -15,6 +15,8 @@ from torch.utils.flop_counter import flop_registry
 
 from hsplit_flwr.models.block_layout import block_of
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.models.views import hidden_of
+from hsplit_flwr.planning.costs.grouped_products import GROUPED, grouped_flops
 
 aten = torch.ops.aten
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
@@ -133,8 +135,7 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if self._backward:
                 return  # computed again under gradient checkpointing
-            hidden: Tensor = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(lambda _: self._start(section))  # type: ignore[no-untyped-call]
+            hidden_of(output).register_hook(lambda _: self._start(section))  # type: ignore[no-untyped-call]
             if section == self._num_sections - 2:
                 self._start(section + 1)
 
@@ -225,9 +226,13 @@ class StepRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = func._overloadpacket
         is_attention = "scaled_dot_product" in packet.__name__
         formula = flop_registry.get(aten._scaled_dot_product_flash_attention if is_attention else packet)
-        if formula is None:
+        if packet is GROUPED:
+            args = args[:2]  # not where each expert's rows end, which has no gradient
+            flops = grouped_flops(args[0].shape, args[1].shape)
+        elif formula is None:
             return
-        flops = float(formula(*args, **kwargs, out_val=result))
+        else:
+            flops = float(formula(*args, **kwargs, out_val=result))
         operands = [self._marks.get(_key(tensor), 0) for tensor in args if isinstance(tensor, Tensor)]
         if is_attention:
             q, k, v = operands[:3]

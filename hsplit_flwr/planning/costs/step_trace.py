@@ -8,20 +8,22 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.nn import functional as F
-from transformers import PretrainedConfig, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 
 from hsplit_flwr.errors import HSplitError, UnsupportedModelError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
-from hsplit_flwr.models.block_layout import BlockLayout
+from hsplit_flwr.models.block_layout import BlockLayout, block_kinds
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.models.trial import cause, innermost_module
+from hsplit_flwr.planning.costs.grouped_products import GroupedProducts
 from hsplit_flwr.planning.costs.step_recorder import BlockTrace, StepRecorder
+from hsplit_flwr.training.loss import token_losses
 from hsplit_flwr.training.workload import Workload
 
 
@@ -40,22 +42,24 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
     """Runs the step. `skeleton` is used up.
 
     Raises:
-        UnsupportedModelError: the step does not run without data (as in mixtures of experts, or rotary embeddings that
-            grow with the batch); the message names the module and what it does.
+        UnsupportedModelError: the step does not run without data (as in mixtures whose experts look who is chosen); the
+            message names the module and what it does.
     """
-    kinds = _block_kinds(skeleton, layout)
+    kinds = block_kinds(skeleton, layout)
     later = range(1, layout.num_blocks)
     num_run = max((kinds.index(kinds[b], 1) + 1 for b in later), default=1)
     num_run = min(layout.num_blocks, max(num_run, 2))
     blocks = list(skeleton.get_submodule(layout.blocks).children())[:num_run]
     skeleton.set_submodule(layout.blocks, nn.ModuleList(blocks))
     segment = Segment(skeleton, replace(layout, num_blocks=num_run), 0, num_run)
+    _with_fixed_angles(segment.model)
     segment.gradient_checkpointing = workload.gradient_checkpointing
     adapters = SegmentAdapters(segment, LoraSpec(1, 1.0))
     recorder = StepRecorder(num_run)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
+    grouped: TorchDispatchMode = GroupedProducts()  # type: ignore[no-untyped-call]
     try:
-        with fake, _quiet():
+        with fake, grouped, _quiet():
             _fill_with_fakes(segment.model)
             for parameter in adapters.parameters():
                 # Their gradients are counted apart, for their real ranks.
@@ -79,14 +83,22 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
 
 def _cause(error: Exception) -> str:
     """What stopped the step, and the innermost module that it happened in."""
-    module, frame = "the step", error.__traceback__
-    while frame:
-        owner = frame.tb_frame.f_locals.get("self")
-        module = type(owner).__name__ if isinstance(owner, nn.Module) else module
-        frame = frame.tb_next
     if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
-        return f"that {module} looks at its data ({error})"
-    return f"an error in {module}: {type(error).__name__}: {str(error)[:200]}"
+        return f"that {innermost_module(error)} looks at its data ({error})"
+    return cause(error)
+
+
+def _with_fixed_angles(model: nn.Module) -> None:
+    """Rotary embeddings that look how long the rows are, to form other angles for longer ones, form the usual ones.
+
+    It costs the same, and shapes alone do not say how long a row is (``dynamic`` and ``longrope``).
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str):
+            module.__dict__["rope_type"] = "default"
+        elif isinstance(kind, dict):
+            module.__dict__["rope_type"] = dict.fromkeys(kind, "default")
 
 
 @contextmanager
@@ -98,16 +110,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
-
-
-def _block_kinds(skeleton: PreTrainedModel, layout: BlockLayout) -> list[tuple[Any, ...]]:
-    """What tells one block from another: its class, its parameters' shapes and its entries in per-layer settings."""
-    config: PretrainedConfig = skeleton.config.get_text_config()
-    lists = [v for v in vars(config).values() if isinstance(v, list | tuple) and len(v) == layout.num_blocks]
-    return [
-        (type(block), tuple(p.shape for p in block.parameters()), tuple(repr(values[index]) for values in lists))
-        for index, block in enumerate(skeleton.get_submodule(layout.blocks).children())
-    ]
 
 
 def _fill_with_fakes(model: nn.Module) -> None:
@@ -130,7 +132,7 @@ def _run(segment: Segment, blocks: list[nn.Module], recorder: StepRecorder, work
     attention_mask, labels = torch.ones_like(input_ids), torch.zeros_like(input_ids)
     with recorder.attached(segment, blocks), recorder:
         logits = segment(input_ids, attention_mask)
-        losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        losses = token_losses(logits, labels)
         del logits
         loss = losses.sum()
         recorder.start_backward()
