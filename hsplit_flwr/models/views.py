@@ -71,7 +71,7 @@ def set_view_config(view: nn.Module, blocks: str, start: int, stop: int) -> None
             cut.__dict__[key] = [index - start for index in value if start <= index < stop]
     computed = {
         key: value[start:stop]
-        for key in _list_properties(type(whole))
+        for key in _list_properties(type(whole))  # type: ignore[arg-type]
         if _is_per_block(value := getattr(whole, key), num_blocks)
     }
     if computed:

@@ -14,8 +14,8 @@ from hsplit_flwr.flower.apps import message_strategy
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
 from hsplit_flwr.models.assets import tiny_checkpoint
 from simulations import make_chat_set
-from tests.flower.test_deployment import CONNECTION, START_S
 from tests.helpers.chats import CHATS, INSTRUCTIONS, PAIRS, TEXTS, write_lines
+from tests.helpers.deployment import START_S
 from tests.helpers.federation import build_one_at_a_time
 from tests.helpers.finetune_app import APP, app_config, context, server_side, task
 from tests.helpers.flower import flower_home, free_port, read_summary, wait_for_log, wait_for_port
@@ -187,6 +187,16 @@ def test_one_command_from_a_file_to_an_adapter(tmp_path: Path) -> None:
         difference = (merged(ids).logits - adapted(ids).logits).abs().max()
         moved = (merged(ids).logits - AutoModelForCausalLM.from_pretrained(MODEL)(ids).logits).abs().max()
     assert difference < 1e-3 * moved
+
+
+CONNECTION = """\
+[superlink]
+default = "loopback"
+
+[superlink.loopback]
+address = "127.0.0.1:{port}"
+insecure = true
+"""
 
 
 @pytest.mark.slow

@@ -21,7 +21,6 @@ def node(context: Context) -> ClientNode:
         context,
         client_ids=hosted,
         dtype=get(run_config, "dtype", "fp32"),
-        root_certificates=get(run_config, "tail-root-certificates", "") or None,
         budgets=fleet.budget if fleet else None,
     )
 
