@@ -11,7 +11,6 @@ import torch
 from flwr.app import Context
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.exchange.tls_files import ClientTls
 from hsplit_flwr.exchange.transport import connect
@@ -149,6 +148,8 @@ class ClientNode:
         return self._budgets(task.client, task.round) if self._budgets else self._kept.now()
 
     def _measure_link(self, config: Config) -> Link:
+        from hsplit_flwr.exchange.remote_tail import RemoteTail  # a node that states its budget has no link to measure
+
         task = RoundTask.from_json(str(config[PROBE_KEY]))
         with RemoteTail(task, task.max_frame_bytes, self._connect) as tail:
             return measure_link(tail.probe)
