@@ -12,7 +12,7 @@ style:  ## fix what can be fixed automatically
 	$(PYTHON) -m ruff format .
 
 test:  ## everything: unit tests, Ray, real weights, a real deployment
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2
 
 test-fast:  ## unit tests only, offline
 	$(PYTHON) -m pytest -m "not slow"
@@ -29,3 +29,4 @@ bench:  ## the tables of docs/costs.md, docs/planning.md and docs/exchange.md
 	$(PYTHON) simulations/benchmarks/cost_model.py --json results/cost_model.json
 	$(PYTHON) simulations/benchmarks/planner.py --json results/planner.json
 	$(PYTHON) simulations/benchmarks/planned_ranks.py --json results/planned_ranks.json
+	$(PYTHON) simulations/benchmarks/state_memory.py --json results/state_memory.json

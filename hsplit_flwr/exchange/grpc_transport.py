@@ -4,11 +4,10 @@ Method ``/hsplit_flwr.Tail/Exchange``; the client's token travels as ``authoriza
 what is said comes as an argument: this file knows neither rounds nor frames.
 """
 
-import errno
+import logging
 import math
 import queue
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +18,12 @@ from typing import Any
 import grpc
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
-from hsplit_flwr.exchange.tls_files import not_certificates, read_pair
+from hsplit_flwr.exchange.addresses import listening_address, why_not_bound
+from hsplit_flwr.exchange.tls_files import CLIENT_ROOTS, ClientTls, read_certificates, read_pair
 from hsplit_flwr.exchange.transport import Serve
 
 SERVICE, METHOD = "hsplit_flwr.Tail", "Exchange"
 SCHEME = "grpc://"
-WILDCARDS = ("0.0.0.0", "[::]", "*", "")
-"""hosts to listen on, but not to connect to"""
 MAX_STREAMS = 1024
 """clients that may be connected at a time; each has a thread of the server's"""
 CONNECT_S = 20.0
@@ -54,6 +52,7 @@ _STATUS = {
 }
 _LONGEST_DETAILS = 1500
 """characters: they travel in HTTP/2 trailers"""
+_log = logging.getLogger("hsplit_flwr")
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,8 @@ class ServiceConfig:
     certificate: Path | None = None
     """PEM certificate chain; with `private_key` it turns on TLS"""
     private_key: Path | None = None
+    client_root_certificates: Path | None = None
+    """PEM file of the authority behind the clients' certificates: only clients that show one are served"""
 
 
 # ---------------------------------------------------------------------------------------------- the tail's side
@@ -149,51 +150,47 @@ def _until_gone(requests: Iterator[bytes]) -> Iterator[bytes]:
 
 def _bind(server: Any, config: ServiceConfig) -> str:
     """Take the address; returns what clients are told."""
-    bind = config.bind.removeprefix(SCHEME)
-    host, _, port = bind.rpartition(":")
-    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
-        raise ConfigError(f"Expected host:port to listen on (run config: tail-bind), found {config.bind!r}.")
-    if host in WILDCARDS and not config.advertise:
-        raise ConfigError(
-            f"Expected an address that clients can reach, found only {config.bind}. "
-            "Set advertise (run config: tail-address) to this host's name or address."
-        )
-    pair = read_pair(config.certificate, config.private_key)
+    where = listening_address(config.bind.removeprefix(SCHEME), config.advertise.removeprefix(SCHEME))
+    bind = f"{where.host}:{where.port}"
+    credentials = _credentials(config)
     try:
-        if pair is None:
-            bound = server.add_insecure_port(bind)
-        else:
-            chain, key = pair
-            bound = server.add_secure_port(bind, grpc.ssl_server_credentials([(key, chain)]))
+        bound = server.add_secure_port(bind, credentials) if credentials else server.add_insecure_port(bind)
     except RuntimeError as error:
         raise ConfigError(
-            f"Expected to listen on {bind} (run config: tail-bind), found: {_why_not(host, int(port)) or error}. "
+            f"Expected to listen on {bind} (run config: tail-bind), found: {why_not_bound(where) or error}. "
             "Choose a free port (0 takes any) of an address of this machine."
         ) from error
-    advertise = config.advertise or host
-    return advertise if advertise.rpartition(":")[2].isdigit() else f"{advertise}:{bound}"
+    if credentials is None and not where.is_loopback:
+        _log.warning(
+            "the tail listens on %s without TLS: whoever can read on the way sees activations, labels and tokens. "
+            "Set tail-certificate and tail-private-key, unless a proxy of yours terminates TLS in front of it.",
+            bind,
+        )
+    return f"{where.told_host}:{where.told_port or bound}"
 
 
-def _why_not(host: str, port: int) -> str | None:
-    """What the operating system has against listening there; gRPC keeps that to itself."""
-    try:
-        places = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, place in places:
-            with socket.socket(family, kind, protocol) as trial:
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                trial.bind(place)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return "the address is in use, perhaps by another run on this machine that has not ended"
-        return error.strerror or str(error)
-    return None
+def _credentials(config: ServiceConfig) -> Any:
+    """TLS, or None; with the certificates of clients, if these are asked for theirs."""
+    pair = read_pair(config.certificate, config.private_key)
+    roots = config.client_root_certificates
+    if pair is None:
+        if roots:
+            raise ConfigError(
+                f"Expected tail-certificate and tail-private-key beside {CLIENT_ROOTS}, found none: clients show their "
+                "certificates within TLS only. Set all three."
+            )
+        return None
+    chain, key = pair
+    if roots is None:
+        return grpc.ssl_server_credentials([(key, chain)])
+    return grpc.ssl_server_credentials([(key, chain)], read_certificates(roots, CLIENT_ROOTS), True)
 
 
 # ---------------------------------------------------------------------------------------------- a head's side
 
 
 def connect(
-    address: str, token: str, time_limit_s: float, max_receive_bytes: int, root_certificates: bytes | None = None
+    address: str, token: str, time_limit_s: float, max_receive_bytes: int, tls: ClientTls | None = None
 ) -> "GrpcStream":
     """A stream to the tail at `address`.
 
@@ -202,23 +199,19 @@ def connect(
         token: this client's own for this round.
         time_limit_s: the stream ends then.
         max_receive_bytes: the largest frame that is accepted.
-        root_certificates: PEM bytes of the authority that signed the tail's certificate; None: no TLS.
+        tls: whom to trust, and what to show; None: no TLS.
 
     Raises:
-        ConfigError: `root_certificates` are none.
         ExchangeError: ``tail_unreachable``.
     """
     target = address.removeprefix(SCHEME)
     options = [*_CLIENT_OPTIONS, ("grpc.max_receive_message_length", max_receive_bytes)]
-    if root_certificates is None:
+    if tls is None:
         channel = grpc.insecure_channel(target, options)
-    elif problem := not_certificates(root_certificates):
-        raise ConfigError(
-            "Expected PEM certificates of the tail's authority (root_certificates; run config: "
-            f"tail-root-certificates), found: {problem}."
-        )
     else:
-        channel = grpc.secure_channel(target, grpc.ssl_channel_credentials(root_certificates), options)
+        chain, key = tls.identity or (None, None)
+        credentials = grpc.ssl_channel_credentials(tls.root_certificates, key, chain)
+        channel = grpc.secure_channel(target, credentials, options)
     try:
         _wait_for_connection(channel, address)
     except BaseException:
@@ -271,7 +264,8 @@ def _wait_for_connection(channel: Any, address: str) -> None:
         raise ExchangeError(
             "tail_unreachable",
             f"Expected a tail at {address}, found none within {waited:.0f} s: {_why_unreachable(channel)}. Check that "
-            "this address can be reached from the client (tail-address) and that both sides agree on TLS.",
+            "this address can be reached from the client (tail-address) and that both sides agree on TLS "
+            "(tail-root-certificates, and tail-client-certificate where the tail asks for one).",
         ) from None
     finally:
         channel.unsubscribe(states.put)

@@ -1,7 +1,7 @@
 """The tail as a client sees it: a `TailSession` over one stream of frames. Contract: `exchange/frames.py`."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -41,7 +41,7 @@ class RemoteTail(TailSession):
     Args:
         task: what the Strategy sent.
         max_receive_bytes: the largest frame this client accepts.
-        connect: opens the stream, e.g. ``partial(transport.connect, root_certificates=pem)``.
+        connect: opens the stream, e.g. ``partial(transport.connect, tls=tls)``.
         max_delta_bytes: that all tensors of a delta may take; None: any.
 
     Raises:
@@ -83,20 +83,27 @@ class RemoteTail(TailSession):
         if self._stream:
             self._stream.close()
 
-    def fetch_delta(self, have: int) -> DeltaTensors:
+    def fetch_delta(
+        self, have: int, aside: Callable[[Tensor], Tensor] = lambda tensor: tensor, own: int = 0
+    ) -> DeltaTensors:
         """Say hello; get what is missing between version `have` (0: nothing held) and the server's weights.
+
+        Args:
+            have: the version held.
+            aside: what becomes of a tensor while the others come in, e.g. `lora.places.Place.aside`.
+            own: the round whose adapters of its own the client still holds, which need not come; 0: none.
 
         Raises:
             AggregationError: more bytes come than `max_delta_bytes`.
         """
-        self._send(self._header("hello", have=have))
+        self._send(self._header("hello", have=have, own=own))
         frame = self._receive("delta")
-        tensors = dict(frame.tensors)
+        tensors = {key: aside(tensor) for key, tensor in frame.tensors.items()}
         for left in reversed(range(frame.header.left)):
             _check_bytes(tensors, self._max_delta_bytes)
             frame = self._receive("delta")
             expect_header(frame.header, left=left)
-            tensors |= frame.tensors
+            tensors |= {key: aside(tensor) for key, tensor in frame.tensors.items()}
         _check_bytes(tensors, self._max_delta_bytes)
         return DeltaTensors(frame.header.version, frame.header.whole, tensors)
 

@@ -15,21 +15,23 @@ from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.admission import Admission, Ticket
 from hsplit_flwr.exchange.batches import check_batch, gradient_tensors
 from hsplit_flwr.exchange.codecs import Codec, codec_named
+from hsplit_flwr.exchange.delta_frames import packed
 from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler, rounding_seed
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.read_ahead import read_ahead
 from hsplit_flwr.exchange.task import Mode
 from hsplit_flwr.exchange.transport import Caller, transport_of
+from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.training.session import BatchPart, TailSession
 from hsplit_flwr.training.workload import Workload
 
-DELTA_FRAME_BYTES = 4 << 20
 MAX_PROBES, MAX_PROBE_BYTES = 64, 16 << 20
 _log = logging.getLogger("hsplit_flwr")
 
-DeltaSource = Callable[[int, int], tuple[int, bool, dict[str, Tensor]]]
-"""(version the client holds, its cut) -> (version it gets to, whether that is the whole delta, tensors)"""
+DeltaSource = Callable[[int, int, OwnRound | None], tuple[int, bool, dict[str, Tensor]]]
+"""(version the client holds, its cut, what it holds of its own training) -> (version it gets to, whether that is the
+whole delta, tensors)"""
 
 
 class Sizes(Protocol):
@@ -111,7 +113,7 @@ class TailProtocol:
         if hello is None:
             return
         self._expect(hello, ticket, "hello")
-        yield from self._delta(hello.header.have, ticket)
+        yield from self._delta(hello.header, ticket)
         with closing(self._session(ticket)) as session:
             on_gone(session.close)
             for frame in received:
@@ -133,9 +135,10 @@ class TailProtocol:
             filler = probe_filler(min(frame.header.left, MAX_PROBE_BYTES))
             yield self._sent(encode(self._header("probe", ticket), filler), ticket)
 
-    def _delta(self, have: int, ticket: Ticket) -> Iterator[bytes]:
-        version, whole, tensors = self._deltas(have, ticket.cut)
-        parts = _packed(tensors)
+    def _delta(self, hello: Header, ticket: Ticket) -> Iterator[bytes]:
+        own = OwnRound(ticket.client, hello.own) if hello.own else None
+        version, whole, tensors = self._deltas(hello.have, ticket.cut, own)
+        parts = packed(tensors)
         for index, part in enumerate(parts):
             header = self._header("delta", ticket, version=version, whole=whole, left=len(parts) - 1 - index)
             frame = encode(header, part)
@@ -267,16 +270,3 @@ def _bound_rows(ticket: Ticket, part: BatchPart, rows: int) -> None:
             f"Expected at most {ticket.workload.batch_size} rows in all parts of a step, as this round was planned "
             f"for, found {ticket.step_rows}. Raise the strategy's workload (batch-size), or use smaller batches.",
         )
-
-
-def _packed(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Small tensors share a frame, a large one gets its own; at least one (possibly empty) frame."""
-    parts: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if parts[-1] and size + tensor.nbytes > DELTA_FRAME_BYTES:
-            parts.append({})
-            size = 0
-        parts[-1][name] = tensor
-        size += tensor.nbytes
-    return parts

@@ -8,6 +8,7 @@ from hsplit_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
     from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+    from hsplit_flwr.exchange.tls_files import ClientTls
 
 TRANSPORTS = {"grpc": "hsplit_flwr.exchange.grpc_transport"}
 """scheme of an address -> module of the transport; the first is meant where an address (``host:port``) has none"""
@@ -76,7 +77,7 @@ class Transport(Protocol):
         token: str,
         time_limit_s: float,
         max_receive_bytes: int,
-        root_certificates: bytes | None = None,
+        tls: "ClientTls | None" = None,
     ) -> FrameStream:
         """See `connect`."""
 
@@ -99,12 +100,12 @@ def transport_of(address: str) -> Transport:
 
 
 def connect(
-    address: str, token: str, time_limit_s: float, max_receive_bytes: int, root_certificates: bytes | None = None
+    address: str, token: str, time_limit_s: float, max_receive_bytes: int, tls: "ClientTls | None" = None
 ) -> FrameStream:
-    """A stream to the tail at `address`, by the transport it asks for; a `Connect` once the certificates are bound.
+    """A stream to the tail at `address`, by the transport it asks for; a `Connect` once `tls` is bound (None: without).
 
     Raises:
-        ConfigError: no such transport, or certificates that cannot be read.
+        ConfigError: no such transport.
         ExchangeError: ``tail_unreachable``.
     """
-    return transport_of(address).connect(address, token, time_limit_s, max_receive_bytes, root_certificates)
+    return transport_of(address).connect(address, token, time_limit_s, max_receive_bytes, tls)

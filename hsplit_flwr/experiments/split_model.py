@@ -12,6 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hsplit_flwr.errors import RunFailedError
+from hsplit_flwr.exchange import frame_bytes
+from hsplit_flwr.exchange.codecs import Part
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.experiments.local_rounds import Everyone, LocalDoor
 from hsplit_flwr.experiments.methods import Method
@@ -25,6 +27,7 @@ from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.federation.trained_head import HeadReply
 from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate
+from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.models.segments import Segment, block_of
 from hsplit_flwr.planning.clock import ClientWork
@@ -97,6 +100,8 @@ class SplitTrainer:
         )
         self._versions: dict[str, int] = {}
         """client -> version of the weights that it has"""
+        self._trained: dict[str, int] = {}
+        """client -> the last round that it trained in"""
 
     def _open_door(self, tail: SharedTail, *_: object) -> LocalDoor:
         self._door = LocalDoor(tail, self._training, self._task.costs.workload)
@@ -151,9 +156,11 @@ class SplitTrainer:
 
     def _lacking_bytes(self, task: RoundTask) -> int:
         """Bytes of what the client's weights lack, which it gets now."""
-        version, _, lacking = self.server.model.since(self._versions.get(task.client, 0), task.plan.cut)
-        self._versions[task.client] = version
-        return sum(tensor.nbytes for tensor in lacking.values())
+        own = OwnRound(task.client, self._trained.get(task.client, 0))
+        version, _, lacking = self.server.model.since(self._versions.get(task.client, 0), task.plan.cut, own)
+        self._versions[task.client], self._trained[task.client] = version, task.round
+        forms = {key: Part(tuple(tensor.shape), tensor.dtype) for key, tensor in lacking.items()}
+        return frame_bytes.delta_bytes(forms) if forms else 0
 
     def _train(self, tasks: Mapping[str, RoundTask]) -> dict[str, HeadReply]:
         """Every head in a thread of its own. Whoever fails ends the run, once nobody waits for it any more."""

@@ -28,7 +28,7 @@ from hsplit_flwr.common.provenance import versions
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError
 
-FORMAT = 1
+FORMAT = 2
 """of the files; another one is refused"""
 CHECKPOINTS = "checkpoints"
 ABOUT, VALUES, TENSORS = "checkpoint.json", "state.json", "state.safetensors"

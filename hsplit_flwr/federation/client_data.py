@@ -1,11 +1,12 @@
 """What a client gives to a round: its data, and a place for its copy of the weight delta."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from hsplit_flwr.federation.trained_head import Shapes
-from hsplit_flwr.lora.delta_log import DeltaReplica
+from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 from hsplit_flwr.training.batch import Batch
 
 
@@ -27,8 +28,11 @@ class ClientData:
 class DeltaStore(Protocol):
     """Where a client keeps its copy of the weight delta between rounds. Losing it costs bytes, not the run."""
 
-    def load(self, run: str, client: str, shapes: Shapes) -> DeltaReplica:
-        """The kept copy; an empty one where there is none, or it is of another run or another head."""
+    def open(self, run: str, client: str, shapes: Shapes) -> AbstractContextManager[DeltaReplica]:
+        """The kept copy; an empty one where there is none, or it is of another run or another head.
 
-    def save(self, run: str, client: str, replica: DeltaReplica) -> None:
-        """Keep `replica` for the next round."""
+        What has become of it by the end of the `with` is kept for the next round, unless that ends with an error.
+        """
+
+    def keep_own(self, run: str, client: str, own: OwnFactors) -> None:
+        """Keep what the client trained itself for the next `open`: the server need not send that back."""

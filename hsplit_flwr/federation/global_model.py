@@ -9,9 +9,13 @@ from torch import Tensor
 
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.lora.delta_log import DeltaLog
+from hsplit_flwr.lora.delta_log import DeltaLog, Parts
+from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.lora.factors import Increment
 from hsplit_flwr.lora.merge import merge_delta
+from hsplit_flwr.lora.places import Place
+from hsplit_flwr.lora.update_coding import UpdateCoding
+from hsplit_flwr.lora.update_rounding import UpdateRounding, shortened
 from hsplit_flwr.models.equality import require_cuttable
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
@@ -41,6 +45,15 @@ class GlobalModel:
         self.files = files
         self.segment = load_segment(files, dtype=dtype, device=device)
         self.log = DeltaLog()
+        self._rounding = UpdateRounding()
+
+    def keep_delta_in(self, place: Place) -> None:
+        """Keep what the delta grows by there, instead of in memory."""
+        self.log.total.place = self._rounding.place = place
+
+    def send_updates_by(self, coding: UpdateCoding) -> None:
+        """How updates go to the clients from now on, and so how they are merged here."""
+        self._rounding.coding = coding
 
     @property
     def num_blocks(self) -> int:
@@ -68,24 +81,38 @@ class GlobalModel:
         """The linear layers of blocks 0..cut-1, in the order of the model."""
         return [name for name in self.segment.linear_modules() if block_of(name) < cut]
 
-    def apply(self, increment: Increment) -> int:
-        """Add a round's increment and merge it; returns the new version."""
-        version = self.log.append(increment)
+    def apply_update(self, update: Increment, parts: Parts) -> int:
+        """Add what is sent of a round's update, `parts` of which are clients' own; merge it; returns the version."""
+        sent = self._rounding.round(update)
+        return self.apply(sent, parts if sent is update else None)
+
+    def apply(self, increment: Increment, parts: Parts | None = None) -> int:
+        """Add an increment as it is and merge it; returns the new version."""
+        version = self.log.append(increment, parts)
         merge_delta(self.segment, self.files, self.log.total, increment)
         return version
 
-    def since(self, have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
-        """What a head of `cut` blocks at version `have` lacks: (version, whether that is the whole, tensors)."""
-        update = self.log.since(have, self.head_names(cut))
-        return update.version, update.base is None, update.to_tensors()
+    def add_residuals(self) -> None:
+        """Add what the updates that were sent lack of the exact ones. At the end of a run."""
+        if residuals := self._rounding.take_residuals():
+            self.log.add_dense(residuals)
+            merge_delta(self.segment, self.files, self.log.total, residuals)
+
+    def since(self, have: int, cut: int, own: OwnRound | None = None) -> tuple[int, bool, dict[str, Tensor]]:
+        """What a head of `cut` blocks at version `have` lacks: (version, whether that is the whole, tensors).
+
+        Of what its client trained in the round `own` it gets only where it belongs.
+        """
+        update = self.log.since(have, self.head_names(cut), own=own)
+        return update.version, update.base is None, shortened(update.to_tensors(), self._rounding.coding)
 
     def score(self, batches: Iterable[Batch]) -> Score:
         """Score of the merged weights on `batches`. Raises `ConfigError`, see `score_segment`."""
         return score_segment(self.segment, batches)
 
     def state(self) -> State:
-        """The cumulative delta, its version and its recent increments; the base W_0 stays in its files."""
-        return {"log": self.log.state()}
+        """The cumulative delta, its version, recent increments and residuals; the base W_0 stays in its files."""
+        return {"log": self.log.state(), "residuals": self._rounding.state()}
 
     def load_state(self, state: State) -> None:
         """Go on from what `state` gave. The weights are formed anew from W_0.
@@ -99,5 +126,7 @@ class GlobalModel:
                 f"Expected a model at version 0 to load a state into, found version {self.log.version}. "
                 "Load it before the first round."
             )
-        self.log.load_state(state["log"], linear_shapes(self.segment))
+        shapes = linear_shapes(self.segment)
+        self._rounding.load_state(state["residuals"], shapes)
+        self.log.load_state(state["log"], shapes)
         merge_delta(self.segment, self.files, self.log.total, self.log.total.names())

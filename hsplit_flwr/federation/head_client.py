@@ -15,7 +15,7 @@ from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import Connect
 from hsplit_flwr.federation.client_data import ClientData, DeltaStore
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
-from hsplit_flwr.lora.delta_log import DeltaUpdate
+from hsplit_flwr.lora.delta_update import DeltaUpdate, OwnFactors
 from hsplit_flwr.lora.factors import dense_bytes
 from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
@@ -83,9 +83,11 @@ class HeadClient:
             load_s = time.perf_counter() - started
             batches = _bounded(self._data(task.client).training_batches(task.first_step), task.workload)
             report = train_head(head, adapters, batches, tail, task.training, task.first_step)
+        factors = adapters.factors()
+        self._deltas.keep_own(task.run, task.client, OwnFactors(task.round, factors))
         return TrainedHead(
             client=task.client,
-            factors=adapters.factors(),
+            factors=factors,
             importance={name: report.importance[name] for name in head.linear_modules() if report.importance},
             tokens=report.tokens,
             loss=float(np.mean(report.losses)),
@@ -134,13 +136,14 @@ class HeadClient:
 
     def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail) -> None:
         shapes = linear_shapes(head)
-        replica = self._deltas.load(task.run, task.client, shapes)
-        have = replica.version or 0
-        version, whole, tensors = tail.fetch_delta(have)
-        base = None if whole else have
-        replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
-        merge_delta(head, self._files, replica.total, replica.total.names())
-        self._deltas.save(task.run, task.client, replica)
+        with self._deltas.open(task.run, task.client, shapes) as replica:
+            have = replica.version or 0
+            own = replica.own.round_number if replica.own else 0
+            version, whole, tensors = tail.fetch_delta(have, replica.total.place.aside, own)
+            base = None if whole else have
+            replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
+            del tensors
+            merge_delta(head, self._files, replica.total, replica.total.names())
 
 
 @lru_cache(maxsize=4)

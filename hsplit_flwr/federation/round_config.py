@@ -9,6 +9,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.task_limits import LONGEST_S
 from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.step import StepReport
@@ -46,7 +47,14 @@ class StrategyConfig:
     update_excess: str = "clip"
     """what becomes of a larger update: ``clip`` scales it down to the limit, ``refuse`` leaves its client out"""
 
+    update_codec: str = "fp32"
+    """how a round's update goes to the clients: ``fp32`` as it is, without the client's own part; ``bf16`` rounded, and
+    the rounding error carried to the next one (`lora/update_rounding.py`)"""
+    update_rank: int = 0
+    """largest rank of a matrix' update, with what is cut off carried to the next one; 0: any"""
+
     def __post_init__(self) -> None:
+        UpdateCoding(self.update_codec, self.update_rank)
         if self.rule not in RULES:
             raise ConfigError(f"Expected an aggregation rule among {sorted(RULES)}, found {self.rule!r}.")
         if not 0 < self.fraction_clients <= 1:

@@ -29,6 +29,7 @@ from hsplit_flwr.federation.tail_rounds import TailRounds
 from hsplit_flwr.lora.aggregation import STACKING, Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.models.segments import block_of, linear_shapes
 from hsplit_flwr.planning.plans import Plans, plans_in_force
 from hsplit_flwr.planning.replanning import AdaptivePlanning
@@ -73,6 +74,7 @@ class RoundServer:
         self.model = model
         self.training = training
         self.config = options.get("config") or StrategyConfig()
+        model.send_updates_by(UpdateCoding(self.config.update_codec, self.config.update_rank))
         self.initial_score: Score | None = None
         limits = options.get("limits") or BarrierLimits()
         if limits.start_gate_s >= self.config.round_limit_s:
@@ -160,7 +162,7 @@ class RoundServer:
             _log.warning("round %d: no client finished, the weights stay as they are", number)
             self._tail.undo_training()
             return self._journal.record(number)
-        contributions = [Contribution(shares[c], a.ticket.cut, a.trained.factors) for c, a in accepted.items()]
+        contributions = [Contribution(shares[c], a.ticket.cut, a.trained.factors, c) for c, a in accepted.items()]
         tail_factors = self._tail.adapters.factors()
         self.merge(contributions, tail_factors)
         self._learn_importance(accepted, shares)

@@ -20,6 +20,7 @@ from hsplit_flwr.federation import checkpoint
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.lora.export import AdapterExport, save_merged, save_peft_adapter
+from hsplit_flwr.lora.places import ScratchFolder
 from hsplit_flwr.models.generation import generate_texts
 from hsplit_flwr.planning.plots import plot_budgets, plot_importance
 from hsplit_flwr.planning.report import plan_table
@@ -54,9 +55,10 @@ class RunOutput:
             Created at once, so that a bad path fails before training.
         command: the command that repeats the run; default: that of this process.
         config: the run config, for the summary.
-        samples: prompts to show with what the model makes of them, before and after; greedily.
+        samples: prompts to show in the summary with what the model makes of them, before and after; greedily.
         prompts: further held-out prompts, to count what the model gets right of them (`data.slots`).
         adapter_rank: largest rank of the exported PEFT adapter; None: as much as exactness takes.
+        log_samples: show `samples` in the log, too. Logs travel: to whoever streams a run, and into Flower's own files.
         keep_checkpoints: how many checkpoints stay, the last ones; 0: none is written.
         resume: the run to go on with, in its own folder: see `checkpoint.find`; empty: begin one.
         decisive: what of `config` decides the results: a run that resumes this one must have it alike.
@@ -76,6 +78,7 @@ class RunOutput:
         samples: Sequence[Sample] = (),
         prompts: Sequence[str] = (),
         adapter_rank: int | None = None,
+        log_samples: bool = False,
         keep_checkpoints: int = KEEP_CHECKPOINTS,
         resume: str = "",
         decisive: Mapping[str, Any] | None = None,
@@ -88,10 +91,12 @@ class RunOutput:
         self._decisive = dict(decisive or {})
         self.folder = checkpoint.run_folder(self._resumed) if self._resumed else own_folder(folder)
         self._model = model
+        model.keep_delta_in(ScratchFolder(self.folder))
         self._model_name = model_name
         self._command = command or this_command()
         self._config = dict(config or {})
         self._samples = samples
+        self._log_samples = log_samples
         self._adapter_rank = adapter_rank
         self._adapter: AdapterExport | None = None
         self._prompts = [*(sample.prompt for sample in samples), *prompts]
@@ -130,12 +135,14 @@ class RunOutput:
         if error is None or any(record.clients for record in server.history):
             self._attempt("the texts", lambda: self._generate_after(server))
             server.tail_rounds.merge_remaining()
+            self._model.add_residuals()
             self._adapter = self._attempt("the adapter", self._export_adapter)
             self._attempt("the merged model", self._save_merged)
         summary = self._summary(server, status, reason)
         report = self._attempt("the summary", lambda: self._write(summary, server))
         self._attempt("the pictures", lambda: self._draw(summary, server))
-        _log.info("%s", "\n".join(["", report or "", "", *self._sample_lines()]))
+        samples = self._sample_lines() if self._log_samples else []
+        _log.info("%s", "\n".join(["", report or "", "", *samples]))
         _log.info("Results: %s", self.folder)
 
     def _save_checkpoint(self, server: RoundServer) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hsplit_flwr.common.seeds import tail_seed
 from hsplit_flwr.common.state import State
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate
+from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate, stacked_parts
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, block_of, segment_from_model
@@ -52,9 +52,11 @@ class TailRounds:
         self._seed = training.seed
         self.tail = SharedTail(self._segment, self._adapters(), training, limits, on_step)
         self._kept: frozenset[str] = frozenset()
+        self._round_number = 0
 
     def open(self, round_number: int, clients: Iterable[str], concurrency: int) -> None:
         """Open a training round; see `SharedTail.open_training`."""
+        self._round_number = round_number
         self.tail.open_training(clients, concurrency, tail_seed(self._seed, round_number), self._kept)
 
     def replan(self) -> None:
@@ -74,7 +76,8 @@ class TailRounds:
         self.keep_tail_only()
         shared = {name: factors for name, factors in trained.items() if name not in self._kept}
         update = aggregate(contributions, shared, block_of, RULES[rule])
-        self._model.apply(update)
+        parts = stacked_parts(contributions, shared, block_of, rule, self._round_number)
+        self._model.apply_update(update, parts)
         self.tail.adapters.reset(self._seed, shared)
         return update
 

@@ -118,6 +118,7 @@ def _output(side: ServerSide, model: GlobalModel) -> RunOutput:
         prompts=side.prompts,
         adapter_rank=side.settings.adapter_rank,
         keep_checkpoints=side.settings.keep_checkpoints,
+        log_samples=side.settings.log_samples,
         resume=side.settings.resume,
         decisive={key: value for key, value in side.run_config.items() if key not in INDECISIVE},
     )

@@ -5,12 +5,12 @@ One Flower `fit` is one round: load the head, bring its weights up to date, stre
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.client import NumPyClient
 
+from hsplit_flwr.exchange.tls_files import ClientTls
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.trained_head import Refusal
 from hsplit_flwr.flower.client_node import ClientNode
@@ -33,7 +33,7 @@ class HSplitLoRAClient(NumPyClient):
         client_ids: Sequence[str] | None = None,
         dtype: str = "fp32",
         device: str = "auto",
-        root_certificates: str | Path | None = None,
+        tls: ClientTls | None = None,
         budgets: Callable[[str, int], Budget] | None = None,
     ) -> None:
         self._node = ClientNode(
@@ -43,7 +43,7 @@ class HSplitLoRAClient(NumPyClient):
             client_ids=client_ids,
             dtype=dtype,
             device=device,
-            root_certificates=root_certificates,
+            tls=tls,
             budgets=budgets,
         )
 

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,11 +13,13 @@ from flwr.app import Context
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.tls_files import ClientTls
 from hsplit_flwr.exchange.transport import connect
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.roster import NodeAnswer
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
-from hsplit_flwr.flower.client_state import ContextDeltas, KeptBudget
+from hsplit_flwr.flower.client_settings import read_tls
+from hsplit_flwr.flower.client_state import KeptBudget, delta_store
 from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -48,16 +49,18 @@ class ClientNode:
     Args:
         model: hub name, local folder or GGUF file; must be the server's.
         data: the client's data, or a function from client id to data where one node hosts several clients.
-        context: Flower's context of the node.
+        context: Flower's context of the node. Its node config says where copies of the weight delta are kept
+            (``state-dir``), and how large all of them may become (``state-limit-gb``).
         client_ids: the clients this node hosts (default: one, named by ``partition-id`` or the node id).
         dtype: of the frozen weights: fp32, bf16 or fp16.
         device: ``auto`` takes a GPU if this process was given one.
-        root_certificates: PEM file of the authority behind the tail's certificate; None: no TLS.
+        tls: for the connection to the tail; default: by the files that the node's or the run's config names
+            (`client_settings.read_tls`), without TLS where neither does.
         budgets: (client id, round) -> what that client can afford in that round; default: what the node's config
             states, and measurements for the rest (`planning/budgets/probe.py`). A head beyond it is refused.
 
     Raises:
-        ConfigError: an unknown dtype, or no such file of certificates.
+        ConfigError: an unknown dtype, files for TLS that cannot be used, or a wrong value in the node config.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class ClientNode:
         client_ids: Sequence[str] | None = None,
         dtype: str = "fp32",
         device: str = "auto",
-        root_certificates: str | Path | None = None,
+        tls: ClientTls | None = None,
         budgets: Callable[[str, int], Budget] | None = None,
     ) -> None:
         if dtype not in DTYPES:
@@ -79,10 +82,10 @@ class ClientNode:
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         self._budgets = budgets
         self._kept = KeptBudget(context, self._device)
-        self._connect = partial(connect, root_certificates=_read_certificates(root_certificates))
+        self._connect = partial(connect, tls=tls or read_tls(context.run_config, context.node_config))
         self._model = model
         self._data = data if callable(data) else lambda client: data
-        self._deltas = ContextDeltas(context)
+        self._deltas = delta_store(context)
         self._dtype = DTYPES[dtype]
 
     def answer(self, config: Config) -> NodeAnswer:
@@ -154,15 +157,6 @@ class ClientNode:
 def default_client_id(context: Context) -> str:
     """``partition-id`` of the node's config where there is one (simulations set it), else the node id."""
     return str(context.node_config.get("partition-id", context.node_id))
-
-
-def _read_certificates(path: str | Path | None) -> bytes | None:
-    try:
-        return Path(path).read_bytes() if path else None
-    except OSError as error:
-        raise ConfigError(
-            f"Expected a PEM file of root certificates at {path}, found: {error}. Correct tail-root-certificates."
-        ) from error
 
 
 def _simulation_concurrency() -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.tls_files import CLIENT, TAIL_ROOTS, ClientTls
 from hsplit_flwr.planning.budgets.fleet import Fleet
 
 RunConfig = Mapping[str, bool | float | int | str]
@@ -32,6 +33,16 @@ def count_clients(run_config: RunConfig, node_config: RunConfig, folder: Path) -
         return len(integers(run_config, "cuts"))
     fleet = read_fleet(run_config, folder)
     return len(fleet.profiles) if fleet else get(node_config, "num-partitions", 1)
+
+
+def read_tls(run_config: RunConfig, node_config: RunConfig) -> ClientTls | None:
+    """The client's side of TLS; None where no file is named. A node's config comes before the run's: paths differ.
+
+    Raises:
+        ConfigError: as `ClientTls.from_files`.
+    """
+    named = (get(node_config, key, "") or get(run_config, key, "") for key in (TAIL_ROOTS, *CLIENT))
+    return ClientTls.from_files(*(Path(path) if path else None for path in named))
 
 
 def get(run_config: RunConfig, key: str, default: Value) -> Value:

@@ -1,28 +1,27 @@
-"""What the clients of a node keep between Flower's messages: their budget, and their copies of the weight delta.
+"""What the clients of a node keep between Flower's messages: their budget, and where their weight delta is.
 
 A client is built anew for every message, and Flower keeps ``context.state`` for it. What the link and the processor do
 is measured when the server first asks; the memory that is free is looked up again each time, unless the node's config
-states it. Losing a copy of the delta costs bytes, not the run: the client says which version it holds, and the tail
-sends what is missing.
+states it. Of the weight delta only the name, hash and version are in there (`ContextNotes`).
 """
 
-import logging
+import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context
+from flwr.app import ConfigRecord, Context
 
-from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.federation.trained_head import Shapes
-from hsplit_flwr.lora.delta_log import DeltaReplica
-from hsplit_flwr.lora.deltas import WeightDelta
+from hsplit_flwr.common.cache_folder import cache_folder
+from hsplit_flwr.common.checks import is_above, require
+from hsplit_flwr.federation.client_store import LIMIT_BYTES, FileStore
+from hsplit_flwr.federation.delta_folder import Stamp
+from hsplit_flwr.flower.client_settings import get
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import Link, own_budget, stated_figures, usable_memory
 
 STATE_KEY = "hsplit-budget"
-_log = logging.getLogger("hsplit_flwr")
 
 
 class KeptBudget:
@@ -54,39 +53,44 @@ class KeptBudget:
         return replace(kept, memory_bytes=usable_memory(self._device))
 
 
-class ContextDeltas:
-    """Clients' copies of the weight delta in Flower's ``context.state``: a `federation.head_client.DeltaStore`."""
+class ContextNotes:
+    """What was kept last of each client's weight delta: `federation.client_store.Notes` in Flower's ``context.state``.
+
+    The delta itself is on the node's disk. Flower loses a context of more than some 0.18 GiB without a word.
+    """
 
     def __init__(self, context: Context) -> None:
         self._state = context.state
 
-    def load(self, run: str, client: str, shapes: Shapes) -> DeltaReplica:
-        """The kept replica; an empty one if there is none, or it is of another run or another cut."""
-        record, arrays = self._state.get(_version_key(client)), self._state.get(_arrays_key(client))
-        if not isinstance(record, ConfigRecord) or not isinstance(arrays, ArrayRecord):
-            return DeltaReplica()
-        if record["run"] != run or record["modules"] != len(shapes):
-            return DeltaReplica()
-        tensors = {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
-        try:
-            total = WeightDelta.from_tensors(tensors, shapes)
-        except AggregationError as error:
-            _log.warning("client state %s is not usable, asking for the whole: %s", _arrays_key(client), error)
-            return DeltaReplica()
-        return DeltaReplica(int(record["version"]), frozenset(shapes), total)  # type: ignore[arg-type]
+    def read(self, client: str) -> Stamp | None:
+        """What was noted last; None: nothing, or nothing that this version wrote."""
+        record = self._state.get(_stamp_key(client))
+        if not isinstance(record, ConfigRecord) or record.keys() != set(Stamp._fields):
+            return None
+        return Stamp(**dict(record))  # type: ignore[arg-type]
 
-    def save(self, run: str, client: str, replica: DeltaReplica) -> None:
-        """Keep `replica` for the next round."""
-        figures: dict[str, Any] = {"run": run, "version": replica.version or 0, "modules": len(replica.names)}
-        self._state[_version_key(client)] = ConfigRecord(figures)
-        self._state[_arrays_key(client)] = ArrayRecord(
-            {name: Array(tensor.numpy()) for name, tensor in replica.total.to_tensors().items()}
-        )
+    def write(self, client: str, stamp: Stamp) -> None:
+        """Note it."""
+        self._state[_stamp_key(client)] = ConfigRecord(stamp._asdict())
 
 
-def _arrays_key(client: str) -> str:
+def delta_store(context: Context) -> FileStore:
+    """The node's store of weight deltas, where ``state-dir`` of its config says, of ``state-limit-gb`` at most.
+
+    Raises:
+        ConfigError: not a folder's name, or not a size.
+    """
+    folder = get(context.node_config, "state-dir", "") or default_state_folder()
+    limit_gb = get(context.node_config, "state-limit-gb", LIMIT_BYTES / 1e9)
+    require(is_above(limit_gb, 0), "state-limit-gb", "> 0", limit_gb)
+    return FileStore(Path(folder).expanduser(), int(limit_gb * 1e9), ContextNotes(context))
+
+
+def default_state_folder() -> Path:
+    """``$FLWR_HOME/hsplit_flwr/clients`` where FLWR_HOME is set, else ``clients`` in the package's cache folder."""
+    home = os.environ.get("FLWR_HOME")
+    return Path(home, "hsplit_flwr", "clients") if home else cache_folder() / "clients"
+
+
+def _stamp_key(client: str) -> str:
     return f"hsplit-delta-{client}"
-
-
-def _version_key(client: str) -> str:
-    return f"hsplit-version-{client}"

@@ -8,6 +8,7 @@ only if the message was answered.
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from flwr.app import Context, RecordDict
@@ -58,7 +59,9 @@ class LocalNode(ClientProxy):
         node_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(cid)
-        self.context = Context(1, int(cid), node_config or {}, RecordDict(), {})
+        self._state_folder = TemporaryDirectory(prefix="hsplit-flwr-")  # what clients keep lives as long as the node
+        config = {"state-dir": self._state_folder.name, **(node_config or {})}
+        self.context = Context(1, int(cid), config, RecordDict(), {})
         self._clients = clients
         self._model = model
         self._data = data

@@ -8,11 +8,13 @@ from typing import Any
 from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.tls_files import CLIENT, CLIENT_ROOTS, TAIL, TAIL_ROOTS
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.run_output import KEEP_CHECKPOINTS
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
 from hsplit_flwr.lora.module_choice import from_words
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.fleet import Fleet
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import ReplanConfig
@@ -23,7 +25,7 @@ from hsplit_flwr.training.workload import Workload
 INDECISIVE = frozenset(
     (
         *("output-dir", "keep-checkpoints", "resume", "adapter-rank", "server-threads"),
-        *("tail-bind", "tail-address", "tail-certificate", "tail-private-key", "tail-root-certificates"),
+        *("tail-bind", "tail-address", *TAIL, TAIL_ROOTS, CLIENT_ROOTS, *CLIENT, "log-samples"),
         *("min-nodes", "wait-for-nodes-s", "round-limit-s", "start-gate-s", "straggler-limit-s", "step-limit-s"),
         "max-frame-mib",
     )
@@ -54,6 +56,8 @@ class Settings:
     output_dir: Path
     adapter_rank: int | None
     keep_checkpoints: int
+    log_samples: bool
+    """whether held-out prompts and the model's texts for them are logged"""
     resume: str
     """which run to go on with, see `checkpoint.find`; empty: begin one"""
 
@@ -95,6 +99,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             tail_worth=get(run_config, "tail-worth", PlannerConfig.tail_worth),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
             target_modules=spec,
+            update=UpdateCoding(get(run_config, "update-codec", "fp32"), get(run_config, "update-rank", 0)),
         ),
         replan=ReplanConfig(**of_fields(run_config, ReplanConfig)),
         lora_alpha=lora_alpha,
@@ -109,6 +114,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         output_dir=Path(get(run_config, "output-dir", "results")).resolve(),
         adapter_rank=adapter_rank or None,
         keep_checkpoints=keep_checkpoints,
+        log_samples=get(run_config, "log-samples", False),
         resume=get(run_config, "resume", ""),
     )
 
@@ -124,13 +130,14 @@ def of_fields(run_config: RunConfig, kind: type, but: Container[str] = ()) -> di
 
 
 def _service(run_config: RunConfig) -> ServiceConfig:
-    certificate, key = get(run_config, "tail-certificate", ""), get(run_config, "tail-private-key", "")
+    certificate, key, client_roots = (get(run_config, name, "") for name in (*TAIL, CLIENT_ROOTS))
     return ServiceConfig(
         bind=get(run_config, "tail-bind", ServiceConfig.bind),
         advertise=get(run_config, "tail-address", ServiceConfig.advertise),
         max_frame_bytes=get(run_config, "max-frame-mib", ServiceConfig.max_frame_bytes >> 20) << 20,
         certificate=Path(certificate) if certificate else None,
         private_key=Path(key) if key else None,
+        client_root_certificates=Path(client_roots) if client_roots else None,
     )
 
 

@@ -40,6 +40,8 @@ class Contribution:
     """s_i: its head holds the blocks 0..cut-1"""
     factors: Mapping[str, LoraFactors]
     """module name -> its adapter; absent where the plan gave rank 0"""
+    client: str = ""
+    """whose it is, if that is to be found again (`stacked_parts`)"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Term:
 
     weight: float
     factors: LoraFactors
+    client: str = ""
+    """who trained it; empty: the tail, or somebody"""
 
 
 Rule: TypeAlias = Callable[[Sequence[Term]], LoraFactors]
@@ -106,7 +110,7 @@ def terms_by_module(
                     f"{name!r} in block {block_of(name)}. Aggregate what was trained under the same plan."
                 )
             if contribution.weight > 0 and factors.rank > 0:
-                terms.setdefault(name, []).append(Term(contribution.weight, factors))
+                terms.setdefault(name, []).append(Term(contribution.weight, factors, contribution.client))
     cuts_and_weights = [(c.cut, c.weight) for c in contributions]
     for name, factors in tail.items():
         weight = tail_weight(cuts_and_weights, block_of(name))
@@ -200,17 +204,20 @@ def norm_clipped(terms: Sequence[Term]) -> LoraFactors:
     (Sun et al., arXiv:1911.07963). A trimmed mean or a median by coordinates needs the dense updates: its result is no
     sum of the terms, has no small factors, and could not travel as an increment.
     """
+    return noise_free(_clipped(terms))
+
+
+def _clipped(terms: Sequence[Term]) -> list[Term]:
+    """The terms that `norm_clipped` sums."""
     _check_terms(terms)
     norms = [abs(term.factors.scaling) * largest_product_norm(term.factors) for term in terms]
     limit = CLIP_RATIO * median_low(norms)
-    return noise_free(
-        [
-            term
-            if norm <= limit
-            else Term(term.weight, replace(term.factors, scaling=term.factors.scaling * limit / norm))
-            for term, norm in zip(terms, norms, strict=True)
-        ]
-    )
+    return [
+        term
+        if norm <= limit
+        else replace(term, factors=replace(term.factors, scaling=term.factors.scaling * limit / norm))
+        for term, norm in zip(terms, norms, strict=True)
+    ]
 
 
 EXACT_RULE = "noise_free"
@@ -222,8 +229,45 @@ RULES: Mapping[str, Rule] = {
     "norm_clipped": norm_clipped,
 }
 """The rules by the names that configurations and benchmarks use."""
-STACKING = frozenset({EXACT_RULE, "norm_clipped"})
-"""rules that add up each adapter as a whole: what they sum need not start alike"""
+STACKING: Mapping[str, Callable[[Sequence[Term]], Sequence[Term]]] = {
+    EXACT_RULE: lambda terms: terms,
+    "norm_clipped": _clipped,
+}
+"""rules that add up each adapter as a whole, with what they make of the terms before: these need not start alike"""
+
+
+@dataclass(frozen=True)
+class StackedPart:
+    """Columns of a stacked update (rows of its A) that are one client's."""
+
+    client: str
+    round_number: int
+    """in which it trained them"""
+    start: int
+    rank: int
+    scale: float
+    """p_i c_i: its B times this stands in the stack, its A as it is"""
+
+
+def stacked_parts(
+    contributions: Sequence[Contribution],
+    tail: Mapping[str, LoraFactors],
+    block_of: Callable[[str], int],
+    rule: str,
+    round_number: int,
+) -> dict[str, list[StackedPart]]:
+    """Whose is what in `aggregate` of the same arguments; empty for rules that do not stack."""
+    if rule not in STACKING:
+        return {}
+    parts: dict[str, list[StackedPart]] = {}
+    for name, terms in terms_by_module(contributions, tail, block_of).items():
+        start = 0
+        for term in STACKING[rule](terms):
+            rank, scale = term.factors.rank, term.weight * term.factors.scaling
+            if term.client:
+                parts.setdefault(name, []).append(StackedPart(term.client, round_number, start, rank, scale))
+            start += rank
+    return parts
 
 
 def _average_factors(terms: Sequence[Term], weights: Sequence[float]) -> LoraFactors:

@@ -1,115 +1,37 @@
-"""Versions of the cumulative delta: the server's log, and the replica a client keeps.
+"""Versions of the cumulative delta: the server's log.
 
 A round that changes the weights makes a new version. A client at version v is sent, per module, the smaller
 of the increments it lacks (v+1..now, stacked) and the whole delta, so that a lagging client costs no more
-than a new one. Versions count one server's rounds: a client may be at a version that a restored log makes
-anew, with other increments, so ask it which run it was in, and treat those of another one as unknown (``None``).
+than a new one (`lora/delta_update.py`). Versions count one server's rounds: a client may be at a version that a
+restored log makes anew, with other increments, so ask it which run it was in, and treat those of another one as
+unknown (``None``).
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
-from torch import Tensor
+import torch
 
 from hsplit_flwr.common.state import State
-from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.lora.deltas import WeightDelta, factors_from_tensors, factors_to_tensors
-from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, factor_bytes, stack
+from hsplit_flwr.lora.aggregation import StackedPart
+from hsplit_flwr.lora.delta_update import DeltaUpdate, OwnPlace, OwnRound
+from hsplit_flwr.lora.deltas import MatrixDelta, WeightDelta, factors_from_state, factors_to_state
+from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, stack
+from hsplit_flwr.lora.places import Dense, Piece, Place, as_factors, as_tensor, piece_bytes
 
-ADDED, REPLACED = "add|", "replace|"
-LARGEST_FIGURE = 1e25
-"""in what a client takes of a delta. Far above what a server makes of the worst adapters that it accepts (see
-`federation/trained_head.py`): one client must not be able to make a delta that all others refuse."""
+Parts: TypeAlias = Mapping[str, Sequence[StackedPart]]
+"""module name -> which columns of an increment are whose"""
 
 
-@dataclass(frozen=True)
-class DeltaUpdate:
-    """What a client at version `base` lacks of `version`."""
-
-    base: int | None
-    """the version to apply it to; None: to any, or none at all"""
+class _Entry(NamedTuple):
     version: int
-    added: Increment
-    """modules to add to, with the sum of the increments since `base`"""
-    replaced: WeightDelta
-    """modules to replace, because the whole takes no more bytes or the client does not hold them"""
+    piece: Piece
+    parts: Sequence[StackedPart]
 
-    @property
-    def kind(self) -> str:
-        """``whole`` where the client's own delta plays no part, otherwise ``increments``."""
-        return "whole" if self.base is None else "increments"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(map(factor_bytes, self.added.values())) + self.replaced.nbytes
-
-    def names(self) -> list[str]:
-        """The modules whose delta it changes: those to merge anew."""
-        return [*self.added, *self.replaced.names()]
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Flat float32 tensors: ``add|`` or ``replace|`` before the keys of `WeightDelta.to_tensors`."""
-        added = {f"{ADDED}{key}": tensor for key, tensor in factors_to_tensors(self.added).items()}
-        return added | {f"{REPLACED}{key}": tensor for key, tensor in self.replaced.to_tensors().items()}
-
-    @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, base: int | None, version: int
-    ) -> "DeltaUpdate":
-        """The update that `to_tensors` wrote; `base` and `version` travel beside the tensors.
-
-        Raises:
-            AggregationError: an unknown key, a figure beyond `LARGEST_FIGURE`, or as `WeightDelta.from_tensors`.
-        """
-        for key, tensor in tensors.items():
-            largest = float(tensor.abs().max()) if tensor.numel() and tensor.is_floating_point() else 0.0
-            if not largest <= LARGEST_FIGURE:
-                raise AggregationError(
-                    f"Expected no figure beyond {LARGEST_FIGURE:g} in the delta of the weights, found {largest:g} "
-                    f"in {key!r:.200}. Training diverged, or the server is not to be trusted."
-                )
-        added = {key.removeprefix(ADDED): t for key, t in tensors.items() if key.startswith(ADDED)}
-        replaced = {key.removeprefix(REPLACED): t for key, t in tensors.items() if key.startswith(REPLACED)}
-        if len(added) + len(replaced) != len(tensors):
-            unknown = sorted(key for key in tensors if not key.startswith((ADDED, REPLACED)))
-            raise AggregationError(
-                f"Expected keys that start with {ADDED!r} or {REPLACED!r}, found {unknown}. "
-                f"Check that both sides run the same hsplit_flwr."
-            )
-        return cls(base, version, factors_from_tensors(added, shapes), WeightDelta.from_tensors(replaced, shapes))
-
-
-@dataclass
-class DeltaReplica:
-    """A client's copy of the delta of the modules it holds; a lost one starts empty, at version None."""
-
-    version: int | None = None
-    names: frozenset[str] = frozenset()
-    """the modules it holds at `version`, changed or not"""
-    total: WeightDelta = field(default_factory=WeightDelta)
-
-    def apply(self, update: DeltaUpdate, names: Iterable[str]) -> None:
-        """Moves to the update's version, holding `names` from now on (a new plan may have moved the cut).
-
-        Raises:
-            AggregationError: the update builds on another version, or adds to a module that is not held.
-                The replica stays as it is; ask for the whole (``since(None, names)``).
-        """
-        wanted = frozenset(names)
-        if update.base is not None and update.base != self.version:
-            raise AggregationError(
-                f"Expected an update on version {self.version}, found one on {update.base}. Ask for the whole delta."
-            )
-        if missing := sorted(set(update.added) - self.names):
-            raise AggregationError(
-                f"Expected increments of modules that are held, found {missing}. Ask for the whole delta."
-            )
-        kept = WeightDelta() if update.base is None else self.total.restricted(wanted)
-        kept.add(update.added)
-        self.total = kept.replaced(update.replaced).restricted(wanted)
-        self.version, self.names = update.version, wanted
+    def part_of(self, own: OwnRound | None) -> StackedPart | None:
+        return next((part for part in self.parts if own == (part.client, part.round_number)), None)
 
 
 @dataclass
@@ -118,32 +40,34 @@ class _ModuleLog:
 
     complete_since: int
     """every increment after this version is in `entries`"""
-    entries: deque[tuple[int, LoraFactors]] = field(default_factory=deque)
+    entries: deque[_Entry] = field(default_factory=deque)
     nbytes: int = 0
 
-    def append(self, version: int, factors: LoraFactors, dense_nbytes: int) -> None:
-        self.entries.append((version, factors))
-        self.nbytes += factor_bytes(factors)
+    def append(self, entry: _Entry, dense_nbytes: int) -> None:
+        self.entries.append(entry)
+        self.nbytes += piece_bytes(entry.piece)
         while self.nbytes >= dense_nbytes:
-            self.complete_since, dropped = self.entries.popleft()
-            self.nbytes -= factor_bytes(dropped)
+            dropped = self.entries.popleft()
+            self.complete_since = dropped.version
+            self.nbytes -= piece_bytes(dropped.piece)
 
-    def since(self, version: int) -> list[LoraFactors] | None:
+    def since(self, version: int) -> list[_Entry] | None:
         """The increments after `version`; None where some of them are gone."""
         if version < self.complete_since:
             return None
-        return [factors for at, factors in self.entries if at > version]
+        return [entry for entry in self.entries if entry.version > version]
 
     def state(self) -> State:
-        entries = {str(at): {"A": f.A, "B": f.B, "scaling": f.scaling} for at, f in self.entries}
+        # whose parts they are matters to nobody who could resume: all clients take the whole then
+        entries = {str(entry.version): factors_to_state(as_factors(entry.piece)) for entry in self.entries}
         return {"complete_since": self.complete_since, "entries": entries}
 
     @classmethod
-    def of_state(cls, state: State) -> "_ModuleLog":
+    def of_state(cls, state: State, place: Place) -> "_ModuleLog":
         log = cls(state["complete_since"])
         for at, saved in state["entries"].items():
-            log.entries.append((int(at), LoraFactors(saved["A"], saved["B"], saved["scaling"])))
-        log.nbytes = sum(factor_bytes(factors) for _, factors in log.entries)
+            log.entries.append(_Entry(int(at), place.keep_factors(factors_from_state(saved)), ()))
+        log.nbytes = sum(piece_bytes(entry.piece) for entry in log.entries)
         return log
 
 
@@ -151,7 +75,7 @@ class DeltaLog:
     """The server's cumulative delta and the recent increments that led to it; at most twice the dense bytes.
 
     Args:
-        total: the delta to start from (a checkpoint's); default none.
+        total: the delta to start from (a checkpoint's); default none. Increments are kept in its place, too.
         version: its version.
     """
 
@@ -161,49 +85,91 @@ class DeltaLog:
         self._first_version = version
         self._logs: dict[str, _ModuleLog] = {}
 
-    def append(self, increment: Increment) -> int:
+    def append(self, increment: Increment, parts: Parts | None = None) -> int:
         """Adds a round's increment (possibly empty) and returns the new version.
+
+        Args:
+            increment: of the round.
+            parts: of modules whose factors are stacked (with scaling 1.0): which columns are whose.
 
         Raises:
             AggregationError: as `WeightDelta.add`; the log stays as it is.
         """
-        self.total.add(increment)
+        self.total.check(increment)
+        trained = {name: factors for name, factors in increment.items() if factors.rank > 0}
         self.version += 1
-        for name, factors in increment.items():
-            if factors.rank == 0:
-                continue
+        for name, factors in trained.items():
+            piece = self.total.place.keep_factors(factors)
+            self.total.add_checked({name: piece})
             log = self._logs.setdefault(name, _ModuleLog(self._first_version))
-            log.append(self.version, factors, dense_bytes(self.total.matrix(name).shape))
+            entry = _Entry(self.version, piece, (parts or {}).get(name, ()))
+            log.append(entry, dense_bytes(self.total.matrix(name).shape))
         return self.version
 
-    def since(self, version: int | None, names: Iterable[str], held: Collection[str] | None = None) -> DeltaUpdate:
+    def add_dense(self, residuals: Mapping[str, Dense]) -> int:
+        """Adds dense matrices (d_out, d_in) of modules that changed; returns the new version.
+
+        No client can be sent them as an increment.
+        """
+        self.version += 1
+        for name, residual in residuals.items():
+            total = self.total.dense(name) + as_tensor(residual)
+            matrix = MatrixDelta(self.total.matrix(name).shape, dense=total)
+            self.total = self.total.replaced(WeightDelta({name: matrix}))
+            self._logs[name] = _ModuleLog(self.version)
+        return self.version
+
+    def since(
+        self,
+        version: int | None,
+        names: Iterable[str],
+        held: Collection[str] | None = None,
+        own: OwnRound | None = None,
+    ) -> DeltaUpdate:
         """What a client lacks of the modules `names`.
 
         Args:
             version: the version the client holds. None, 0 or one this log never made: it gets the whole.
             names: the modules it is to hold.
             held: the modules it holds at `version`, changed or not (default: all of `names`).
+            own: what it holds of its own training; left out where it is a part of what is sent.
         """
         current = self.total.restricted(names)
-        if version is None or not 0 < version <= self.version:
-            return DeltaUpdate(None, self.version, {}, current)
+        base = version if version is not None and 0 < version <= self.version else None
         added: dict[str, LoraFactors] = {}
+        places: dict[str, OwnPlace] = {}
         whole: list[str] = []
         for name in current.names():
-            log = self._logs.get(name, _ModuleLog(self._first_version))
-            missing = log.since(version) if held is None or name in held else None
-            if missing is None or sum(map(factor_bytes, missing)) >= current.matrix(name).nbytes:
+            known = base is None or held is None or name in held
+            lacking = self._increments(name, base, current.matrix(name), own) if known else None
+            if lacking is None:
                 whole.append(name)
-            elif missing:
-                added[name] = stack(missing)
-        return DeltaUpdate(version, self.version, added, current.restricted(whole))
+            elif lacking:
+                others, place = _without_own(lacking, own)
+                if others.rank:
+                    added[name] = others
+                if place:
+                    places[name] = place
+        return DeltaUpdate(base, self.version, added, current.restricted(whole), places)
+
+    def _increments(self, name: str, base: int | None, total: MatrixDelta, own: OwnRound | None) -> list[_Entry] | None:
+        """What a client at version `base` is to add to its delta of a module; None: it gets the whole of it."""
+        log = self._logs.get(name, _ModuleLog(self._first_version))
+        if base is None:  # the whole; that is all increments as long as none is gone, and its own may be among them
+            entries = log.since(0) if total.dense is None else None
+            return entries if entries and any(entry.part_of(own) for entry in entries) else None
+        entries = log.since(base)
+        # by all that is lacking, sent or not: the client's sums are the same, whether it holds its part or not
+        if entries is not None and sum(piece_bytes(entry.piece) for entry in entries) >= total.nbytes:
+            return None
+        return entries
 
     def state(self) -> State:
         """The version, the whole delta and the increments that are kept."""
         return {
             "version": self.version,
             "first_version": self._first_version,
-            "total": self.total.to_tensors(),
+            "total": self.total.state(),
             "increments": {name: log.state() for name, log in self._logs.items()},
         }
 
@@ -211,17 +177,32 @@ class DeltaLog:
         """Go on from what `state` gave; `shapes` gives (d_out, d_in) of every module of the model.
 
         Raises:
-            AggregationError: as `WeightDelta.from_tensors`; the log stays as it is.
+            AggregationError: as `WeightDelta.from_state`; the log stays as it is.
         """
-        self.total = WeightDelta.from_tensors(state["total"], shapes)
+        place = self.total.place
+        self.total = WeightDelta.from_state(state["total"], shapes, place)
         self.version, self._first_version = state["version"], state["first_version"]
-        self._logs = {name: _ModuleLog.of_state(saved) for name, saved in state["increments"].items()}
+        self._logs = {name: _ModuleLog.of_state(saved, place) for name, saved in state["increments"].items()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors kept alive; those that the total and the log share count once."""
-        pieces = [factors for log in self._logs.values() for _, factors in log.entries]
+        """Bytes of all tensors kept, in memory or files; those that the total and the log share count once."""
+        pieces = [entry.piece for log in self._logs.values() for entry in log.entries]
         matrices = [self.total.matrix(name) for name in self.total.names()]
         pieces += [piece for matrix in matrices for piece in matrix.pieces]
         dense = sum(matrix.nbytes for matrix in matrices if matrix.dense is not None)
-        return dense + sum({id(piece): factor_bytes(piece) for piece in pieces}.values())
+        return dense + sum({id(piece): piece_bytes(piece) for piece in pieces}.values())
+
+
+def _without_own(entries: Sequence[_Entry], own: OwnRound | None) -> tuple[LoraFactors, OwnPlace | None]:
+    """The increments stacked; without the own part, and where that belongs, if one of them has it."""
+    stacked = stack(as_factors(entry.piece) for entry in entries)
+    start = 0
+    for entry in entries:
+        if part := entry.part_of(own):
+            start, stop = start + part.start, start + part.start + part.rank
+            A = torch.cat([stacked.A[:start], stacked.A[stop:]])
+            B = torch.cat([stacked.B[:, :start], stacked.B[:, stop:]], dim=1)
+            return LoraFactors(A, B, 1.0), OwnPlace(start, part.scale)
+        start += entry.piece.rank
+    return stacked, None

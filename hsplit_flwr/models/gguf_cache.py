@@ -7,7 +7,6 @@ here, so that every later load of a segment reads its own tensors only.
 import copy
 import hashlib
 import logging
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,14 @@ import torch
 import transformers
 from filelock import FileLock, Timeout
 
+from hsplit_flwr.common.cache_folder import cache_folder
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import parameters_on_meta
 
-CACHE_VARIABLE = "HSPLIT_FLWR_CACHE"
 CONVERSION_LIMIT_S = 1800.0
 """how long to wait for another process that converts the same file"""
 
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """``$HSPLIT_FLWR_CACHE``, by default ``~/.cache/hsplit_flwr``."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/hsplit_flwr").expanduser()
 
 
 def convert_once(gguf: Path) -> Path:

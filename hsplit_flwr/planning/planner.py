@@ -29,7 +29,7 @@ paper's own formulation is not public text to us; this one is ours.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,6 +38,7 @@ from hsplit_flwr.common.checks import is_at_least, is_whole, require, require_wh
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.module_choice import ALL_LINEAR
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
 from hsplit_flwr.planning.solver import greedy
@@ -71,6 +72,8 @@ class PlannerConfig:
     for the shallowest head (`balance.balanced_deadline`)"""
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     """which linear layers may get an adapter, as in `LoraSpec`; all others have rank 0, in heads and tail"""
+    update: UpdateCoding = field(default_factory=UpdateCoding)
+    """how a round's update goes to the clients, which is what they download"""
 
     def __post_init__(self) -> None:
         whole = all(is_whole(rank, 1) for rank in self.ranks)
@@ -175,6 +178,7 @@ def _problem(
         tail_worth=config.tail_worth,
         trained=config.targets(matrix.name for matrix in costs.matrices),
         deadline_s=config.deadline_s or math.inf,
+        update=config.update,
     )
     return problem if config.deadline_s else replace(problem, deadline_s=balanced_deadline(problem))
 

@@ -39,7 +39,7 @@ class Round:
             gradient_codec=config.gradient_codec,
             frames_ahead=config.micro_batches_in_flight - 1 if config.micro_batches > 1 else 0,
         )
-        self._service = TailService(self._tail, lambda have, cut: (0, True, {}), RUN, served)
+        self._service = TailService(self._tail, lambda have, cut, own: (0, True, {}), RUN, served)
         self.port = int(self._service.address.rpartition(":")[2])
         cuts = dict.fromkeys(deployment.clients, deployment.cut)
         self.tokens = self._service.open_round(ROUND, "train", cuts, 0, steps=config.local_steps)

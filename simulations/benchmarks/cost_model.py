@@ -51,7 +51,8 @@ from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailS
 
 SEED = 0
 STEPS = 3
-THREADS = "2"
+PROCESS = {"GLIBC_TUNABLES": CLIENT_TUNABLES, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+"""environment of a measured process. Passive: on busy cores, threads that spin take three times as long"""
 POINT_LIMIT_S = 300.0
 WARM_UP, CLIENT = "warm-up", "client"
 
@@ -155,7 +156,9 @@ def ranks_of(point: Point, costs: ModelCosts) -> dict[str, int]:
 
 def measure_head(point: Point, files: ModelFiles) -> dict[str, Any]:
     """Peak memory and traffic of one head process."""
-    service = TailService(cast(Any, RandomGradients(files)), lambda have, cut: (0, True, {}), "bench", ServiceConfig())
+    service = TailService(
+        cast(Any, RandomGradients(files)), lambda have, cut, own: (0, True, {}), "bench", ServiceConfig()
+    )
     config = TrainingConfig(rounds=1, local_steps=STEPS, learning_rate=1e-4, seed=SEED)
     cuts = {WARM_UP: 1, CLIENT: point.cut}
     tokens = service.open_round(1, "train", cuts, 0)
@@ -174,7 +177,7 @@ def measure_head(point: Point, files: ModelFiles) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [sys.executable, str(Path(__file__).with_name("_memory_process.py")), json.dumps(order)],
-            env={"GLIBC_TUNABLES": CLIENT_TUNABLES, "OMP_NUM_THREADS": THREADS, **os.environ},
+            env={**PROCESS, **os.environ},
             timeout=POINT_LIMIT_S,
             check=True,
             stdout=subprocess.PIPE,
@@ -272,7 +275,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "worst_relative_error": worst,
         "rows": rows,
-        "threads_of_heads": int(THREADS),
+        "threads_of_heads": int(PROCESS["OMP_NUM_THREADS"]),
         **provenance(SEED),
     }
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

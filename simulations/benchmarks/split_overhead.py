@@ -170,7 +170,7 @@ def measure(setting: Setting) -> dict[str, Any]:
     tail.open_training(["0"], concurrency=1, adapter_seed=SEED)
     service = TailService(
         tail,
-        lambda have, cut: (0, True, {}),
+        lambda have, cut, own: (0, True, {}),
         "bench",
         ServiceConfig(activation_codec=config.activation_codec, gradient_codec=config.gradient_codec),
     )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
-from hsplit_flwr.exchange import grpc_transport, tail_service
+from hsplit_flwr.exchange import delta_frames, grpc_transport
 from hsplit_flwr.exchange.batches import batch_tensors
 from hsplit_flwr.exchange.codecs import CODECS
 from hsplit_flwr.exchange.frames import Header, encode
@@ -31,7 +31,9 @@ from hsplit_flwr.exchange.grpc_transport import GrpcStream, ServiceConfig, conne
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.tail_service import DeltaSource, TailService
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.tls_files import ClientTls
 from hsplit_flwr.exchange.transport import Connect
+from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.dtypes import DTYPES
@@ -144,7 +146,7 @@ class Intruder(RemoteTail):
         self.stream.receive()
 
 
-def no_delta(have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
+def no_delta(have: int, cut: int, own: OwnRound | None) -> tuple[int, bool, dict[str, Tensor]]:
     return 0, True, {}
 
 
@@ -667,7 +669,7 @@ def test_a_worker_that_ends_leaves_nobody_waiting(caplog: pytest.LogCaptureFixtu
 
 
 def test_deltas_that_fail_are_an_error_at_the_client() -> None:
-    def broken(have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
+    def broken(have: int, cut: int, own: OwnRound | None) -> tuple[int, bool, dict[str, Tensor]]:
         raise RuntimeError("no such version")
 
     with serving("good", deltas=broken) as served, pytest.raises(ExchangeError, match="no such version"):
@@ -722,7 +724,7 @@ def test_a_client_refuses_a_bad_answer(answer: bytes, code: str) -> None:
 
 
 def trusting(roots: bytes | None) -> Connect:
-    return partial(connect, root_certificates=roots)
+    return partial(connect, tls=ClientTls(roots) if roots else None)
 
 
 def test_tls(certificates: tuple[Path, Path, bytes], alone: State, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -810,12 +812,12 @@ def test_an_activation_beyond_fp16_is_refused_with_the_remedy() -> None:
 
 
 def test_the_delta_comes_in_frames_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tail_service, "DELTA_FRAME_BYTES", 1000)
+    monkeypatch.setattr(delta_frames, "DELTA_FRAME_BYTES", 1000)
     sizes = [100, 100, 100, 5000, 100, 249, 1, 1]  # fp32: one tensor is larger than a frame
     sent = {f"t{i}": torch.randn(size) for i, size in enumerate(sizes)}
     asked_for = []
 
-    def deltas(have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
+    def deltas(have: int, cut: int, own: OwnRound | None) -> tuple[int, bool, dict[str, Tensor]]:
         asked_for.append((have, cut))
         return 9, False, sent
 
@@ -840,13 +842,13 @@ def test_the_delta_comes_in_frames_of_bounded_size(monkeypatch: pytest.MonkeyPat
 
 
 def test_no_delta_is_one_empty_frame() -> None:
-    with serving("good", deltas=lambda have, cut: (3, False, {})) as served:
+    with serving("good", deltas=lambda have, cut, own: (3, False, {})) as served:
         assert served.fresh("good").fetch_delta(3) == (3, False, {})
 
 
 def test_a_delta_above_the_clients_limit_is_refused() -> None:
     large = {"t": torch.zeros(MAX_FRAME // 4 + 1)}
-    with serving("good", deltas=lambda have, cut: (1, True, large)) as served:
+    with serving("good", deltas=lambda have, cut, own: (1, True, large)) as served:
         session = served.fresh("good")
         error = refused(lambda: session.fetch_delta(0), "frame_too_large")
         assert "raise max_frame_bytes" in str(error)

@@ -16,6 +16,7 @@ import pytest
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.exchange import grpc_transport, transport
 from hsplit_flwr.exchange.grpc_transport import GrpcListener, ServiceConfig, connect
+from hsplit_flwr.exchange.tls_files import ClientTls
 from hsplit_flwr.exchange.transport import Caller, FrameStream, Serve
 
 pytestmark = pytest.mark.timeout(60)
@@ -40,7 +41,7 @@ def listening(serve: Serve = echo, config: ServiceConfig | None = None, max_stre
 
 
 def opened(address: str, token: str = "t", roots: bytes | None = None) -> FrameStream:
-    return connect(address, token, 30.0, LIMIT, roots)
+    return connect(address, token, 30.0, LIMIT, ClientTls(roots) if roots else None)
 
 
 # ---------------------------------------------------------------------------------------------- a stream

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
-from hsplit_flwr.exchange import frame_bytes, tail_service
+from hsplit_flwr.exchange import delta_frames, frame_bytes
 from hsplit_flwr.exchange.admission import Ticket
 from hsplit_flwr.exchange.batches import batch_tensors, check_batch, check_gradient
 from hsplit_flwr.exchange.codecs import CODECS
@@ -19,6 +19,7 @@ from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, probe_fil
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.tail_service import MAX_PROBE_BYTES, MAX_PROBES, DeltaSource, TailProtocol
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
@@ -78,7 +79,7 @@ class Tail:
         return self.sessions[-1]
 
 
-def no_delta(have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
+def no_delta(have: int, cut: int, own: OwnRound | None) -> tuple[int, bool, dict[str, Tensor]]:
     return 7, False, {}
 
 
@@ -210,11 +211,11 @@ def test_a_client_that_vanishes_leaves_the_round() -> None:
 
 
 def test_the_delta_goes_in_frames_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tail_service, "DELTA_FRAME_BYTES", 1000)
+    monkeypatch.setattr(delta_frames, "DELTA_FRAME_BYTES", 1000)
     tensors = {f"t{i}": torch.randn(size) for i, size in enumerate([100, 100, 100, 5000, 1])}
     asked_for = []
 
-    def deltas(have: int, cut: int) -> tuple[int, bool, dict[str, Tensor]]:
+    def deltas(have: int, cut: int, own: OwnRound | None) -> tuple[int, bool, dict[str, Tensor]]:
         asked_for.append((have, cut))
         return 9, True, tensors
 
@@ -383,7 +384,7 @@ def test_a_remote_tail_over_any_transport(codec: str, down: str) -> None:
 
     def connect(*args: object) -> Direct:
         asked.append(args)
-        return Direct(protocol(tail, lambda have, cut: (8, True, weights), codec, down), own)
+        return Direct(protocol(tail, lambda have, cut, own: (8, True, weights), codec, down), own)
 
     with RemoteTail(task, LIMIT, connect) as remote:
         version, whole, tensors = remote.fetch_delta(0)

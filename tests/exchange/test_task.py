@@ -68,7 +68,7 @@ def test_a_task_with_a_codec_that_this_client_lacks_is_refused_by_name(key: str)
 
 def test_a_server_with_a_codec_that_it_lacks_does_not_open() -> None:
     with pytest.raises(ConfigError, match=r"one of fp32, .*, found 'int3'"):
-        TailService(None, lambda have, cut: (0, True, {}), "run", ServiceConfig(gradient_codec="int3"))  # type: ignore[arg-type]
+        TailService(None, lambda have, cut, own: (0, True, {}), "run", ServiceConfig(gradient_codec="int3"))  # type: ignore[arg-type]
 
 
 def edited(**changes: Any) -> str:

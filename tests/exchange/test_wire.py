@@ -97,7 +97,7 @@ def test_a_frame_without_tensors(tensors: dict[str, Tensor] | None) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_header_field_comes_back(kind: str) -> None:
-    header = Header(kind, "räksmörgås", 2, 'c"\n\\', 3, 4, 5, 6, 7, 8, True, 9, loss=0.1, nll=1e-300, tokens=10)
+    header = Header(kind, "räksmörgås", 2, 'c"\n\\', 3, 4, 5, 6, 7, 8, True, 9, loss=0.1, nll=1e-300, tokens=10, own=11)
     assert decode(encode(header), LIMIT).header == header
 
 

@@ -253,10 +253,11 @@ def test_another_version_of_the_package_is_refused(tmp_path: Path, monkeypatch: 
 
 
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = checkpoint.FORMAT
     with monkeypatch.context() as then:
-        then.setattr(checkpoint, "FORMAT", 2)
+        then.setattr(checkpoint, "FORMAT", ours + 1)
         folder = save(tmp_path)
-    with pytest.raises(ConfigError, match=r"Expected a checkpoint of format 1 in .*found 2"):
+    with pytest.raises(ConfigError, match=rf"Expected a checkpoint of format {ours} in .*found {ours + 1}"):
         checkpoint.load(folder, SETTINGS)
 
 

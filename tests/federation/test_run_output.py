@@ -1,6 +1,8 @@
 """What a run leaves behind, read back with transformers, PEFT and json."""
 
+import gc
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ TRAINING = TrainingConfig(rounds=2, local_steps=3, learning_rate=0.05, warmup_st
 BATCHES = random_batches(3, seed=0, rows=4, width=16)
 
 
-def run(folder: Path, rounds: int, adapter_rank: int | None = None) -> dict[str, Any]:
+def run(folder: Path, rounds: int, adapter_rank: int | None = None, log_samples: bool = False) -> dict[str, Any]:
     """A run of one client in this process; returns its ``summary.json``."""
     model = GlobalModel(ModelFiles.resolve(str(tiny_checkpoint())))
     output = RunOutput(
@@ -45,6 +47,7 @@ def run(folder: Path, rounds: int, adapter_rank: int | None = None) -> dict[str,
         config={"rounds": rounds, "cuts": "2"},
         samples=[PROMPT],
         adapter_rank=adapter_rank,
+        log_samples=log_samples,
     )
     strategy = HSplitLoRAStrategy(
         model,
@@ -64,7 +67,9 @@ def run(folder: Path, rounds: int, adapter_rank: int | None = None) -> dict[str,
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("results") / "run" / "deep"
-    return folder, run(folder, rounds=2)
+    summary = run(folder, rounds=2)
+    gc.collect()  # as if the process had ended: the delta's files go with its model
+    return folder, summary
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -158,6 +163,20 @@ def test_the_samples_are_what_transformers_generates(trained: tuple[Path, dict[s
         }
     ]
     assert summary["samples"][0]["before"] != summary["samples"][0]["after"]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_held_out_samples_are_logged_only_if_asked_for(
+    tmp_path: Path, asked: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server's log is streamed to whoever runs ``flwr run --stream``; people's held-out data stood in it."""
+    with caplog.at_level(logging.INFO):
+        summary = run(tmp_path, rounds=0, log_samples=asked)
+    assert f"Results: {tmp_path}" in caplog.text
+    (sample,) = summary["samples"]
+    assert [sample[key] in caplog.text for key in ("prompt", "before", "after")] == [asked] * 3
+    assert PROMPT.reference not in caplog.text
+    assert not [path for path in tmp_path.glob("*.txt") if PROMPT.reference in path.read_text()]
 
 
 def test_a_small_adapter_says_that_it_is_not_exact(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.federation.run_output import RunOutput, Sample
 from hsplit_flwr.flower.apps import ServerSide, legacy_components, message_strategy
 from hsplit_flwr.flower.client_node import ClientNode
-from hsplit_flwr.flower.client_state import ContextDeltas
+from hsplit_flwr.flower.client_state import ContextNotes, delta_store
 from hsplit_flwr.flower.local_federation import LocalNode
 from hsplit_flwr.flower.message_client import client_app
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
@@ -32,6 +32,8 @@ from hsplit_flwr.flower.messages import TASK_KEY
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.flower.server import HSplitLoRAServer, server_components
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
+from hsplit_flwr.lora.delta_update import DeltaReplica
+from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
@@ -88,8 +90,9 @@ def planning() -> AdaptivePlanning:
 class Federation:
     """The clients of a run, which outlive its server, behind either face."""
 
-    def __init__(self, face: str, planned: bool) -> None:
+    def __init__(self, face: str, planned: bool, **config: Any) -> None:
         self.face = face
+        self.config = config
         self.planned = planned
         hosted = budgets if planned else None
         self.nodes = [LocalNode(c, [c], MODEL, data_of, budgets=hosted) for c in CLIENTS]
@@ -115,7 +118,9 @@ class Federation:
         output = RunOutput(model, MODEL, folder, samples=samples, resume=resume)
         options: dict[str, Any] = {
             # budgets come with replies: where plans follow them, everybody takes part in every round
-            "config": StrategyConfig(wait_for_nodes_s=5.0, fraction_clients=1.0 if self.planned else 0.67),
+            "config": StrategyConfig(
+                wait_for_nodes_s=5.0, fraction_clients=1.0 if self.planned else 0.67, **self.config
+            ),
             "limits": LIMITS,
             "eval_batches": EVALUATION,
         }
@@ -225,6 +230,19 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(
 
 
 @FACES
+@pytest.mark.parametrize("coding", [{"update_codec": "bf16"}, {"update_rank": 2}], ids=["bf16", "rank 2"])
+def test_what_was_not_sent_yet_is_not_lost_either(face: str, coding: dict[str, Any], tmp_path: Path) -> None:
+    """Updates go out rounded; what they lack is carried from round to round, and so over the break."""
+    expected = Federation(face, False, **coding).run(tmp_path / "whole")
+    federation = Federation(face, False, **coding)
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(tmp_path / "broken", trap=ended("open_training", 3))
+    found = federation.run(tmp_path / "broken", resume="latest")
+    assert found.resumed_after == 2
+    assert_same_run(found, tmp_path / "broken", expected, tmp_path / "whole")
+
+
+@FACES
 def test_a_run_may_break_off_again_and_again(face: str, folder: Path, tmp_path: Path) -> None:
     expected, reference = uninterrupted(face, False, folder / f"{face}-False")
     federation = Federation(face, False)
@@ -280,13 +298,20 @@ def test_a_client_ahead_of_the_server_does_not_keep_its_delta(tmp_path: Path) ->
 
 def held(node: LocalNode, client: str) -> Any:
     """The client's copy of the delta, as it would load it for the run that it was of."""
-    record: Any = node.context.state[f"hsplit-version-{client}"]
+    stamp = ContextNotes(node.context).read(client)
+    assert stamp
     model = GlobalModel(ModelFiles.resolve(MODEL))
     names = set(model.head_names(PLANS[client].cut))
     shapes = {name: shape for name, shape in linear_shapes(model.segment).items() if name in names}
-    replica = ContextDeltas(node.context).load(record["run"], client, shapes)
-    assert replica.version
-    return replica
+    with delta_store(node.context).open(stamp.run, client, shapes) as replica:
+        assert replica.version
+        return DeltaReplica(replica.version, replica.names, in_memory(replica.total, shapes))
+
+
+def in_memory(delta: WeightDelta, shapes: dict[str, tuple[int, int]]) -> WeightDelta:
+    """What is left of `delta` when its files are another version's."""
+    tensors = {key: tensor.clone() for key, tensor in delta.to_tensors().items()}
+    return WeightDelta.from_tensors(tensors, shapes)
 
 
 # --- what cannot be resumed, and what costs a checkpoint only ---

@@ -7,12 +7,14 @@ import psutil
 import pytest
 
 from tests.helpers.flower import (
+    FIVE_NODES,
     QUICKSTART,
+    RUN_S,
+    WHOLE,
     FlowerHome,
     flower_home,
     read_summary,
     run_arguments,
-    simulation,
     timeless,
     wait_for,
     wait_for_log,
@@ -20,9 +22,6 @@ from tests.helpers.flower import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-RUN_S = 420.0
-VALUES = {"rounds": 3, "local-steps": 6, "warmup-steps": 2}
-NODES = simulation(nodes=5, actors=5)
 SERVER = "flwr-simulation"
 """the program whose process the ServerApp lives in, in a simulation"""
 
@@ -43,7 +42,7 @@ def words_of(process: psutil.Process) -> list[str]:
 def kill_in_round_2(folder: Path, out: Path) -> None:
     """A run whose ServerApp's process is killed in the middle of round 2, and everything that it leaves behind."""
     with flower_home(folder) as home:
-        process, log = home.start("flwr", *run_arguments(QUICKSTART, {**VALUES, "output-dir": str(out)}), *NODES)
+        process, log = home.start("flwr", *run_arguments(QUICKSTART, {**WHOLE, "output-dir": str(out)}), *FIVE_NODES)
         wait_for_log("round 2/3  step ", process, log, RUN_S)
         (server,) = servers(home)
         server.send_signal(signal.SIGKILL)
@@ -59,17 +58,15 @@ def without_downloads(summary: dict) -> dict:  # type: ignore[type-arg]
     return compared
 
 
-def test_a_run_whose_server_was_killed_ends_as_if_it_had_not(tmp_path: Path) -> None:
-    out, whole = tmp_path / "out", tmp_path / "whole"
+def test_a_run_whose_server_was_killed_ends_as_if_it_had_not(home: FlowerHome, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     kill_in_round_2(tmp_path / "first", out)
     broken = read_summary(out)
     assert (broken["status"], broken["rounds"]) == ("running", 1)
     checkpoint = out / "checkpoints" / "round-0001"
     print("checkpoint:", {path.name: path.stat().st_size for path in checkpoint.iterdir()})
-    with flower_home(tmp_path / "second") as home:
-        log = home.run(QUICKSTART, {**VALUES, "output-dir": str(out), "resume": "latest"}, *NODES, timeout_s=RUN_S)
-        assert f"resumed from {checkpoint}: 2 rounds are left" in log
-        home.run(QUICKSTART, {**VALUES, "output-dir": str(whole)}, *NODES, timeout_s=RUN_S)
+    log = home.run(QUICKSTART, {**WHOLE, "output-dir": str(out), "resume": "latest"}, *FIVE_NODES, timeout_s=RUN_S)
+    assert f"resumed from {checkpoint}: 2 rounds are left" in log
     resumed, reference = read_summary(out), read_summary(whole)
     assert not (tmp_path / "out-2").exists()
     assert resumed["status"] == "completed"

@@ -13,9 +13,10 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.flower.apps import flwr_command
-from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, integers
+from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, integers, read_tls
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import ReplanConfig
 from hsplit_flwr.training.barrier import BarrierLimits
@@ -73,10 +74,13 @@ def test_every_key_arrives() -> None:
             "max-update-norm": 7,
             "max-update-ratio": 3,
             "update-excess": "refuse",
+            "update-codec": "bf16",
+            "update-rank": 8,
             "tail-bind": "0.0.0.0:7000",
             "tail-address": "tail.example.org",
             "tail-certificate": "tls/chain.pem",
             "tail-private-key": "tls/key.pem",
+            "tail-client-root-certificates": "tls/ca.pem",
             "max-frame-mib": 3,
             "start-gate-s": 1,
             "straggler-limit-s": 2.5,
@@ -94,6 +98,7 @@ def test_every_key_arrives() -> None:
             "server-threads": 2,
             "output-dir": "somewhere",
             "adapter-rank": 16,
+            "log-samples": True,
             "batch-size": 3,
             "max-length": 50,
             "gradient-checkpointing": True,
@@ -117,24 +122,27 @@ def test_every_key_arrives() -> None:
     assert settings.workload == Workload(
         *(3, 50, 8, "bf16", "bf16", "int8", True), importance_steps=2, importance_rows=0, joint_steps=True, **parts
     )
-    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"))
+    coding = UpdateCoding("bf16", 8)
+    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"), coding)
     assert settings.replan == ReplanConfig(0.5, 0.3)
     assert settings.lora_alpha == 4.0
     assert settings.plans
     assert settings.plans["1"] == ClientPlan(3, LoraSpec(4, 4.0, ("q_proj", "v_proj")))
     assert settings.tail_lora == LoraSpec(6, 4.0, ("q_proj", "v_proj"))
     assert settings.strategy == StrategyConfig(
-        "svd", 3, 0.5, False, 90.0, max_share=0.5, max_update_norm=7.0, max_update_ratio=3.0, update_excess="refuse"
-    )
+        "svd", 3, 0.5, False, 90.0, max_share=0.5, max_update_norm=7.0, max_update_ratio=3.0, update_excess="refuse",
+        update_codec="bf16", update_rank=8,
+    )  # fmt: skip
     assert settings.service == ServiceConfig(
         "0.0.0.0:7000",
         "tail.example.org",
         3 * 1024 * 1024,
         certificate=Path("tls/chain.pem"),
         private_key=Path("tls/key.pem"),
+        client_root_certificates=Path("tls/ca.pem"),
     )
     assert settings.limits == BarrierLimits(start_gate_s=1.0, straggler_limit_s=2.5)
-    assert (settings.server_threads, settings.adapter_rank) == (2, 16)
+    assert (settings.server_threads, settings.adapter_rank, settings.log_samples) == (2, 16, True)
     assert settings.output_dir == Path.cwd() / "somewhere"  # where Flower puts the app must not matter
 
 
@@ -190,6 +198,8 @@ def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> N
         ({"fraction-clients": 0.0}, "Expected 0 < fraction_clients <= 1, found 0.0"),
         ({"max-share": 0.0}, "Expected max_share > 0 and at most 1, found 0.0 .run config: max-share"),
         ({"update-excess": "x"}, "Expected update_excess as one of .*run config: update-excess"),
+        ({"update-codec": "int8"}, "Expected update_codec as one of .*run config: update-codec"),
+        ({"update-rank": -1}, "Expected update_rank .*run config: update-rank"),
         ({"start-gate-s": 0}, "Expected start_gate_s > 0 s, found 0.0"),
         ({"cuts": "1,x"}, "Expected cuts as integers with commas, such as '2,4,6', found '1,x'"),
         ({"cuts": "1,2,3"}, "Expected cuts and ranks for the same clients"),
@@ -296,6 +306,7 @@ def test_every_key_that_can_be_set_is_read(app: str) -> None:
     folder = SIMULATIONS / app / app
     read_settings(config, folder)
     read_settings(unplanned := Recorded({**app_config(app), **SMALLEST}), folder)
+    read_tls(config, {})  # as a client does
     literal = re.compile(r'get\(\s*(?:context\.)?run_config,\s*"([a-z-]+)"')
     in_code = {key for path in folder.rglob("*.py") for key in literal.findall(path.read_text())}
     assert app_config(app).keys() - config.asked - unplanned.asked - in_code == set()

@@ -8,7 +8,6 @@ clients were lost in every later round. `TaskProxy` asks again; all five came ba
 
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ import pytest
 
 from tests.helpers.flower import (
     FAULTS,
+    FIVE_NODES,
     MESSAGES,
     QUICKSTART,
+    RUN_S,
+    WHOLE,
     FlowerHome,
-    flower_home,
     read_summary,
     run_arguments,
     simulation,
@@ -34,17 +35,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CLIENTS = ["0", "1", "2", "3", "4"]
 CUTS = [1, 2, 3, 4, 6]
 """what the quickstart's devices can hold"""
-RUN_S = 420.0
-"""longest a run may take on two busy cores; it takes 40-90 s"""
 CONFIGURED = {"cuts": "1,2,3,4,6", "ranks": "2,4,8,12,16", "tail-rank": 8, "local-steps": 4, "batch-size": 4}
 """what the app `faults` has and the other one has not"""
 SERVICES = {"flower-superlink", "flower-superexec", "flwr"}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlowerHome]:
-    with flower_home(tmp_path_factory.mktemp("flower") / "home") as started:
-        yield started
 
 
 def clients_of(record: dict[str, Any]) -> list[str]:
@@ -101,17 +94,13 @@ def test_quickstart_finishes_with_all_clients(home: FlowerHome, tmp_path: Path, 
         assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
 
 
-def test_both_faces_give_bit_equal_summaries(home: FlowerHome, tmp_path: Path) -> None:
+def test_both_faces_give_bit_equal_summaries(home: FlowerHome, whole: Path, tmp_path: Path) -> None:
     """Perplexities, tokens, bytes, plans, samples and the adapter's ranks: planned cuts and ranks, five actors."""
-    values = {"rounds": 2, "local-steps": 4, "warmup-steps": 2}
-    for name, app in {"legacy": QUICKSTART, "messages": MESSAGES}.items():
-        log = home.run(
-            app, {**values, "output-dir": str(tmp_path / name)}, *simulation(nodes=5, actors=5), timeout_s=RUN_S
-        )
-        assert f"Results: {tmp_path / name}" in "\n".join(log.splitlines()[-8:])
-    legacy, messages = (timeless(read_summary(tmp_path / name)) for name in ("legacy", "messages"))
+    log = home.run(MESSAGES, {**WHOLE, "output-dir": str(tmp_path / "out")}, *FIVE_NODES, timeout_s=RUN_S)
+    assert f"Results: {tmp_path / 'out'}" in "\n".join(log.splitlines()[-8:])
+    legacy, messages = (timeless(read_summary(folder)) for folder in (whole, tmp_path / "out"))
     assert messages == legacy
-    assert_all_trained(read_summary(tmp_path / "legacy"), rounds=2, steps=4)
+    assert_all_trained(read_summary(whole), rounds=3, steps=6)
     assert legacy["history"][1]["plan"]
 
 
@@ -126,7 +115,7 @@ def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, t
         "rounds": 4,
         "output-dir": str(tmp_path),
     }
-    home.run(FAULTS, values, *simulation(nodes=5, actors=5), timeout_s=RUN_S)
+    home.run(FAULTS, values, *FIVE_NODES, timeout_s=RUN_S)
     summary = read_summary(tmp_path)
     first, *later = summary["history"]
     assert clients_of(first) == ["0", "4"]

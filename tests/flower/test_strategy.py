@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -105,6 +106,12 @@ def data(client: str) -> ClientData:
 
 def node_per_client(model: Path, faults: dict[str, Fault] | None = None) -> list[Node]:
     return [Node(f"{100 + int(c)}", [c], model, data, (faults or {}).get(c)) for c in PLANS]
+
+
+def lose_state(node: Node) -> None:
+    """All that it kept between messages."""
+    node.context.state.clear()
+    shutil.rmtree(str(node.context.node_config["state-dir"]))
 
 
 def make_strategy(model: Path, seed: int = 0, gate_s: float = LONG_S, **config: Any) -> HSplitLoRAStrategy:
@@ -248,8 +255,8 @@ def test_heads_follow_the_server_by_increments_and_after_losing_their_state(
         heads[client] = {n: layer.weight.detach().clone() for n, layer in head.linear_modules().items()}  # type: ignore[operator]
         return train_head(head, *arguments)
 
-    def spy_on_delta(tail: RemoteTail, have: int) -> DeltaTensors:
-        update = fetch_delta(tail, have)
+    def spy_on_delta(tail: RemoteTail, have: int, *aside: Any) -> DeltaTensors:
+        update = fetch_delta(tail, have, *aside)
         updates[tail._task.client] = have, update
         return update
 
@@ -258,7 +265,7 @@ def test_heads_follow_the_server_by_increments_and_after_losing_their_state(
     start = base_weights(model)
     for number in (1, 2, 3):
         if number == 3:
-            nodes[0].context.state.clear()
+            lose_state(nodes[0])
         played = play_round(strategy, manager, number)
         for client, head in heads.items():
             assert {int(name.split(".")[2]) for name in head} == set(range(PLANS[client].cut))
@@ -278,12 +285,12 @@ def test_a_client_without_its_state_gets_the_whole(
     nodes = node_per_client(model)
     manager = manager_of(*nodes)
     play_round(strategy, manager, 1)
-    nodes[1].context.state.clear()
+    lose_state(nodes[1])
     asked: dict[str, tuple[int, bool]] = {}
     fetch_delta = RemoteTail.fetch_delta
 
-    def spy(tail: RemoteTail, have: int) -> DeltaTensors:
-        update = fetch_delta(tail, have)
+    def spy(tail: RemoteTail, have: int, *aside: Any) -> DeltaTensors:
+        update = fetch_delta(tail, have, *aside)
         asked.setdefault(tail._task.client, (have, update.whole))
         return update
 

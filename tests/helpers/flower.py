@@ -24,6 +24,10 @@ MESSAGES = REPOSITORY / "tests" / "apps" / "messages"
 """the quickstart on the Message API, with the faults of `FAULTS`"""
 BIN = Path(sys.executable).parent
 POLL_S = 0.2
+RUN_S = 420.0
+"""longest a simulation may take on two busy cores; it takes 40-90 s"""
+WHOLE: "Values" = {"rounds": 3, "local-steps": 6, "warmup-steps": 2}
+"""of the run that others are compared with, see `tests/flower/conftest.py`"""
 Values = Mapping[str, Any]
 """of a run config: bool, int, float, str"""
 
@@ -116,6 +120,9 @@ def simulation(nodes: int, actors: int) -> list[str]:
     return ["--federation-config", values]
 
 
+FIVE_NODES = simulation(nodes=5, actors=5)
+
+
 def read_summary(folder: Path) -> dict[str, Any]:
     """``summary.json`` of a finished run."""
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
@@ -159,12 +166,13 @@ def wait_for_log(text: str, process: "subprocess.Popen[bytes]", log: Path, timeo
 
 
 def wait_for(
-    condition: Callable[[], bool], what: str, process: "subprocess.Popen[bytes]", log: Path, timeout_s: float
+    condition: Callable[[], bool], what: str, process: "subprocess.Popen[bytes] | None", log: Path, timeout_s: float
 ) -> None:
-    """Until `condition` (AssertionError: `process` ended before that, or it took longer)."""
+    """Until `condition` (AssertionError: `process`, if any, ended before that, or it took longer)."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert process.poll() is None, f"{process.args!r} ended before {what}:\n{tail(log)}"
+        if process is not None:
+            assert process.poll() is None, f"{process.args!r} ended before {what}:\n{tail(log)}"
         assert time.monotonic() < deadline, f"not {what} within {timeout_s} s:\n{tail(log)}"
         time.sleep(POLL_S)
 

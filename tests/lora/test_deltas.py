@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.lora.delta_log import DeltaLog, DeltaReplica, DeltaUpdate
+from hsplit_flwr.lora.delta_log import DeltaLog
+from hsplit_flwr.lora.delta_update import DeltaReplica, DeltaUpdate
 from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.factors import LoraFactors, dense_bytes, factor_bytes
 from hsplit_flwr.lora.merge import merge_into

@@ -19,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hsplit_flwr import cli
+from hsplit_flwr.common.cache_folder import CACHE_VARIABLE
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models import gguf_cache
 from hsplit_flwr.models.assets import smollm2_checkpoint
 from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.gguf_cache import CACHE_VARIABLE, convert_once
+from hsplit_flwr.models.gguf_cache import convert_once
 from hsplit_flwr.models.segments import load_segment
 from hsplit_flwr.models.tensor_files import INDEX, WEIGHTS
 from tests.helpers.models import ARCHITECTURES, tiny_config, tiny_model

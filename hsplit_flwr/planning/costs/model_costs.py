@@ -14,6 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange import frame_bytes
+from hsplit_flwr.exchange.codecs import Part
+from hsplit_flwr.lora.delta_update import ADDED, OWN, REPLACED
+from hsplit_flwr.lora.update_coding import UpdateCoding
+from hsplit_flwr.lora.update_rounding import TensorForm, tensor_forms
 from hsplit_flwr.models.adaptable import layout_of
 from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton
 from hsplit_flwr.models.dtypes import DTYPES
@@ -107,6 +111,15 @@ class ModelCosts:
             for shape in ((rank, matrix.d_in), (matrix.d_out, rank))
         ]
         return npy_bytes.array_bytes([*factors, (len(held),)])
+
+    def delta_bytes(self, cut: int, coding: UpdateCoding, ranks: Mapping[str, int], own_rank: int) -> int:
+        """Frames of what a head lacks after a round: an update of these stacked ranks, `own_rank` of each its own."""
+        held = [matrix for matrix in self.matrices if matrix.block < cut and ranks.get(matrix.name, 0)]
+        forms: dict[str, TensorForm] = {}
+        for matrix in held:
+            forms |= tensor_forms(coding, matrix.name, (matrix.d_out, matrix.d_in), ranks[matrix.name], own_rank)
+        order = sorted(forms, key=lambda key: (ADDED, OWN, REPLACED).index(key[: key.index("|") + 1]))
+        return frame_bytes.delta_bytes({key: Part(*forms[key]) for key in order})
 
     def head_base_bytes(self, cut: int) -> int:
         """Memory of a head with adapters everywhere, of ranks near 0."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.solver.objective import Floats, Ints, spread_ranks, tail_values
 from hsplit_flwr.planning.solver.problem import Devices, HeadCosts, Matrices, Problem, TailCosts
@@ -26,6 +27,7 @@ def problem_of(
     tail_worth: float,
     trained: Collection[str],
     deadline_s: float = math.inf,
+    update: UpdateCoding | None = None,
 ) -> Problem:
     """The problem of a model.
 
@@ -39,6 +41,7 @@ def problem_of(
         tail_worth: of a matrix in the tail against one in a head.
         trained: the matrices that may get an adapter; all others count as of no importance.
         deadline_s: for a round.
+        update: how a round's update goes to the clients; default: as it is.
 
     Raises:
         ConfigError: importance does not cover the matrices, or is not finite, >= 0 and > 0 somewhere.
@@ -51,7 +54,7 @@ def problem_of(
     tail = spread_ranks(np.where(block >= 1, weights, 0.0), size, ranks, tail_budget)
     return Problem(
         matrices=Matrices(names=names, block=block, importance=weights),
-        heads=_head_costs(costs, size, stacked_ranks=len(clients) * max(ranks) + tail),
+        heads=_head_costs(costs, size, _update_bytes(costs, update or UpdateCoding(), len(clients), max(ranks), tail)),
         tail=_tail_costs(costs, tail, tail_values(weights, block, tail, tail_worth, costs.num_blocks - 1)),
         devices=Devices.of(clients, server),
         ranks=tuple(sorted(ranks)),
@@ -60,7 +63,7 @@ def problem_of(
     )
 
 
-def _head_costs(costs: "ModelCosts", size: Floats, stacked_ranks: Ints) -> HeadCosts:
+def _head_costs(costs: "ModelCosts", size: Floats, round_bytes_down: Floats) -> HeadCosts:
     cuts = range(1, costs.num_blocks)
     return HeadCosts(
         base_bytes=np.array([costs.head_base_bytes(cut) for cut in cuts], float),
@@ -69,7 +72,7 @@ def _head_costs(costs: "ModelCosts", size: Floats, stacked_ranks: Ints) -> HeadC
         rank_flops=costs.rank_flops,
         rank_wire_bytes=4 * size,
         round_bytes_up=costs.hello_bytes + _array_headers(costs),
-        round_bytes_down=_update_bytes(costs, stacked_ranks),
+        round_bytes_down=round_bytes_down,
         step_bytes_up=costs.step_bytes_up,
         step_bytes_down=costs.step_bytes_down,
     )
@@ -100,12 +103,11 @@ def _array_headers(costs: "ModelCosts") -> Floats:
     return np.array([costs.update_bytes(cut, ones) - numbers[cut - 1] for cut in range(1, costs.num_blocks)])
 
 
-def _update_bytes(costs: "ModelCosts", stacked_ranks: Ints) -> Floats:
-    """(C,) of a head's weight updates as float32: stacked factors of these ranks (M,), or dense where that is less."""
-    rows = zip(costs.matrices, stacked_ranks.tolist(), strict=True)
-    sizes = [4 * min(rank * m.sides, m.d_in * m.d_out) for m, rank in rows]
-    by_block: Floats = np.cumsum(np.bincount([m.block for m in costs.matrices], sizes))
-    return by_block[:-1]
+def _update_bytes(costs: "ModelCosts", update: UpdateCoding, clients: int, rank: int, tail_ranks: Ints) -> Floats:
+    """(C,) of a head's weight updates at most: what `clients` trained, all at `rank`, and the tail's (M,) ranks."""
+    tail_rank = dict(zip([matrix.name for matrix in costs.matrices], tail_ranks.tolist(), strict=True))
+    stacked = {name: clients * rank + tail for name, tail in tail_rank.items()}
+    return np.array([costs.delta_bytes(cut, update, stacked, rank) for cut in range(1, costs.num_blocks)], float)
 
 
 def _affine(by_cut: Sequence[float] | Floats) -> tuple[float, float]:

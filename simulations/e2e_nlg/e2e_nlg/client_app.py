@@ -19,7 +19,6 @@ def node(context: Context) -> ClientNode:
         context,
         client_ids=hosted_clients(context.node_config, num_clients),
         dtype=get(run_config, "dtype", "fp32"),
-        root_certificates=get(run_config, "tail-root-certificates", "") or None,
         budgets=fleet.budget if fleet else None,
     )
 

@@ -19,7 +19,6 @@ def client_fn(context: Context) -> Client:
         context,
         client_ids=hosted_clients(context.node_config, num_clients),
         dtype=get(context.run_config, "dtype", "fp32"),
-        root_certificates=get(context.run_config, "tail-root-certificates", "") or None,
         budgets=fleet.budget if fleet else None,
     ).to_client()
 

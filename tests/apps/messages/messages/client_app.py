@@ -5,7 +5,7 @@ from flwr.app import Context
 from quickstart.task import FOLDER, MODEL
 
 from hsplit_flwr.flower.client_node import ClientNode
-from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, read_fleet
+from hsplit_flwr.flower.client_settings import count_clients, hosted_clients, read_fleet
 from hsplit_flwr.flower.message_client import client_app
 
 
@@ -18,7 +18,6 @@ def node(context: Context) -> ClientNode:
         lambda client: faulty_data(client, num_clients, context.run_config),
         context,
         client_ids=hosted_clients(context.node_config, num_clients),
-        root_certificates=get(context.run_config, "tail-root-certificates", "") or None,
         budgets=fleet.budget if fleet else None,
     )
 
