@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.finite import all_finite
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.codecs import Codec, Layout, Part, Shape
 from hsplit_flwr.exchange.frames import short
@@ -157,7 +158,7 @@ def _check_size(rows: int, width: int, workload: Workload | None, max_bytes: int
 
 def _decoded(codec: Codec, name: str, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
     values = codec.decode(name, tensors, shape)
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise ExchangeError(
             "non_finite",
             f"Expected finite {name}, found NaN or Inf. Lower the learning rate, or use bf16 instead of fp16.",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hsplit_flwr.common.finite import all_finite
 from hsplit_flwr.errors import ConfigError, ExchangeError
 
 Shape = tuple[int, ...]
@@ -203,7 +204,7 @@ def _rounded_up(scale: Tensor) -> Tensor:
 
 def _checked_scale(name: str, parts: Mapping[str, Tensor]) -> Tensor:
     scale = parts[f"{name}.scale"]
-    if not torch.isfinite(scale).all():
+    if not all_finite(scale):
         raise ExchangeError(
             "non_finite", f"Expected finite {name}, found a scale of NaN or Inf. Lower the learning rate."
         )

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.finite import all_finite
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.factors import (
     Increment,
     LoraFactors,
     Shape,
-    all_finite,
     check_factors,
     dense_bytes,
     stack,

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.finite import all_finite
 from hsplit_flwr.errors import AggregationError
 
 FLOAT32_ROUNDING = 1e-6
@@ -80,11 +81,6 @@ def check_factors(factors: LoraFactors) -> tuple[int, int]:
             "Expected finite adapters, found NaN or Inf. Training diverged: lower the learning rate or drop the client."
         )
     return B.shape[0], A.shape[1]
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Whether `tensor` holds neither NaN nor Inf."""
-    return bool(torch.isfinite(tensor).all())
 
 
 Shape = tuple[int, int]

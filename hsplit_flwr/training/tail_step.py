@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.finite import all_finite
 from hsplit_flwr.common.optional_work import OptionalWork
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ExchangeError
@@ -265,5 +266,5 @@ class TailTrainer:
 
 
 def _require_finite(what: str, *tensors: Tensor) -> None:
-    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+    if not all(map(all_finite, tensors)):
         raise ExchangeError("non_finite", f"Expected finite {what}, found NaN or Inf. Lower the learning rate.")
