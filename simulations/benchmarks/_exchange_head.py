@@ -14,6 +14,7 @@ from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.experiments.work import recorded
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, load_segment
 from hsplit_flwr.planning.budgets.probe import measure_link
@@ -30,6 +31,8 @@ def probe(task: RoundTask) -> dict[str, Any]:
 def train(task: RoundTask, head: Segment, adapters: SegmentAdapters, batches: list[dict[str, Tensor]]) -> None:
     """Connect, say so, wait for the parent's word, train, and report; all heads start together."""
     adapters.reset(task.adapter_seed)
+    forms: list[list[BatchForm]] = []
+    batches = list(recorded(batches, forms, task.training.micro_batches))
     with RemoteTail(task, task.max_frame_bytes, connect) as tail:
         tail.fetch_delta(0)
         answer({})
@@ -46,7 +49,7 @@ def train(task: RoundTask, head: Segment, adapters: SegmentAdapters, batches: li
             "exchange_s": report.exchange_s,
             "bytes_up": up,
             "bytes_down": down,
-            "forms": [BatchForm.of(batch["attention_mask"], batch["labels"]) for batch in batches],
+            "forms": forms,
         }
     )
 

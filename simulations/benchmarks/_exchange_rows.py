@@ -1,4 +1,4 @@
-"""What `exchange.py` makes of its measurements: predictions by the experiments' virtual clock, rows, a table."""
+"""What `exchange.py` makes of its measurements: predictions by the virtual clock, rows, a table."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.experiments.settings import SETTINGS
 from hsplit_flwr.experiments.work import split_work
 from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.clock import ClientWork, play_round
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.workload import Workload
@@ -46,12 +47,14 @@ class HeadRound:
     exchange_s: float
     bytes_up: int
     bytes_down: int
-    forms: tuple[BatchForm, ...]
+    forms: tuple[tuple[BatchForm, ...], ...]
+    """step by step, of the parts of its batch"""
 
     @classmethod
     def of(cls, report: Mapping[str, Any]) -> "HeadRound":
         """From its JSON."""
-        return cls(**{**report, "forms": tuple(BatchForm(*form) for form in report["forms"])})
+        forms = tuple(tuple(BatchForm(*form) for form in parts) for parts in report["forms"])
+        return cls(**{**report, "forms": forms})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +115,7 @@ def predicted_step_s(deployment: Deployment, training: TrainingConfig, measured:
         for work, head in zip(works, measured.heads, strict=True)
     }
     server = _device(sum(work.tail_flops * work.steps for work in works) / measured.tail_s, link)
-    timeline = play_round(works, devices, server, joint_steps=training.joint_steps, tail_passes=training.tail_passes)
-    return timeline.duration_s / measured.steps
+    return play_round(works, devices, server, training=training).duration_s / measured.steps
 
 
 def in_proportion(deployment: Deployment, training: TrainingConfig, measured: Measured) -> Rates:
@@ -136,8 +138,7 @@ def row_of(
 ) -> Row:  # fmt: skip
     """One row: means over steps, heads and repeats."""
     measured_s = fmean(one.step_s for one in repeats)
-    known = training.micro_batches == 1  # the clock knows no parts of batches yet
-    predicted_s = fmean(predicted_step_s(deployment, training, one, link) for one in repeats) if known else None
+    predicted_s = fmean(predicted_step_s(deployment, training, one, link) for one in repeats)
     heads = [head for one in repeats for head in one.heads]
     steps = repeats[0].steps
     up, down = (fmean(each) / steps for each in zip(*((h.bytes_up, h.bytes_down) for h in heads), strict=True))
@@ -157,12 +158,12 @@ def row_of(
         "steps": steps * len(repeats),
         "measured_s": measured_s,
         "predicted_s": predicted_s,
-        "prediction_error": predicted_s / measured_s - 1 if predicted_s else None,
+        "prediction_error": predicted_s / measured_s - 1,
         "measured_each_s": [one.step_s for one in repeats],
         "bytes_per_step": up + down,
         "bytes_up": up,
         "bytes_down": down,
-        "predicted_bytes": predicted_bytes if known else None,
+        "predicted_bytes": predicted_bytes,
         "full_batch_bytes": _full_batch_bytes(deployment, training, heads),
         "bytes_over_payload": (up + down) / _payload_bytes(deployment, training, heads),
         "head_s": head_s,
@@ -187,13 +188,12 @@ def summary(rows: Sequence[Row], links: Sequence[Mapping[str, Any]]) -> dict[str
     for row in rows:
         of_link = speedups.setdefault(row["model"], {}).setdefault(row["link"], {})
         of_link[row["technique"]] = row["speedup_over_bf16"]
-    predicted = [row for row in rows if row["predicted_s"] is not None]
-    byte_errors = [round(abs(row["bytes_per_step"] / row["predicted_bytes"] - 1), 12) for row in predicted]  # of means
+    byte_errors = [round(abs(row["bytes_per_step"] / row["predicted_bytes"] - 1), 12) for row in rows]  # of means
     rate_errors = [abs(link[key]) for link in links for key in ("up_rate_error", "down_rate_error") if key in link]
     return {
-        "worst_prediction_error": max((abs(row["prediction_error"]) for row in predicted), default=None),
+        "worst_prediction_error": max(abs(row["prediction_error"]) for row in rows),
         "worst_rate_error": max(rate_errors, default=None),
-        "worst_byte_error": max(byte_errors, default=None),
+        "worst_byte_error": max(byte_errors),
         "speedup_over_bf16": speedups,
     }
 
@@ -206,10 +206,9 @@ HEADINGS = (
 
 def line_of(row: Row) -> str:
     """The row below `HEADINGS`."""
-    known = row["predicted_s"] is not None
-    predicted = f"{row['predicted_s']:>11.3f}{row['prediction_error']:>+8.1%}" if known else f"{'-':>11}{'-':>8}"
     return (
-        f"{row['model']:13}{row['link']:14}{row['technique']:14}{row['measured_s']:>9.3f}{predicted}"
+        f"{row['model']:13}{row['link']:14}{row['technique']:14}{row['measured_s']:>9.3f}"
+        f"{row['predicted_s']:>11.3f}{row['prediction_error']:>+8.1%}"
         f"{row['bytes_per_step']:>12,.0f}{row['bytes_over_payload']:>10.3f}"
         f"{row['head_s']:>8.3f}{row['tail_s']:>8.3f}{row['bytes_over_rate_s']:>12.4f}{1000 * row['beyond_s']:>11.1f}"
     )
@@ -223,16 +222,17 @@ def _device(flops_per_s: float, link: Link) -> Budget:
 def _full_batch_bytes(deployment: Deployment, training: TrainingConfig, heads: Sequence[HeadRound]) -> float:
     """Bytes of a step, both ways, if padding traveled and were a target."""
     costs = costs_of(deployment, training)
-    full = [BatchForm.full(form.rows, form.width) for head in heads for form in head.forms]
-    return fmean(
-        frame_bytes.step_bytes_up(costs.workload, costs.hidden_size, form)
-        + frame_bytes.step_bytes_down(costs.workload, costs.hidden_size, form)
-        for form in full
-    )
+    load, H = costs.workload, costs.hidden_size
+
+    def of_part(form: BatchForm) -> int:
+        full = BatchForm.full(form.rows, form.width)
+        return frame_bytes.step_bytes_up(load, H, full) + frame_bytes.step_bytes_down(load, H, full)
+
+    return fmean(sum(map(of_part, parts)) for head in heads for parts in head.forms)
 
 
 def _payload_bytes(deployment: Deployment, training: TrainingConfig, heads: Sequence[HeadRound]) -> float:
     """Positions that travel x hidden size x bits / 8 of a step, both ways."""
     bits = BITS[training.activation_codec] + BITS[training.gradient_codec]
-    positions = fmean(form.positions for head in heads for form in head.forms)
+    positions = fmean(sum(form.positions for form in parts) for head in heads for parts in head.forms)
     return positions * costs_of(deployment, training).hidden_size * bits / 8

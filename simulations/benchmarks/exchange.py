@@ -12,7 +12,7 @@ transfer takes the share of a step that it takes in the experiments' homogeneous
 * ``s/step``: measured, mean; ``predicted``: by `planning/clock.py` from stated rates, the cost model's FLOPs, the
   frames' bytes and the latency that a client's probe measures on the idle link (half of a small exchange). The FLOP/s
   of heads and tail are calibrated on the compute seconds that they report of the very same steps. On loopback the rate
-  is that of the probe. Batches in parts (micro-batches) are not predicted: the clock does not know them yet.
+  is that of the probe.
 * ``bytes/step``: both ways, one head; ``/payload``: over positions x hidden size x bits / 8, both ways
 * ``bytes/rate``: the least that the bytes can take; ``beyond``: what a step takes beyond that and the compute of head
   and tail: packet headers, gRPC, packing, threads; negative where transfer and compute overlap
@@ -62,7 +62,8 @@ from hsplit_flwr.training.host_memory import CLIENT_TUNABLES
 
 BF16 = {"activation_codec": "bf16", "gradient_codec": "bf16"}
 INT8 = {"activation_codec": "int8", "gradient_codec": "int8"}
-PARTS = {"micro_batches": 4, "micro_batches_in_flight": 4}
+PARTS = {"micro_batches": 4, "micro_batches_in_flight": 3, "micro_steps": True}
+"""as people would deploy them: more in flight learns from staler adapters"""
 BASELINE, CALIBRATION = "bf16, padded", "bf16"
 TECHNIQUES: Mapping[str, Technique] = {
     BASELINE: Technique(BF16, padding_travels=True),
