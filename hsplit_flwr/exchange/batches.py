@@ -1,6 +1,6 @@
 """What a batch and its gradient are in a frame: what is put there, and what is checked before a model sees it.
 
-Only what counts travels (`positions.py`): activations and gradients of the N positions that are no padding, the mask as
+Only what counts travels (`positions.py`): activations and gradients of the N positions before a target, the mask as
 spans or bits, and the M labels that are targets.
 
     activations     (N, H) by the codec: of one part or more

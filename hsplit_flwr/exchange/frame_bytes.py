@@ -36,9 +36,9 @@ _NAMES = {
 
 
 def step_bytes_up(workload: Workload, hidden_size: int, form: BatchForm | None = None) -> int:
-    """Bytes of one ``train`` frame of a batch of `form`; by default of the workload's largest, without padding.
+    """Bytes of one ``train`` frame of a batch of `form`; by default the most.
 
-    The default is what to plan for. No batch of contiguous rows takes more; where tokens or targets of a row are not
+    The default is what to plan for. No batch of contiguous rows takes more (`BatchForm.largest`); where tokens or targets of a row are not
     contiguous, bits instead of spans may take B x (T/8 - 8) bytes more each.
     """
     form = form or _largest(workload)
@@ -46,7 +46,7 @@ def step_bytes_up(workload: Workload, hidden_size: int, form: BatchForm | None =
 
 
 def step_bytes_down(workload: Workload, hidden_size: int, form: BatchForm | None = None) -> int:
-    """Bytes of one ``gradient`` frame of a batch of `form`; by default of the workload's largest, without padding."""
+    """Bytes of one ``gradient`` frame of a batch of `form`; by default the most."""
     form = form or _largest(workload)
     return _frame_bytes(codec_named(workload.gradient_codec).layout("gradient", (form.positions, hidden_size)))
 
@@ -75,7 +75,7 @@ def hello_bytes() -> int:
 
 
 def _largest(workload: Workload) -> BatchForm:
-    return BatchForm.full(workload.batch_size, workload.sequence_length)
+    return BatchForm.largest(workload.batch_size, workload.sequence_length)
 
 
 def _frame_bytes(layout: Layout) -> int:

@@ -1,9 +1,11 @@
 """Which positions of a batch travel, and how those that are marked are told: as spans, or as bits.
 
-Padding does not travel. Attention gives a padded key no weight at all, so that what stands there changes nothing, and a
-padded query that predicts no target gives no gradient: the tail puts zeros in its place, the head takes zeros for its
-gradient. Where padding does predict a target (labels on the first token of a left-padded row), such a query sees keys
-as its architecture likes, padded ones too, and the row travels whole.
+Only what the loss depends on travels: tokens after which a target comes in their row. What stands behind the last
+target is seen by nothing that predicts one, since the decoder is causal. Padding does not travel either: attention gives
+a padded key no weight at all, so that what stands there changes nothing, and a padded query that predicts no target
+gives no gradient. In place of both the tail puts zeros, and the head takes zeros for their gradient. Where padding does
+predict a target (labels on the first token of a left-padded row), such a query sees keys as its architecture likes,
+padded and later ones too, and the row travels whole.
 
 Shapes: B rows, T width, N positions that travel.
 """
@@ -54,7 +56,15 @@ class BatchForm(NamedTuple):
 
     @classmethod
     def full(cls, rows: int, width: int) -> Self:
-        """The form of a batch without padding, all of whose labels are targets."""
+        """The form of a batch without padding, all of whose labels are targets: the last token predicts none."""
+        return cls(rows, width, rows * (width - 1), rows * width)
+
+    @classmethod
+    def largest(cls, rows: int, width: int) -> Self:
+        """No batch of contiguous rows takes more bytes: of `full`, if all positions traveled.
+
+        So they do in rows whose padding predicts a target.
+        """
         return cls(rows, width, rows * width, rows * width)
 
 
@@ -66,7 +76,8 @@ def traveling(attention_mask: Tensor, labels: Tensor) -> Tensor:
 def traveling_of(tokens: Tensor, targets: Tensor) -> Tensor:
     """As `traveling`, by marks (B, T)."""
     predicts = F.pad(targets[:, 1:], (0, 1))  # position t predicts label t + 1
-    return tokens | (predicts & ~tokens).any(1, keepdim=True)
+    before_target = predicts.flip(1).cumsum(1).flip(1) > 0
+    return (tokens & before_target) | (predicts & ~tokens).any(1, keepdim=True)
 
 
 def gathered(values: Tensor, positions: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hsplit_flwr.data.restaurants import restaurant_examples
 from hsplit_flwr.data.text_batches import TextBatches
+from hsplit_flwr.exchange.positions import IGNORED
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
 
@@ -47,8 +48,8 @@ class Deployment:
     def batches(self, client: str, *, padding_travels: bool) -> Iterator[dict[str, Tensor]]:
         """The embedded restaurants that `client` holds, as endless batches; the same on every call.
 
-        With `padding_travels` the masks call padding tokens, so that it takes bytes as it did before only real
-        positions were sent; it is computed on either way.
+        With `padding_travels` the masks call padding tokens and targets stand at the ends of their rows, so that it
+        takes bytes as it did before only what counts was sent; it is computed on either way.
         """
         examples = restaurant_examples(SEED)[0][int(client) :: self.heads]
         texts = TextBatches(
@@ -57,4 +58,8 @@ class Deployment:
         for batch in texts.stream():
             if padding_travels:
                 batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+                behind = (batch["labels"] != IGNORED).flip(1).to(torch.uint8).argmax(1)
+                batch["labels"] = torch.stack(
+                    [row.roll(int(n)) for row, n in zip(batch["labels"], behind, strict=True)]
+                )
             yield batch

@@ -220,12 +220,12 @@ def _device(flops_per_s: float, link: Link) -> Budget:
 
 
 def _full_batch_bytes(deployment: Deployment, training: TrainingConfig, heads: Sequence[HeadRound]) -> float:
-    """Bytes of a step, both ways, if padding traveled and were a target."""
+    """Bytes of a step, both ways, if all positions traveled and were targets."""
     costs = costs_of(deployment, training)
     load, H = costs.workload, costs.hidden_size
 
     def of_part(form: BatchForm) -> int:
-        full = BatchForm.full(form.rows, form.width)
+        full = BatchForm.largest(form.rows, form.width)
         return frame_bytes.step_bytes_up(load, H, full) + frame_bytes.step_bytes_down(load, H, full)
 
     return fmean(sum(map(of_part, parts)) for head in heads for parts in head.forms)

@@ -220,6 +220,25 @@ def test_padding_that_predicts_a_target_is_no_exception(name: str, padding: str)
     require_same(play(name, data, 2, "frames"), play(name, data, 2, "local"))
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "right", "mixed"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_follows_the_last_target_is_not_missed(name: str, padding: str) -> None:
+    """Tokens after the answer, and a row without any target: they were sent, and their gradient, which is zero."""
+    data = batches(padding)
+    for batch in data:
+        batch["labels"][:, 8:] = -100
+        batch["labels"][1] = -100
+    mask, labels = data[0]["attention_mask"], data[0]["labels"]
+    assert (mask.bool() & ~traveling(mask, labels)).sum() >= 9
+    require_same(play(name, data, 2, "frames"), play(name, data, 2, "local"))
+
+
+def before_last_target(mask: Tensor, labels: Tensor) -> int:
+    """Tokens of a row (T,) after which a target comes."""
+    last = max((place for place, label in enumerate(labels.tolist()) if label != -100), default=0)
+    return int(mask[:last].sum())
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_bytes_are_those_of_real_positions(codec: str) -> None:
     """As both sides count them, and as they are predicted from the batches alone."""
@@ -229,8 +248,9 @@ def test_bytes_are_those_of_real_positions(codec: str) -> None:
         data = batches(padding)
         found = play("llama", data, 2, "grpc", training)
         forms = [BatchForm.of(batch["attention_mask"], batch["labels"]) for batch in data]
-        real = [int(batch["attention_mask"].sum()) for batch in data]
-        assert [form.positions for form in forms] == ([38] * STEPS if padding == "mixed" else real)  # holes predict
+        before = [sum(map(before_last_target, b["attention_mask"], b["labels"])) for b in data]
+        # Holes predict: two rows travel whole.
+        assert [form.positions for form in forms] == ([36] * STEPS if padding == "mixed" else before)
         delta = len(encode(Header("delta", "run", 1, "0", 2, version=7)))
         up = sum(frame_bytes.step_bytes_up(workload, HIDDEN_SIZE, form) for form in forms)
         down = sum(frame_bytes.step_bytes_down(workload, HIDDEN_SIZE, form) for form in forms)
@@ -287,15 +307,20 @@ def test_any_batch_comes_back_where_it_counts(rows: list[list[bool]], chance: ob
     ("mask", "labels", "expected"),
     [
         ("xxx..", ".123.", "xxx.."),
-        ("..xxx", "...12", "..xxx"),
+        ("..xxx", "...12", "..xx."),  # the last token predicts nothing
         ("..xxx", "..012", "xxxxx"),  # position 1 predicts the label of position 2
-        ("xxx..", "..1..", "xxx.."),
+        ("xxx..", "..1..", "xx..."),
+        ("xxxxxx", ".12...", "xx...."),  # what follows the last target
+        ("xxxxxx", ".1..2.", "xxxx.."),
+        ("xxxxxx", "......", "......"),
+        ("xxxxxx", "1.....", "......"),
+        ("..xxxx", "..1...", "xxxxxx"),
         ("xx...", "...1.", "xxxxx"),  # a target far in the padding
         (".....", ".....", "....."),
         (".....", "1....", "....."),  # nothing predicts the first label
         (".....", ".1...", "xxxxx"),
         ("x.x.x", "..1..", "xxxxx"),
-        ("x.x.x", "...1.", "x.x.x"),
+        ("x.x.x", "...1.", "x.x.."),
     ],
 )
 def test_which_positions_travel(mask: str, labels: str, expected: str) -> None:
@@ -315,7 +340,21 @@ def test_bits_take_no_more_than_is_said() -> None:
     assert not form.mask_in_spans
     assert not form.labels_in_spans
     assert frame_bytes.step_bytes_up(workload, hidden, form) <= full + 2 * 3 * (25 - 8) + 16
-    assert frame_bytes.step_bytes_up(workload, hidden, BatchForm.full(3, 199)) < full
+    assert frame_bytes.step_bytes_up(workload, hidden, BatchForm.full(3, 200)) < full
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_most_is_reached_by_padding_that_predicts(codec: str) -> None:
+    workload = Workload(3, 20, activation_codec=codec, gradient_codec=codec)
+    mask, labels = torch.ones(3, 20, dtype=torch.int64), torch.ones(3, 20, dtype=torch.int64)
+    assert BatchForm.of(mask, labels) == BatchForm.full(3, 20)
+    assert BatchForm.of(mask, labels).positions == 3 * 19
+    mask[:, 0] = 0
+    form = BatchForm.of(mask, labels)
+    assert form == BatchForm.largest(3, 20)
+    for count in (frame_bytes.step_bytes_up, frame_bytes.step_bytes_down):
+        assert count(workload, HIDDEN_SIZE, BatchForm.full(3, 20)) < count(workload, HIDDEN_SIZE, form)
+        assert count(workload, HIDDEN_SIZE, form) == count(workload, HIDDEN_SIZE)
 
 
 def test_a_head_may_hold_anything_in_its_padding() -> None:

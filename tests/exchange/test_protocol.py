@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange import delta_frames, frame_bytes
@@ -16,6 +17,7 @@ from hsplit_flwr.exchange.admission import Ticket
 from hsplit_flwr.exchange.batches import batch_tensors, check_batch, check_gradient
 from hsplit_flwr.exchange.codecs import CODECS
 from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, probe_filler, rounding_seed
+from hsplit_flwr.exchange.positions import BatchForm, traveling
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.tail_service import MAX_PROBE_BYTES, MAX_PROBES, DeltaSource, TailProtocol
 from hsplit_flwr.exchange.task import Mode, RoundTask
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.timeout(20)
 LIMIT = 1 << 20
 ROWS, WIDTH, HIDDEN, VOCAB = 2, 4, 6, 11
 CUT = 2
+FULL = BatchForm.full(ROWS, WIDTH)
 LOSS = 0.5
 
 
@@ -108,10 +111,11 @@ def step(
 
 
 def there_and_back(values: Tensor, codec: str, header: Header) -> Tensor:
-    """What arrives of `values` (B, T, H) in the frame of `header`."""
-    flat = values.flatten(0, 1)
+    """What arrives of `values` (B, T, H) in the frame of `header`, where all are tokens: the last predicts nothing."""
+    sent = values[:, :-1]
+    flat = sent.flatten(0, 1)
     parts = CODECS[codec].encode("x", flat, rounding_seed(header))
-    return CODECS[codec].decode("x", parts, tuple(flat.shape)).view(values.shape)
+    return F.pad(CODECS[codec].decode("x", parts, tuple(flat.shape)).view(sent.shape), (0, 0, 0, 1))
 
 
 HELLO = encode(head("hello", have=5))
@@ -144,10 +148,10 @@ def test_a_training_round(codec: str) -> None:
     for number, (frame, gradient) in enumerate(zip(sent[1:], gradients, strict=True)):
         assert gradient.header == head("gradient", step=number, loss=LOSS, tokens=ROWS * WIDTH)
         sent_tensors = decode(frame, LIMIT).tensors
-        activations, mask, _ = check_batch(
+        activations, mask, labels = check_batch(
             sent_tensors, codec=CODECS[codec], hidden_size=HIDDEN, vocab_size=VOCAB, workload=Workload(ROWS, WIDTH)
         )
-        found = check_gradient(gradient.tensors, mask.bool(), HIDDEN, CODECS[codec])
+        found = check_gradient(gradient.tensors, traveling(mask, labels), HIDDEN, CODECS[codec])
         assert torch.equal(found, there_and_back(2 * activations.float(), codec, gradient.header))
     (session,) = tail.sessions
     assert session.joined == ("me", CUT, 40)
@@ -157,8 +161,8 @@ def test_a_training_round(codec: str) -> None:
     assert (own.steps, own.tokens, own.nll) == (3, 3 * ROWS * WIDTH, 3 * ROWS * WIDTH * LOSS)
     assert own.delta_bytes == len(answers[0])
     workload = Workload(ROWS, WIDTH, activation_codec=codec, gradient_codec=codec)
-    assert {len(frame) for frame in sent[1:]} == {frame_bytes.step_bytes_up(workload, HIDDEN)}
-    assert {len(answer) for answer in answers[1:]} == {frame_bytes.step_bytes_down(workload, HIDDEN)}
+    assert {len(frame) for frame in sent[1:]} == {frame_bytes.step_bytes_up(workload, HIDDEN, FULL)}
+    assert {len(answer) for answer in answers[1:]} == {frame_bytes.step_bytes_down(workload, HIDDEN, FULL)}
     assert len(HELLO) == frame_bytes.hello_bytes()
 
 

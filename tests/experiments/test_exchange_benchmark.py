@@ -161,7 +161,7 @@ def test_padding_travels_only_where_it_is_asked_for(exchange: ModuleType) -> Non
     plain, padded = (next(deployment.batches("0", padding_travels=travels)) for travels in (False, True))
     forms = [BatchForm.of(batch["attention_mask"], batch["labels"]) for batch in (plain, padded)]
     assert torch.equal(plain["input_ids"], padded["input_ids"])
-    assert forms[0].positions < forms[1].positions == forms[1].rows * forms[1].width
+    assert forms[0].positions < forms[1].positions == forms[1].rows * (forms[1].width - 1)
     assert forms[0].targets == forms[1].targets
 
 

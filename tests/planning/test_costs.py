@@ -320,14 +320,16 @@ def test_blocks_of_unequal_kind_keep_their_own_costs(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(("up", "down"), [("fp32", "fp32"), ("bf16", "fp16"), ("fp16", "int8"), ("int4", "bf16")])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 16), (8, 129)])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 16), (8, 129)])
 def test_step_bytes_are_those_of_real_frames(shape: tuple[int, int], up: str, down: str) -> None:
     workload = Workload(*shape, activation_codec=up, gradient_codec=down)
     costs = ModelCosts(tiny_config("gpt2", True), workload)
     hidden = torch.randn(*shape, HIDDEN_SIZE)
-    tokens = torch.ones(shape, dtype=torch.int64)
+    labels = torch.ones(shape, dtype=torch.int64)
+    tokens = labels.clone()
+    tokens[:, 0] = 0  # padding that predicts a target: all positions travel
     header = Header("train", "a-run", 12, "client-7", 3, step=19)
-    assert costs.step_bytes_up == len(encode(header, batch_tensors(hidden, tokens, tokens, CODECS[up])))
+    assert costs.step_bytes_up == len(encode(header, batch_tensors(hidden, tokens, labels, CODECS[up])))
     answer = Header("gradient", "a-run", 12, "client-7", 3, step=19, loss=3.14159265358979, tokens=45)
     assert costs.step_bytes_down == len(encode(answer, CODECS[down].encode("gradient", hidden.flatten(0, 1))))
     assert costs.hello_bytes == len(encode(Header("hello", "a-run", 12, "client-7", 3, have=11)))
