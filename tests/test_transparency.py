@@ -23,6 +23,7 @@ from hsplit_flwr.training.head import train_head
 from hsplit_flwr.training.session import BatchPart, StepReply, TailSession
 from hsplit_flwr.training.tail import SharedTail
 from tests.helpers.models import tiny_model
+from tests.helpers.replies import gradient_of
 
 STEPS = 20
 TOLERANCE = 1e-5
@@ -264,7 +265,7 @@ def in_parts(session: TailSession, count: int, hidden: Tensor, batch: Batch) -> 
         session.send_part(BatchPart(0, index, count), sent, mask, labels)
     replies = [session.receive_part() for _ in range(count)]
     tokens = sum(reply.tokens for reply in replies)
-    gradient = torch.cat([reply.gradient * reply.tokens / tokens for reply in replies])
+    gradient = torch.cat([gradient_of(reply) * reply.tokens / tokens for reply in replies])
     return StepReply(gradient, sum(reply.loss * reply.tokens for reply in replies) / tokens, tokens)
 
 

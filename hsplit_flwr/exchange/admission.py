@@ -2,7 +2,7 @@
 
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +22,8 @@ class Ticket:
     mode: Mode
     cut: int
     first_step: int
+    trains: bool = True
+    """its head has adapters, by the plan"""
     max_steps: int | None = None
     """steps of the round; None: any number"""
     workload: Workload | None = None
@@ -62,6 +64,7 @@ class Admission:
         mode: Mode,
         cuts: Mapping[str, int],
         first_step: int,
+        frozen: Collection[str] = (),
         *,
         steps: int | None = None,
         workload: Workload | None = None,
@@ -73,6 +76,7 @@ class Admission:
             mode: what its frames are.
             cuts: client -> blocks of its head.
             first_step: run step of the round's first.
+            frozen: clients whose heads train nothing.
             steps: that each client may take; None: any number.
             workload: whose batches it may send; None: any size.
         """
@@ -84,6 +88,7 @@ class Admission:
                 mode=mode,
                 cut=cut,
                 first_step=first_step,
+                trains=client not in frozen,
                 max_steps=steps,
                 workload=workload,
             )

@@ -8,7 +8,7 @@ spans or bits, and the M labels that are targets.
     mask.spans      (B, 2) int32: first token and number of tokens of every row; or mask.bits (B, T/8) uint8
     labels          (M,) int32
     labels.spans    (B, 2) int32: where they stand; or labels.bits (B, T/8) uint8
-    gradient        (N, H) by the codec, as activations
+    gradient        (N, H) by the codec, as activations; absent if the head has no use for it
 
 Shapes: B rows, T width, N positions that travel, M targets, H hidden.
 """

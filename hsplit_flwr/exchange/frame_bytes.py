@@ -38,15 +38,19 @@ _NAMES = {
 def step_bytes_up(workload: Workload, hidden_size: int, form: BatchForm | None = None) -> int:
     """Bytes of one ``train`` frame of a batch of `form`; by default the most.
 
-    The default is what to plan for. No batch of contiguous rows takes more (`BatchForm.largest`); where tokens or targets of a row are not
-    contiguous, bits instead of spans may take B x (T/8 - 8) bytes more each.
+    The default is what to plan for. No batch of contiguous rows takes more (`BatchForm.largest`); where tokens or
+    targets of a row are not contiguous, bits instead of spans may take B x (T/8 - 8) bytes more each.
     """
     form = form or _largest(workload)
     return _frame_bytes(batch_layout(codec_named(workload.activation_codec), form, hidden_size))
 
 
-def step_bytes_down(workload: Workload, hidden_size: int, form: BatchForm | None = None) -> int:
-    """Bytes of one ``gradient`` frame of a batch of `form`; by default the most."""
+def step_bytes_down(
+    workload: Workload, hidden_size: int, form: BatchForm | None = None, *, wants_gradient: bool = True
+) -> int:
+    """Bytes of one ``gradient`` frame of a batch of `form`, by default the most; see `session.wants_gradient`."""
+    if not wants_gradient:
+        return _frame_bytes({})
     form = form or _largest(workload)
     return _frame_bytes(codec_named(workload.gradient_codec).layout("gradient", (form.positions, hidden_size)))
 

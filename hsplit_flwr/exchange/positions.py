@@ -1,11 +1,11 @@
 """Which positions of a batch travel, and how those that are marked are told: as spans, or as bits.
 
 Only what the loss depends on travels: tokens after which a target comes in their row. What stands behind the last
-target is seen by nothing that predicts one, since the decoder is causal. Padding does not travel either: attention gives
-a padded key no weight at all, so that what stands there changes nothing, and a padded query that predicts no target
-gives no gradient. In place of both the tail puts zeros, and the head takes zeros for their gradient. Where padding does
-predict a target (labels on the first token of a left-padded row), such a query sees keys as its architecture likes,
-padded and later ones too, and the row travels whole.
+target is seen by nothing that predicts one, since the decoder is causal. Padding does not travel either: attention
+gives a padded key no weight at all, so that what stands there changes nothing, and a padded query that predicts no
+target gives no gradient. In place of both the tail puts zeros, and the head takes zeros for their gradient. Where
+padding does predict a target (labels on the first token of a left-padded row), such a query sees keys as its
+architecture likes, padded and later ones too, and the row travels whole.
 
 Shapes: B rows, T width, N positions that travel.
 """
@@ -55,15 +55,11 @@ class BatchForm(NamedTuple):
         )
 
     @classmethod
-    def full(cls, rows: int, width: int) -> Self:
-        """The form of a batch without padding, all of whose labels are targets: the last token predicts none."""
-        return cls(rows, width, rows * (width - 1), rows * width)
-
-    @classmethod
     def largest(cls, rows: int, width: int) -> Self:
-        """No batch of contiguous rows takes more bytes: of `full`, if all positions traveled.
+        """The form of a batch all of whose positions travel, and all of whose labels are targets.
 
-        So they do in rows whose padding predicts a target.
+        No batch of contiguous rows takes more bytes. It has padding that predicts a target in every row; one without
+        padding has one position less in each, for its last token predicts nothing.
         """
         return cls(rows, width, rows * width, rows * width)
 

@@ -122,7 +122,9 @@ class RemoteTail(TailSession):
         """See `TailSession`."""
         part, positions, hidden_size = self._unanswered.popleft()
         header, tensors = self._receive("gradient", step=part.step, part=part.number)
-        return StepReply(check_gradient(tensors, positions, hidden_size, self._down), header.loss, header.tokens)
+        # Whether it can do without is for the head to say.
+        gradient = check_gradient(tensors, positions, hidden_size, self._down) if tensors else None
+        return StepReply(gradient, header.loss, header.tokens)
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         """See `TailSession`."""

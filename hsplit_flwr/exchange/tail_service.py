@@ -5,7 +5,7 @@ Flower task. What the frames say: `exchange/frames.py`.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any, Protocol
 
@@ -53,7 +53,7 @@ class ServedTail(Protocol):
     def segment(self) -> Sizes:
         """Its blocks."""
 
-    def join(self, client: str, cut: int, first_step: int) -> TailSession:
+    def join(self, client: str, cut: int, first_step: int, *, trains: bool = True) -> TailSession:
         """A session in the open training round."""
 
     def scorer(self, client: str, cut: int) -> TailSession:
@@ -147,7 +147,7 @@ class TailProtocol:
 
     def _session(self, ticket: Ticket) -> TailSession:
         if ticket.mode == "train":
-            return self._tail.join(ticket.client, ticket.cut, ticket.first_step)
+            return self._tail.join(ticket.client, ticket.cut, ticket.first_step, trains=ticket.trains)
         return self._tail.scorer(ticket.client, ticket.cut)
 
     def _answer(self, session: TailSession, frame: Frame, ticket: Ticket) -> bytes:
@@ -175,6 +175,8 @@ class TailProtocol:
             answer = self._header(
                 "gradient", ticket, step=part.step, part=part.number, loss=reply.loss, tokens=reply.tokens
             )
+            if reply.gradient is None:
+                return encode(answer)
             positions = traveling(*batch[1:])
             return encode(answer, gradient_tensors(reply.gradient, positions, self._down, rounding_seed(answer)))
         score = session.score_step(header.step, *batch)
@@ -229,12 +231,13 @@ class TailService:
         mode: Mode,
         cuts: Mapping[str, int],
         first_step: int,
+        frozen: Collection[str] = (),
         *,
         steps: int | None = None,
         workload: Workload | None = None,
     ) -> dict[str, str]:
         """See `Admission.open_round`."""
-        return self._admission.open_round(round_number, mode, cuts, first_step, steps=steps, workload=workload)
+        return self._admission.open_round(round_number, mode, cuts, first_step, frozen, steps=steps, workload=workload)
 
     def open_probe(self, node: str, round_number: int) -> str:
         """See `Admission.open_probe`."""

@@ -58,13 +58,21 @@ class LocalDoor:
         mode: Mode,
         cuts: Mapping[str, int],
         first_step: int,
+        frozen: Collection[str] = (),
         *,
         steps: int | None = None,
         workload: Workload | None = None,
     ) -> dict[str, str]:
         """Admit the clients of `cuts`; nobody needs a token."""
         self._tickets = {
-            client: Ticket(client=client, round=round_number, mode=mode, cut=cut, first_step=first_step)
+            client: Ticket(
+                client=client,
+                round=round_number,
+                mode=mode,
+                cut=cut,
+                first_step=first_step,
+                trains=client not in frozen,
+            )
             for client, cut in cuts.items()
         }
         return dict.fromkeys(cuts, "")
@@ -76,7 +84,8 @@ class LocalDoor:
     def enter(self, task: RoundTask) -> TailSession:
         """A session of the task's client in the open training round."""
         ticket = self._tickets[task.client]
-        return _WireSession(self._tail.join(task.client, ticket.cut, ticket.first_step), ticket, self._wire)
+        session = self._tail.join(task.client, ticket.cut, ticket.first_step, trains=ticket.trains)
+        return _WireSession(session, ticket, self._wire)
 
     def close_round(self) -> dict[str, Ticket]:
         """End the round; returns what each client did."""
@@ -106,8 +115,10 @@ class _Wire:
             workload=self._workload,
         )
 
-    def down(self, header: Header, gradient: Tensor, positions: Tensor) -> Tensor:
-        """The gradient as it arrives at the head."""
+    def down(self, header: Header, gradient: Tensor | None, positions: Tensor) -> Tensor | None:
+        """The gradient, if any, as it arrives at the head."""
+        if gradient is None:
+            return None
         tensors = gradient_tensors(gradient, positions, self._down, rounding_seed(header))
         return check_gradient(tensors, positions, self._hidden_size, self._down)
 

@@ -15,6 +15,7 @@ from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.planning.clock import ClientWork
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.training.batch import Batch, part_rows
+from hsplit_flwr.training.session import BatchPart, wants_gradient
 
 Ranks = Mapping[str, int]
 
@@ -66,13 +67,22 @@ def split_work(
     """A head's round. Its forward pass without adapters counts as forward, all else as backward."""
     factor = length_factor(costs, forms)
     forward, load, H = costs.head_flops(cut, {}), costs.workload, costs.hidden_size
+    trains = any(ranks.values())
+
+    def bytes_down(part: BatchPart, form: BatchForm) -> int:
+        wanted = wants_gradient(part, trains=trains, importance_steps=load.importance_steps)
+        return frame_bytes.step_bytes_down(load, H, form, wants_gradient=wanted)
+
     return ClientWork(
         client=client,
         steps=len(forms),
         forward_flops=factor * forward,
         backward_flops=factor * (costs.head_flops(cut, ranks) - forward),
         step_bytes_up=fmean(sum(frame_bytes.step_bytes_up(load, H, form) for form in parts) for parts in forms),
-        step_bytes_down=fmean(sum(frame_bytes.step_bytes_down(load, H, form) for form in parts) for parts in forms),
+        step_bytes_down=fmean(
+            sum(bytes_down(BatchPart(step, number), form) for number, form in enumerate(parts))
+            for step, parts in enumerate(forms)
+        ),
         tail_flops=factor * costs.tail_flops(cut, tail_ranks),
         download_bytes=download_bytes,
         upload_bytes=upload_bytes,

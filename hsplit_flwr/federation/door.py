@@ -1,6 +1,6 @@
 """What stands between a round's server and the heads, whatever carries their frames."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 from hsplit_flwr.exchange.admission import Ticket
@@ -23,11 +23,12 @@ class Door(Protocol):
         mode: Mode,
         cuts: Mapping[str, int],
         first_step: int,
+        frozen: Collection[str] = (),
         *,
         steps: int | None = None,
         workload: Workload | None = None,
     ) -> dict[str, str]:
-        """Admit the clients of `cuts`; returns each one's one-time token."""
+        """Admit the clients of `cuts`, of which `frozen` train nothing; returns each one's one-time token."""
 
     def open_probe(self, node: str, round_number: int) -> str:
         """Admit a node that measures its link before round `round_number`; returns its one-time token."""

@@ -293,6 +293,7 @@ class RoundServer:
             mode,
             {client: plan.cut for client, plan in plans.items()},
             self.training.first_step(round_number),
+            [c for c, plan in plans.items() if not any(map(plan.lora.rank, self.model.head_names(plan.cut)))],
             steps=self.training.local_steps if mode == "train" else None,
             workload=self._plans.workload,
         )

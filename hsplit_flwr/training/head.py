@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.lora.segment_adapters import Pairs, SegmentAdapters
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.batch import Batch, part_rows
@@ -19,7 +19,7 @@ from hsplit_flwr.training.host_memory import trim_heap
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
 from hsplit_flwr.training.loss import target_tokens, tensors_of
 from hsplit_flwr.training.optimizer import Optimizer
-from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession, is_measured
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,13 @@ class _HeadTraining:
             reply = self._session.receive_part()
         sent = self._in_flight.popleft()
         ends_batch = self._config.micro_steps or sent.part.is_last
-        if sent.hidden.requires_grad:
+        if sent.hidden.requires_grad:  # it went through adapters, or importance is measured
+            if reply.gradient is None:
+                raise ExchangeError(
+                    "wrong_tensors",
+                    f"Expected the gradient of step {sent.part.step}, on which this head trains, found none. The "
+                    "server takes it for a head without adapters: see that its task came from this server's plan.",
+                )
             gradient = reply.gradient.to(sent.hidden.device, sent.hidden.dtype)
             # Gradient checkpointing computes the part again: with the adapters that it went through.
             with self._adapters.standing_in(sent.adapters) if sent.adapters else nullcontext():
@@ -181,7 +187,7 @@ class _HeadTraining:
 
         The backward pass is measured too: nothing else may be in flight, and the gradient is waited for.
         """
-        if part.step >= self._config.importance_steps or part.number:
+        if not is_measured(part, self._config.importance_steps):
             yield
             return
         self.finish()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.training.barrier import StepBarrier
-from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession, is_measured, wants_gradient
 from hsplit_flwr.training.step import StepRequest
 
 
@@ -41,6 +41,8 @@ class LocalSession(TailSession):
     """of the training round; None: this session can only score"""
     first_step: int = 0
     """run step of the session's step 0"""
+    trains: bool = True
+    """the client's head has adapters"""
     measured_steps: int = 0
     """so many steps measure the tail's importance, too"""
     most_parts: int = 1
@@ -67,7 +69,8 @@ class LocalSession(TailSession):
             attention_mask=attention_mask,
             labels=labels,
             ends_batch=part.is_last or self.micro_steps,
-            measured=part.step < self.measured_steps and part.number == 0,
+            wants_gradient=wants_gradient(part, trains=self.trains, importance_steps=self.measured_steps),
+            measured=is_measured(part, self.measured_steps),
         )
         self._asked.append(Asked(request))
         if len(self._asked) == 1:

@@ -21,11 +21,22 @@ class BatchPart(NamedTuple):
         return self.number == self.parts - 1
 
 
+def is_measured(part: BatchPart, importance_steps: int) -> bool:
+    """Whether head and tail measure importance on `part`: on the first of each of the round's first steps."""
+    return part.step < importance_steps and part.number == 0
+
+
+def wants_gradient(part: BatchPart, *, trains: bool, importance_steps: int) -> bool:
+    """Whether a head has a use for the gradient of `part`: it trains adapters, or measures importance on it."""
+    return trains or is_measured(part, importance_steps)
+
+
 class StepReply(NamedTuple):
     """The tail's answer to one training step, or to a part of it."""
 
-    gradient: Tensor
-    """(B, T, H): gradient of the mean loss of what was sent with respect to its activations"""
+    gradient: Tensor | None
+    """(B, T, H): gradient of the mean loss of what was sent with respect to its activations; None: the head has no use
+    for it (`wants_gradient`)"""
     loss: float
     """mean loss per target token of what was sent, nats"""
     tokens: int

@@ -46,6 +46,8 @@ class StepRequest:
     """(B, T)"""
     ends_batch: bool = True
     """no further part of what the client's optimizer step is taken on follows"""
+    wants_gradient: bool = True
+    """the client is sent that of its activations"""
     measured: bool = False
     """the tail's importance is measured on it"""
 

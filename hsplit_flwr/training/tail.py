@@ -131,8 +131,11 @@ class SharedTail:
         """See `TailTrainer.importance`; of the round that `close_training` ended."""
         return self._trainer.importance()
 
-    def join(self, client: str, cut: int, first_step: int) -> LocalSession:
-        """`client` enters the open training round with a head of `cut` blocks; its step 0 is run step `first_step`."""
+    def join(self, client: str, cut: int, first_step: int, *, trains: bool = True) -> LocalSession:
+        """`client` enters the open training round with a head of `cut` blocks; its step 0 is run step `first_step`.
+
+        A head that `trains` nothing is sent gradients only where importance is measured.
+        """
         if self._barrier is None:
             raise ExchangeError("round_closed", "Expected an open training round, found none.")
         self._barrier.join(client)
@@ -140,6 +143,7 @@ class SharedTail:
             client=client,
             cut=cut,
             first_step=first_step,
+            trains=trains,
             measured_steps=self._config.importance_steps,
             most_parts=self._config.micro_batches,
             micro_steps=self._config.micro_steps,

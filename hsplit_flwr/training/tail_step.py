@@ -4,7 +4,7 @@ In a step the tail takes one optimizer step on each client's mean loss S_i / n_i
 loss, n_i: target tokens of client i; SplitFedV2, arXiv:2004.12088): as many tokens, and N times the optimizer steps.
 With `TrainingConfig.joint_steps` it takes one on the token-weighted mean over all clients, J = sum_i S_i / sum_i n_i;
 clients of equal cut and length then run as one batch, groups accumulate. Either way client i gets the gradient of its
-own mean loss. Further passes over the same batches (`tail_passes`) are for the tail alone.
+own mean loss, if it has a use for it. Further passes over the same batches (`tail_passes`) are for the tail alone.
 A batch may come in parts (`micro_batches`). Their gradients add up, one client's apart from another's, and the step is
 taken on their token-weighted mean once the last is there. All parts of a client's batch see the same adapters because
 they have their turn in one go (`barrier`): gradients from before another client's step are worth nothing (measured,
@@ -136,7 +136,7 @@ class TailTrainer:
         under_way, self._open = self._open, {}  # of a client that is late with the rest of its batch
         with self._further_passes.spared():
             for requests, ends_step in (turn for _ in range(self.config.tail_passes - 1) for turn in turns):
-                self._accumulate_all([replace(request, measured=False) for request in requests])
+                self._accumulate_all([replace(r, measured=False, wants_gradient=False) for r in requests])
                 self._collect(requests, ends_step)
         self._open = under_way
 
@@ -241,20 +241,28 @@ class TailTrainer:
     def _accumulate(self, group: list[StepRequest], total: int) -> Mapping[str, StepReply]:
         """Forward and backward for clients of one cut and length; tail gradients add up over groups."""
         dtype = next(self.segment.parameters()).dtype
-        hidden = torch.cat([r.activations for r in group]).to(self.device, dtype).requires_grad_()
+        hidden = torch.cat([r.activations for r in group]).to(self.device, dtype)
+        # Importance is measured in all layers, also in those before the first adapter.
+        hidden.requires_grad_(any(request.wants_gradient or request.measured for request in group))
         mask = torch.cat([r.attention_mask for r in group])
         labels = torch.cat([r.labels for r in group]).to(self.device, torch.int64)
         losses = token_losses(self._logits(hidden, mask, group[0].cut), labels)
         sizes = [len(r.labels) for r in group]
         sums = torch.stack([part.sum() for part in torch.split(losses, sizes)])
         _require_finite("loss", sums)
-        (sums.sum() / max(1, total)).backward()  # type: ignore[no-untyped-call]
-        assert hidden.grad is not None
-        _require_finite("activation gradients", hidden.grad)
+        objective = sums.sum() / max(1, total)
+        if objective.requires_grad:  # the tail may train nothing, too
+            objective.backward()  # type: ignore[no-untyped-call]
+        gradients: Sequence[Tensor | None] = [None] * len(group)
+        if hidden.grad is not None:
+            _require_finite("activation gradients", hidden.grad)
+            gradients = torch.split(hidden.grad, sizes)
         replies = {}
-        for request, nll, gradient in zip(group, sums.tolist(), torch.split(hidden.grad, sizes), strict=True):
+        for request, nll, gradient in zip(group, sums.tolist(), gradients, strict=True):
             tokens = target_tokens(request.labels)
-            own_mean = gradient * (total / tokens) if tokens else gradient
+            own_mean = gradient if request.wants_gradient else None
+            if own_mean is not None and tokens:
+                own_mean = own_mean * (total / tokens)
             replies[request.client] = StepReply(own_mean, nll / max(1, tokens), tokens)
         return replies
 

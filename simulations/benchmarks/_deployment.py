@@ -58,8 +58,7 @@ class Deployment:
         for batch in texts.stream():
             if padding_travels:
                 batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-                behind = (batch["labels"] != IGNORED).flip(1).to(torch.uint8).argmax(1)
-                batch["labels"] = torch.stack(
-                    [row.roll(int(n)) for row, n in zip(batch["labels"], behind, strict=True)]
-                )
+                behind = (batch["labels"] != IGNORED).flip(1).to(torch.uint8).argmax(1).tolist()
+                rows = [labels.roll(count) for labels, count in zip(batch["labels"], behind, strict=True)]
+                batch["labels"] = torch.stack(rows)
             yield batch

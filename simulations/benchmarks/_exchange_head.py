@@ -32,14 +32,14 @@ def train(task: RoundTask, head: Segment, adapters: SegmentAdapters, batches: li
     """Connect, say so, wait for the parent's word, train, and report; all heads start together."""
     adapters.reset(task.adapter_seed)
     forms: list[list[BatchForm]] = []
-    batches = list(recorded(batches, forms, task.training.micro_batches))
+    data = list(recorded(batches, forms, task.training.micro_batches))
     with RemoteTail(task, task.max_frame_bytes, connect) as tail:
         tail.fetch_delta(0)
         answer({})
         sys.stdin.readline()
         up, down = tail.bytes_up, tail.bytes_down
         started = time.perf_counter()
-        report = train_head(head, adapters, batches, tail, task.training)
+        report = train_head(head, adapters, data, tail, task.training)
         seconds = time.perf_counter() - started
         up, down = tail.bytes_up - up, tail.bytes_down - down
     answer(

@@ -56,6 +56,7 @@ class TimedTail(TailSession):
         reply = self.tail.receive_part()
         started, positions = self._sent
         self.exchange_s.append(time.perf_counter() - started)
+        assert reply.gradient is not None
         self.payload_bytes = 2 * reply.gradient.nbytes + positions * (1 + 4)  # mask uint8, labels int32
         return reply
 

@@ -129,7 +129,7 @@ class RandomGradients(TailSession):
         config = files.config.get_text_config()
         self.segment = SimpleNamespace(hidden_size=config.hidden_size, vocab_size=config.vocab_size)
 
-    def join(self, client: str, cut: int, first_step: int) -> "RandomGradients":
+    def join(self, client: str, cut: int, first_step: int, *, trains: bool = True) -> "RandomGradients":
         """It is its own session."""
         return self
 

@@ -56,6 +56,14 @@ def test_a_token_leads_to_its_clients_ticket() -> None:
     assert (tickets["a"].used, tickets["a"].steps) == (False, 0)
 
 
+def test_a_ticket_knows_whether_its_head_trains() -> None:
+    admission = Admission()
+    tokens = admission.open_round(1, "train", {"a": 1, "b": 2}, 0, ["b"])
+    for client, trains in (("a", True), ("b", False)):
+        with admission.admit(Visitor(tokens[client])) as ticket:
+            assert ticket.trains is trains
+
+
 def test_without_limits_a_ticket_has_none() -> None:
     admission = Admission()
     (token,) = admission.open_round(1, "evaluate", {"a": 1}, 0).values()

@@ -108,7 +108,7 @@ def test_a_batch_and_a_gradient_come_back(name: str) -> None:
 @given(rows=st.integers(1, 40), width=st.integers(1, 40), hidden=st.integers(1, 300))
 def test_predicted_bytes_are_those_of_frames(codec: Codec, rows: int, width: int, hidden: int) -> None:
     tensors = batch_tensors(*batch(rows, width, hidden), codec)
-    layout = batch_layout(codec, BatchForm.full(rows, width), hidden)
+    layout = batch_layout(codec, BatchForm(rows, width, rows * (width - 1), rows * width), hidden)
     assert {name: Part(tuple(t.shape), t.dtype) for name, t in tensors.items()} == layout
     assert frame_bytes._frame_bytes(layout) == len(encode(HEADER, tensors))
     gradient = codec.encode("gradient", torch.randn(rows * width, hidden))

@@ -40,6 +40,7 @@ from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.workload import Workload
 from tests.exchange.test_protocol import Direct, no_delta
 from tests.helpers.models import ARCHITECTURES, HIDDEN_SIZE, NUM_BLOCKS, tiny_model
+from tests.helpers.replies import gradient_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -177,7 +178,7 @@ def require_same(found: Seen, expected: Seen) -> None:
     assert found.tail_importance == expected.tail_importance
     assert found.score == expected.score
     for mine, theirs in zip(found.replies, expected.replies, strict=True):
-        assert torch.equal(mine.gradient, theirs.gradient)
+        assert torch.equal(gradient_of(mine), gradient_of(theirs))
         assert (mine.loss, mine.tokens) == (theirs.loss, theirs.tokens)
     assert all(map(torch.equal, found.head_gradients, expected.head_gradients))
     learned, reference = {**found.head, **found.tail}, {**expected.head, **expected.tail}
@@ -340,20 +341,20 @@ def test_bits_take_no_more_than_is_said() -> None:
     assert not form.mask_in_spans
     assert not form.labels_in_spans
     assert frame_bytes.step_bytes_up(workload, hidden, form) <= full + 2 * 3 * (25 - 8) + 16
-    assert frame_bytes.step_bytes_up(workload, hidden, BatchForm.full(3, 200)) < full
+    assert frame_bytes.step_bytes_up(workload, hidden, BatchForm(3, 200, 3 * 199, 3 * 200)) < full
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_the_most_is_reached_by_padding_that_predicts(codec: str) -> None:
     workload = Workload(3, 20, activation_codec=codec, gradient_codec=codec)
     mask, labels = torch.ones(3, 20, dtype=torch.int64), torch.ones(3, 20, dtype=torch.int64)
-    assert BatchForm.of(mask, labels) == BatchForm.full(3, 20)
-    assert BatchForm.of(mask, labels).positions == 3 * 19
+    unpadded = BatchForm.of(mask, labels)
+    assert unpadded == BatchForm(3, 20, 3 * 19, 3 * 20)
     mask[:, 0] = 0
     form = BatchForm.of(mask, labels)
     assert form == BatchForm.largest(3, 20)
     for count in (frame_bytes.step_bytes_up, frame_bytes.step_bytes_down):
-        assert count(workload, HIDDEN_SIZE, BatchForm.full(3, 20)) < count(workload, HIDDEN_SIZE, form)
+        assert count(workload, HIDDEN_SIZE, unpadded) < count(workload, HIDDEN_SIZE, form)
         assert count(workload, HIDDEN_SIZE, form) == count(workload, HIDDEN_SIZE)
 
 

@@ -26,13 +26,14 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 from hsplit_flwr.training.workload import Workload
+from tests.helpers.replies import gradient_of
 
 pytestmark = pytest.mark.timeout(20)
 
 LIMIT = 1 << 20
 ROWS, WIDTH, HIDDEN, VOCAB = 2, 4, 6, 11
 CUT = 2
-FULL = BatchForm.full(ROWS, WIDTH)
+FULL = BatchForm(ROWS, WIDTH, ROWS * (WIDTH - 1), ROWS * WIDTH)
 LOSS = 0.5
 
 
@@ -41,13 +42,15 @@ class Session(TailSession):
     """Doubles activations and calls that their gradient; every position is a target of loss `LOSS`."""
 
     joined: tuple[Any, ...]
+    trains: bool = True
     steps: list[tuple[str, int]] = field(default_factory=list)
     closed: int = 0
     replies: list[StepReply] = field(default_factory=list)
 
     def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
         self.steps.append(("train", part.step))
-        self.replies.append(StepReply(2 * activations.float(), LOSS, labels.numel()))
+        gradient = 2 * activations.float() if self.trains else None
+        self.replies.append(StepReply(gradient, LOSS, labels.numel()))
 
     def receive_part(self) -> StepReply:
         return self.replies.pop(0)
@@ -73,8 +76,8 @@ class Tail:
         self.segment = Sizes()
         self.sessions: list[Session] = []
 
-    def join(self, client: str, cut: int, first_step: int) -> Session:
-        self.sessions.append(Session((client, cut, first_step)))
+    def join(self, client: str, cut: int, first_step: int, *, trains: bool = True) -> Session:
+        self.sessions.append(Session((client, cut, first_step), trains))
         return self.sessions[-1]
 
     def scorer(self, client: str, cut: int) -> Session:
@@ -397,7 +400,7 @@ def test_a_remote_tail_over_any_transport(codec: str, down: str) -> None:
     assert asked == [("nowhere", "t0k3n", 60.0, LIMIT)]
     assert (version, whole, json.dumps(tensors["w"].tolist())) == (8, True, json.dumps(weights["w"].tolist()))
     arrived = there_and_back(activations, codec, head("train"))
-    assert torch.equal(reply.gradient, there_and_back(2 * arrived.float(), down, head("gradient")))
+    assert torch.equal(gradient_of(reply), there_and_back(2 * arrived.float(), down, head("gradient")))
     assert (reply.loss, reply.tokens) == (LOSS, ROWS * WIDTH)
     assert (remote.bytes_up, remote.bytes_down) == (own.bytes_up, own.bytes_down)
     assert [session.closed for session in tail.sessions] == [1]

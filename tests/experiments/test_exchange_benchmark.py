@@ -101,7 +101,7 @@ def test_a_link_in_proportion_takes_as_long_beside_compute_as_in_the_experiments
     exchange: ModuleType, rows: ModuleType
 ) -> None:
     deployment, config = exchange.DEPLOYMENTS["tiny-gpt2"], training(exchange, "bf16")
-    round_ = measured(rows, 4.0, form=(BatchForm.full(deployment.batch, deployment.max_length),))
+    round_ = measured(rows, 4.0, form=(BatchForm.largest(deployment.batch, deployment.max_length),))
     rates = rows.in_proportion(deployment, config, round_)
     costs, (work,) = rows.costs_of(deployment, config), rows.work_of(deployment, config, round_)
     device, server = SETTINGS["homogeneous"].devices(costs)["0"], SETTINGS["homogeneous"].server(costs)

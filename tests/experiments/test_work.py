@@ -22,15 +22,21 @@ def test_a_step_takes_the_bytes_of_its_real_positions_and_the_compute_of_all(cod
     batches[1] = {name: tensor[:1] for name, tensor in batches[1].items()}  # the last one of an epoch, say
     forms: list[list[BatchForm]] = []
     assert list(recorded(batches, forms)) == batches
-    work = split_work("a", costs, 2, {}, {}, forms, download_bytes=0, upload_bytes=0)
-    up, down = 0, 0
+    ranks = {costs.matrices[0].name: 2}
+    work = split_work("a", costs, 2, ranks, {}, forms, download_bytes=0, upload_bytes=0)
+    idle = split_work("a", costs, 2, dict.fromkeys(ranks, 0), {}, forms, download_bytes=0, upload_bytes=0)
+    up, down, down_idle = 0, 0, 0
     for batch in batches:
         mask, labels = batch["attention_mask"], batch["labels"]
         values = torch.randn(*mask.shape, HIDDEN_SIZE)
         up += len(encode(Header("train", "r", 1, "a", 2), batch_tensors(values, mask, labels, CODECS[codec])))
         gradient = gradient_tensors(values, traveling(mask, labels), CODECS[codec])
         down += len(encode(Header("gradient", "r", 1, "a", 2), gradient))
+        measured = batch is batches[0]
+        down_idle += len(encode(Header("gradient", "r", 1, "a", 2), gradient if measured else {}))
     assert work.step_bytes_up == pytest.approx(up / 3)
     assert work.step_bytes_down == pytest.approx(down / 3)
+    assert idle.step_bytes_up == work.step_bytes_up
+    assert idle.step_bytes_down == pytest.approx(down_idle / 3)
     assert work.step_bytes_up < costs.step_bytes_up
     assert work.forward_flops == pytest.approx(5 / 6 * costs.head_flops(2, {}))

@@ -7,7 +7,7 @@ import math
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +318,26 @@ def test_the_tail_takes_no_more_of_a_client_than_the_plan(model: Path, monkeypat
     play_round(strategy, manager_of(*node_per_client(model)), 1)
     strategy.close()
     assert opened == [{"steps": STEPS, "workload": workload}, {"steps": None, "workload": workload}]
+
+
+def test_heads_without_adapters_are_known_to_the_tail_by_their_plans(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[Collection[str]] = []
+    open_round = TailService.open_round
+
+    def spy(service: TailService, *args: Any, **limits: Any) -> dict[str, str]:
+        frozen.append(args[-1])
+        return open_round(service, *args, **limits)
+
+    monkeypatch.setattr(TailService, "open_round", spy)
+    plans = PLANS | {"1": ClientPlan(2, LoraSpec(2, 3.0, rank_pattern={r"h\.[01]\..*": 0}))}
+    files = ModelFiles.resolve(str(model))
+    strategy = HSplitLoRAStrategy(GlobalModel(files), plans, TRAINING, tail_lora=TAIL)
+    played = play_round(strategy, manager_of(*node_per_client(model)), 1)
+    strategy.close()
+    assert frozen[0] == ["1"]
+    assert len(played.results) == 3
 
 
 def stored(array: Array, **how: Any) -> bytes:

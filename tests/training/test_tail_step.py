@@ -26,6 +26,7 @@ from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.step import StepRequest, TrainedBatch, step_report
 from hsplit_flwr.training.tail_step import TailTrainer
 from tests.helpers.models import tiny_model
+from tests.helpers.replies import gradient_of
 from tests.helpers.states import through_disk
 
 TOLERANCE = 1e-5
@@ -231,12 +232,43 @@ def test_one_by_one_is_a_pass_and_a_time_per_client() -> None:
     assert answered[-1] == pytest.approx(sum(batch.seconds for batch in done))
 
 
+@pytest.mark.parametrize("measured", [False, True], ids=["", "measured"])
+@pytest.mark.parametrize("joint", [False, True], ids=["one-by-one", "joint"])
+def test_gradients_that_nobody_wants_are_not_computed(joint: bool, measured: bool) -> None:
+    """Not even the further passes' own, before; what the tail learns and measures does not depend on it."""
+    config = replace(CONFIG, joint_steps=joint, tail_passes=2)
+    trainer, all_sent = trainer_of(config), trainer_of(config)
+    wanting = {"a": False, "b": False, "c": True, "d": False}
+    differentiated: list[bool] = []
+    hook = trainer.segment.register_forward_pre_hook(lambda _, inputs: differentiated.append(inputs[0].requires_grad))
+    found = take(trainer, *(request_of(c, wants_gradient=wants, measured=measured) for c, wants in wanting.items()))
+    hook.remove()
+    expected = take(all_sent, *(request_of(client, measured=measured) for client in wanting))
+    passes = [["d"], ["a", "c"], ["b"]] if joint else [["a"], ["b"], ["c"], ["d"]]
+    assert differentiated == [measured or "c" in together for together in passes] + [False] * len(passes)
+    replies = {client: reply for batch in found for client, reply in batch.replies.items()}
+    for client, reply in {c: r for batch in expected for c, r in batch.replies.items()}.items():
+        assert (replies[client].loss, replies[client].tokens) == (reply.loss, reply.tokens)
+        assert (replies[client].gradient is not None) == wanting[client]
+    assert_same(trainer, all_sent)
+    assert trainer.importance() == all_sent.importance()
+    assert bool(trainer.importance()) == measured
+
+
+def test_a_tail_that_trains_nothing_answers_heads_that_do_not_either() -> None:
+    trainer, untouched = trainer_of(lora=LoraSpec(r=0)), trainer_of(lora=LoraSpec(r=0))
+    (batch,) = take(trainer, request_of("a", wants_gradient=False))
+    assert (batch.refused, batch.replies["a"].gradient) == ({}, None)
+    assert batch.replies["a"].loss > 0
+    assert_same(trainer, untouched)
+
+
 def test_a_batch_without_targets_moves_nothing() -> None:
     trainer, untouched = trainer_of(), trainer_of()
     request = request_of("a")
     (batch,) = take(trainer, replace(request, labels=torch.full_like(request.labels, -100)))
     assert batch.replies["a"].tokens == batch.tokens == 0
-    assert not batch.replies["a"].gradient.any()
+    assert not gradient_of(batch.replies["a"]).any()
     assert_same(trainer, untouched)
 
 
@@ -264,7 +296,7 @@ def test_poison_is_refused_and_the_step_is_as_if_it_had_not_asked(joint: bool) -
     assert trainer.importance().keys() == {"a", "c"}
     found = {c: r for batch in done for c, r in batch.replies.items()}
     for client, reply in {c: r for batch in expected for c, r in batch.replies.items()}.items():
-        assert torch.equal(found[client].gradient, reply.gradient)
+        assert torch.equal(gradient_of(found[client]), gradient_of(reply))
         assert (found[client].loss, found[client].tokens) == (reply.loss, reply.tokens)
 
 
