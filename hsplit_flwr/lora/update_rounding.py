@@ -19,7 +19,7 @@ from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.delta_update import ADDED, OWN, REPLACED
 from hsplit_flwr.lora.deltas import SEPARATOR
-from hsplit_flwr.lora.factors import FLOAT32_BYTES, Increment, LoraFactors, Shape, all_finite, dense_bytes
+from hsplit_flwr.lora.factors import FLOAT32_BYTES, Increment, LoraFactors, Shape, dense_bytes
 from hsplit_flwr.lora.places import MEMORY, Dense, Place, as_tensor
 from hsplit_flwr.lora.update_coding import UpdateCoding
 

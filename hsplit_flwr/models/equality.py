@@ -3,7 +3,8 @@
 The blocks of a segment see the hidden states and what the model makes of the attention mask. A model whose blocks
 read more (Zamba2's read the first embeddings again, Gemma 3n's the keys of earlier blocks) would train on wrong
 numbers without a word. So all blocks run one by one, cut before each of them as between head and tail, and logits and
-gradients must be those of transformers' own pass.
+gradients must be those of transformers' own pass. Nor may a token depend on later ones or on padding: the activations
+of what nothing depends on do not travel (`exchange/positions.py`).
 """
 
 import inspect
@@ -27,6 +28,8 @@ GRADIENT_TOLERANCE = 1e-3
 NOISE = 1e-5
 """in units of the largest gradient of all: below it is rounding (the gradients of key biases cancel, say)"""
 HIDDEN = "hidden_states"
+KNOWN = 4
+"""tokens of a row whose logits must not depend on the others"""
 Gradients = dict[str, Tensor]
 _FAULTS: dict[str, str | None] = {}
 """what was found for the configs of this process"""
@@ -96,7 +99,23 @@ def _difference(model: PreTrainedModel, layout: BlockLayout) -> str | None:
     far = float(((found - expected)[seen].abs().max() / expected[seen].abs().max()).detach())
     if not far <= LOGITS_TOLERANCE:  # NaN is not
         return f"logits that differ by {far:.2g} of the largest one"
+    if segment.num_blocks > 1 and (ahead := _looks_ahead(segment, batch, expected)):
+        return ahead
     return _gradient_difference(expected_gradients, _backward(model, cuts, found, weights))
+
+
+def _looks_ahead(segment: Segment, batch: dict[str, Tensor], expected: Tensor) -> str | None:
+    """Logits that change where zeros take the place of padding and of all tokens that come later."""
+    mask = batch["attention_mask"]
+    known = mask.bool()
+    known[:, KNOWN:] = False
+    with torch.no_grad():
+        hidden = segment(batch["input_ids"], mask.clone(), until=1)
+        logits = segment(hidden * known[..., None], mask.clone(), entry=1)
+    far = float(((logits - expected)[known].abs().max() / expected[known].abs().max()).detach())
+    if far <= LOGITS_TOLERANCE:
+        return None
+    return f"logits that depend on later tokens or on padding (they differ by {far:.2g} of the largest one)"
 
 
 def further_inputs(model: PreTrainedModel, layout: BlockLayout) -> str:

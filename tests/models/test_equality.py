@@ -60,6 +60,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 """by model type: settings of a tiny one, and why it is refused"""
 
 
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    """What follows the last target does not travel: such a model would train on wrong numbers without a word."""
+    config = tiny_config("gemma3_text", True)
+    require_cuttable(config)
+    config.use_bidirectional_attention = True
+    with pytest.raises(UnsupportedModelError, match="found logits that depend on later tokens or on padding"):
+        require_cuttable(config)
+
+
 def config_of(name: str) -> PretrainedConfig:
     config: PretrainedConfig = AutoConfig.for_model(name, **(_SIZES | REFUSED[name][0]))
     return config
