@@ -14,7 +14,7 @@ from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_he
 from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import Connect, FrameStream
-from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
+from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession, is_measured
 
 
 class DeltaTensors(NamedTuple):
@@ -122,8 +122,9 @@ class RemoteTail(TailSession):
         """See `TailSession`."""
         part, positions, hidden_size = self._unanswered.popleft()
         header, tensors = self._receive("gradient", step=part.step, part=part.number)
-        # Whether it can do without is for the head to say.
-        gradient = check_gradient(tensors, positions, hidden_size, self._down) if tensors else None
+        # Where importance is measured there is always one; elsewhere the head says whether it can do without.
+        due = bool(tensors) or is_measured(part, self._task.training.importance_steps)
+        gradient = check_gradient(tensors, positions, hidden_size, self._down) if due else None
         return StepReply(gradient, header.loss, header.tokens)
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:

@@ -28,6 +28,7 @@ from hsplit_flwr.exchange.batches import batch_tensors
 from hsplit_flwr.exchange.codecs import CODECS
 from hsplit_flwr.exchange.frames import Header, encode
 from hsplit_flwr.exchange.grpc_transport import GrpcStream, ServiceConfig, connect
+from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.tail_service import DeltaSource, TailService
 from hsplit_flwr.exchange.task import Mode, RoundTask
@@ -342,8 +343,8 @@ def filled(name: str, value: float) -> Tensor:
     return tensor
 
 
-REAL = int(batch("bad", 0)[1].sum())
-"""positions that are no padding"""
+REAL = int(traveling(*batch("bad", 0)[1:]).sum())
+"""positions that travel"""
 WIDE = torch.zeros(REAL, HIDDEN_SIZE + 1)
 FAULTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "malformed_frame"),
@@ -467,6 +468,7 @@ VICTIM = """
 import sys, torch
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.grpc_transport import connect
+from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 task = RoundTask.from_json(sys.stdin.readline())
 with RemoteTail(task, task.max_frame_bytes, connect) as tail:
