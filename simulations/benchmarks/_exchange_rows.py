@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from _deployment import Deployment
 from _network import Rates
-from hsplit_flwr.experiments.clock import ClientWork, play_round
 
 from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.exchange.positions import BatchForm
