@@ -15,6 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.finite import all_finite
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.delta_update import ADDED, OWN, REPLACED
