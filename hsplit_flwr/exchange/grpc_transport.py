@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ MAX_STREAMS = 1024
 CONNECT_S = 20.0
 PATIENCE_S = 3.0
 """after a first failure to connect, for a server that is just coming up or a link that was cut for a moment"""
+FAREWELL_S = 2.0
+"""for the tail to take in what a client sent last"""
+_BACK_OFF = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2_000)]
 _KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 20_000)]
 _SERVER_OPTIONS = [
     *_KEEPALIVE,
@@ -41,6 +45,7 @@ _SERVER_OPTIONS = [
 ]
 _CLIENT_OPTIONS = [
     *_KEEPALIVE,
+    *_BACK_OFF,
     ("grpc.max_send_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
 ]
@@ -50,6 +55,23 @@ _STATUS = {
     "round_closed": grpc.StatusCode.FAILED_PRECONDITION,
     "step_timeout": grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+_NUDGE_S = 0.5
+_CERTIFICATES = "run config: tail-root-certificates"
+_CAUSES = {
+    "certificate has expired": "the tail's certificate has expired (run config: tail-certificate)",
+    "CERTIFICATE_VERIFY_FAILED": f"no authority that this client trusts signed its certificate ({_CERTIFICATES})",
+    "Hostname Verification": "the tail's certificate is for another host than that (run config: tail-address)",
+    "WRONG_VERSION_NUMBER": f"this client speaks TLS, and the tail does not ({_CERTIFICATES})",
+    "Connection refused": "nobody listens there",
+    "resolv|lookup|DNS": "that name does not resolve",
+    "Socket closed|reset": "the connection is closed at once; perhaps the tail speaks TLS (run config: "
+    "tail-root-certificates), or asks for a certificate (tail-client-certificate)",
+}
+"""what gRPC says of a connection that fails (a pattern), and what it means"""
+_KNOWN_AT_ONCE = re.compile("CERTIFICATE_VERIFY_FAILED|Hostname Verification|WRONG_VERSION_NUMBER")
+"""nothing that a little patience would help"""
+_BROKEN = re.compile(r"RST_STREAM|Stream removed|GOAWAY", re.IGNORECASE)
+"""how gRPC says that a connection broke, where it does not say UNAVAILABLE"""
 _LONGEST_DETAILS = 1500
 """characters: they travel in HTTP/2 trailers"""
 _log = logging.getLogger("hsplit_flwr")
@@ -70,6 +92,8 @@ class ServiceConfig:
     """what the tail encodes their gradients by"""
     frames_ahead: int = 0
     """of one client, taken in while the tail computes on the one before"""
+    reconnect_grace_s: float = 0.0
+    """how long a client whose connection broke may take to come back to its round; 0: it may not"""
     certificate: Path | None = None
     """PEM certificate chain; with `private_key` it turns on TLS"""
     private_key: Path | None = None
@@ -123,8 +147,12 @@ class _GrpcCaller:
 
     def __init__(self, context: Any) -> None:
         self._context = context
-        self.on_gone: Callable[[Callable[[], object]], None] = context.add_callback
         self.end: Callable[[], None] = context.cancel
+
+    def on_gone(self, action: Callable[[], object]) -> None:
+        """See `Caller`."""
+        if not self._context.add_callback(action):
+            action()  # it is gone already, and gRPC will not say so again
 
     @property
     def token(self) -> str:
@@ -247,6 +275,8 @@ class GrpcStream:
     def close(self) -> None:
         """See `FrameStream`."""
         self._outbox.put(None)
+        with suppress(grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError):
+            self._replies.result(FAREWELL_S)  # closed at once, what was sent last might not arrive
         self._channel.close()
 
 
@@ -254,21 +284,46 @@ def _wait_for_connection(channel: Any, address: str) -> None:
     states: queue.SimpleQueue[grpc.ChannelConnectivity] = queue.SimpleQueue()
     started = time.monotonic()
     end = started + CONNECT_S
+    cause = ""
     channel.subscribe(states.put, try_to_connect=True)
     try:
-        while (state := states.get(timeout=max(0.0, end - time.monotonic()))) != grpc.ChannelConnectivity.READY:
+        while not _KNOWN_AT_ONCE.search(cause) and (left_s := end - time.monotonic()) > 0:
+            try:
+                state = states.get(timeout=min(left_s, _NUDGE_S))
+            except queue.Empty:
+                if left_s > 2 * _NUDGE_S:
+                    _nudge(channel)
+                continue
+            if state == grpc.ChannelConnectivity.READY:
+                return
             if state == grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+                cause = _why_unreachable(channel)
                 end = min(end, time.monotonic() + PATIENCE_S)
-    except queue.Empty:
-        waited = time.monotonic() - started
-        raise ExchangeError(
-            "tail_unreachable",
-            f"Expected a tail at {address}, found none within {waited:.0f} s: {_why_unreachable(channel)}. Check that "
-            "this address can be reached from the client (tail-address) and that both sides agree on TLS "
-            "(tail-root-certificates, and tail-client-certificate where the tail asks for one).",
-        ) from None
     finally:
         channel.unsubscribe(states.put)
+    waited_s = time.monotonic() - started
+    raise ExchangeError(
+        "tail_unreachable",
+        f"Expected a tail at {address}, found none within {waited_s:.0f} s: {_described(cause or _why_unreachable(channel))}. "
+        "Check that this address can be reached from the client (tail-address) and that both sides agree on TLS "
+        "(tail-root-certificates, and tail-client-certificate where the tail asks for one).",
+    )
+
+
+def _nudge(channel: Any) -> None:
+    """Let a channel connect that is idle: it was connected and cut in a moment, and waits for somebody to call."""
+    channel.subscribe(_ignore, try_to_connect=True)
+    channel.unsubscribe(_ignore)
+
+
+def _ignore(state: grpc.ChannelConnectivity) -> None:
+    """Take no notice."""
+
+
+def _described(cause: str) -> str:
+    """What gRPC says, and before it what that means."""
+    meaning = next((words for pattern, words in _CAUSES.items() if re.search(pattern, cause, re.IGNORECASE)), None)
+    return f"{meaning} ({cause})" if meaning else cause or "no answer"
 
 
 def _why_unreachable(channel: Any) -> str:
@@ -279,7 +334,7 @@ def _why_unreachable(channel: Any) -> str:
         status: Any = error
         if status.code() == grpc.StatusCode.UNAVAILABLE:
             return str(status.details())
-    return "no answer"
+    return ""
 
 
 def _as_exchange_error(error: Any) -> ExchangeError:
@@ -301,4 +356,6 @@ def _as_exchange_error(error: Any) -> ExchangeError:
         return ExchangeError("round_timeout", "The round's time limit is over. Raise the round timeout.")
     if code == grpc.StatusCode.CANCELLED:
         return ExchangeError("round_closed", "The server closed the round.")
-    return ExchangeError("tail_lost", f"Lost the connection to the tail: {code.name}: {details}")
+    if code == grpc.StatusCode.UNAVAILABLE or _BROKEN.search(details):
+        return ExchangeError("tail_lost", f"Lost the connection to the tail: {code.name}: {details}")
+    return ExchangeError("tail_failed", f"The tail failed: {code.name}: {details}. See the server's log.")

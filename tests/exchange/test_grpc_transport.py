@@ -270,22 +270,44 @@ def test_a_client_hears_soon_why_there_is_no_tail(
     certificates: tuple[Path, Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each client waited for 20 s and heard of nothing but reachability and TLS."""
-    certificate, key, other = certificates
+    certificate, key, _ = certificates
     monkeypatch.setattr(grpc_transport, "PATIENCE_S", 0.2)
-    with listening() as plain, listening(config=ServiceConfig(certificate=certificate, private_key=key)) as secure:
+    with listening(config=ServiceConfig(certificate=certificate, private_key=key)) as secure:
         cases = [
-            (nobody(), None, "Connection refused"),
-            ("no-such-host.invalid:1", None, "resol|name|hostname"),
-            (plain.address, other, "[Hh]andshake failed"),
-            (secure.address, other, "CERTIFICATE_VERIFY_FAILED"),
+            (nobody(), None, r"nobody listens there \(.*Connection refused"),
+            ("no-such-host.invalid:1", None, r"that name does not resolve \(.*(resol|name|hostname)"),
+            (secure.address, None, "perhaps the tail speaks TLS .*tail-root-certificates"),
         ]
         for address, roots, cause in cases:
             started = time.monotonic()
-            with pytest.raises(ExchangeError, match=f"Expected a tail at {address}, found none .*({cause})") as refusal:
+            with pytest.raises(ExchangeError, match=f"Expected a tail at {address}, found none .*{cause}") as refusal:
                 opened(address, roots=roots)
             assert refusal.value.code == "tail_unreachable"
             assert time.monotonic() - started < SOON_S
         opened(secure.address, roots=certificate.read_bytes()).close()
+
+
+@pytest.mark.parametrize(
+    ("served", "trusted", "cause"),
+    [
+        (None, "other", r"this client speaks TLS, and the tail does not .*[Hh]andshake failed"),
+        ("tail", "other", "no authority that this client trusts signed .*CERTIFICATE_VERIFY_FAILED"),
+        ("expired", "expired", r"the tail's certificate has expired \(run config: tail-certificate\)"),
+        ("elsewhere", "elsewhere", r"is for another host than that \(run config: tail-address\)"),
+    ],
+    ids=["TLS against plain", "wrong authority", "expired", "host name"],
+)
+def test_what_no_patience_would_help_is_said_at_once(
+    certificate_files: Path, served: str | None, trusted: str, cause: str
+) -> None:
+    files = (certificate_files / f"{served}.pem", certificate_files / f"{served}.key") if served else (None, None)
+    config = ServiceConfig(certificate=files[0], private_key=files[1])
+    with listening(config=config) as listener:
+        started = time.monotonic()
+        with pytest.raises(ExchangeError, match=f"Expected a tail at {listener.address}, found none .*{cause}") as no:
+            opened(listener.address, roots=(certificate_files / f"{trusted}.pem").read_bytes())
+        assert no.value.code == "tail_unreachable"
+        assert time.monotonic() - started < grpc_transport.PATIENCE_S
 
 
 def test_a_tail_that_comes_up_late_is_found() -> None:
