@@ -1,4 +1,8 @@
-"""Who may take part in a round: one-time tokens, and what each client did with its own."""
+"""Who may take part in a round: one-time tokens, and what each client did with its own.
+
+Whoever uses a token first owns it. It may add a key of its own making to it (``token.key``), and only who shows that
+key may use the token again, to come back after its connection broke: at any time, since the tail may not have noticed.
+"""
 
 import secrets
 import threading
@@ -7,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.exchange.stay import Stay
 from hsplit_flwr.exchange.task import Mode
 from hsplit_flwr.exchange.task_limits import LONGEST_S
 from hsplit_flwr.exchange.transport import Caller
@@ -42,6 +47,13 @@ class Ticket:
     nll: float = 0.0
     """summed loss of those tokens, nats"""
     errors: list[str] = field(default_factory=list)
+    key: str = field(default="", repr=False, compare=False)
+    """what its owner added to the token; empty: it does not come back"""
+    stay: Stay = field(init=False, repr=False, compare=False)
+    """what outlives its streams"""
+
+    def __post_init__(self) -> None:
+        self.stay = Stay(self.client)
 
     def count(self, nll: float, tokens: int, *, ends_step: bool = True) -> None:
         """Note a step that was answered, or a part of it."""
@@ -51,9 +63,14 @@ class Ticket:
 
 
 class Admission:
-    """The tokens of the open round, and the streams that were let in with them. Safe to use from many threads."""
+    """The tokens of the open round, and the streams that were let in with them. Safe to use from many threads.
 
-    def __init__(self) -> None:
+    Args:
+        returns: clients may come back after their connections broke.
+    """
+
+    def __init__(self, *, returns: bool = True) -> None:
+        self._returns = returns
         self._lock = threading.Lock()
         self._tickets: dict[str, Ticket] = {}
         self._callers: dict[str, Caller] = {}
@@ -112,7 +129,17 @@ class Admission:
             callers = list(self._callers.values())
         for caller in callers:
             caller.end()
+        for ticket in tickets.values():
+            ticket.stay.end()
         return {ticket.client: ticket for ticket in tickets.values()}
+
+    def answered(self, client: str) -> None:
+        """`client` is done with its task: if its connection is broken, it will not come back."""
+        with self._lock:
+            stays = [ticket.stay for ticket in self._tickets.values() if ticket.client == client]
+        for stay in stays:
+            if stay.is_away:
+                stay.end()
 
     @contextmanager
     def admit(self, caller: Caller) -> Iterator[Ticket]:
@@ -121,20 +148,28 @@ class Admission:
         Raises:
             ExchangeError: ``unauthenticated`` or ``no_deadline``; the latter leaves the token good.
         """
-        token = caller.token
+        token, _, key = caller.token.partition(".")
         with self._lock:
             ticket = self._tickets.get(token)
-            if ticket is None or ticket.used:
+            if ticket is None or (ticket.used and not self._is_back(ticket, key)):
                 found = "a used one" if ticket else "an unknown one"
                 raise ExchangeError(
                     "unauthenticated", f"Expected an unused token of the open round, found {found}. Ask for a new task."
                 )
             if caller.seconds_left > LONGEST_S:  # none was set: gRPC's books show 9e18 s
                 raise ExchangeError("no_deadline", "Expected a deadline on the stream, found none. Set a timeout.")
-            ticket.used = True
+            ticket.used, ticket.key = True, key
+            replaced = self._callers.get(token)
             self._callers[token] = caller
+        if replaced:
+            replaced.end()
         try:
             yield ticket
         finally:
             with self._lock:
-                del self._callers[token]
+                if self._callers.get(token) is caller:
+                    del self._callers[token]
+
+    def _is_back(self, ticket: Ticket, key: str) -> bool:
+        """Whether `key` is that of the ticket's owner."""
+        return self._returns and bool(key) and secrets.compare_digest(key.encode(), ticket.key.encode())

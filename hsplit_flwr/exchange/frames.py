@@ -8,6 +8,9 @@ answer; a head may send further parts before it has them.
     head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none),
                              `own`: the round whose adapters of its own it still holds (0: none)
     tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come)
+    head -> tail   resume    no tensors; `hello` after a broken connection; header `step`, `part`: the oldest without an
+                             answer. It is sent again next, and so are those after it
+    head -> tail   leave     no tensors; the last frame of a head that may come back: without it, the connection broke
     head -> tail   train     activations, mask and labels of a batch or of a part of it (`batches.py`); header `part`,
                              `parts`
     tail -> head   gradient  the activations' gradient of the mean loss of what was sent; header `loss`, `tokens`
@@ -37,7 +40,7 @@ from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.task import PROTOCOL_VERSION
 
-KINDS = ("hello", "delta", "train", "gradient", "evaluate", "score", "probe")
+KINDS = ("hello", "delta", "resume", "leave", "train", "gradient", "evaluate", "score", "probe")
 MAX_HEADER_BYTES = 1 << 20
 HEADER_CHARACTERS = 512
 """headers are padded to it with spaces, so that the digits of a loss do not change a frame's size"""

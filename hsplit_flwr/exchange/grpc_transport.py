@@ -304,7 +304,8 @@ def _wait_for_connection(channel: Any, address: str) -> None:
     waited_s = time.monotonic() - started
     raise ExchangeError(
         "tail_unreachable",
-        f"Expected a tail at {address}, found none within {waited_s:.0f} s: {_described(cause or _why_unreachable(channel))}. "
+        f"Expected a tail at {address}, found none within {waited_s:.0f} s: "
+        f"{_described(cause or _why_unreachable(channel))}. "
         "Check that this address can be reached from the client (tail-address) and that both sides agree on TLS "
         "(tail-root-certificates, and tail-client-certificate where the tail asks for one).",
     )

@@ -1,13 +1,20 @@
-"""The tail as a client sees it: a `TailSession` over one stream of frames. Contract: `exchange/frames.py`."""
+"""The tail as a client sees it: a `TailSession` over a stream of frames. Contract: `exchange/frames.py`.
 
+Where the connection breaks, another stream goes on at the step where the client is (`Absence`): what has no answer is
+sent again.
+"""
+
+import secrets
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError, ExchangeError
+from hsplit_flwr.exchange.absence import Absence
 from hsplit_flwr.exchange.batches import batch_tensors, check_gradient
 from hsplit_flwr.exchange.codecs import codec_named
 from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler, rounding_seed
@@ -15,6 +22,8 @@ from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import Connect, FrameStream
 from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession, is_measured
+
+Answer = TypeVar("Answer")
 
 
 class DeltaTensors(NamedTuple):
@@ -27,16 +36,18 @@ class DeltaTensors(NamedTuple):
 
 
 class _Unanswered(NamedTuple):
-    """A part whose gradient has not come."""
+    """A part whose answer has not come."""
 
     part: BatchPart
+    frame: bytes
+    """sent again if the connection breaks"""
     positions: Tensor
     """(B, T) that travel"""
     hidden_size: int
 
 
 class RemoteTail(TailSession):
-    """One client's stream for one round. Use as a context manager; first `fetch_delta`, then the steps.
+    """One client's way to the tail for one round. Use as a context manager; first `fetch_delta`, then the steps.
 
     Args:
         task: what the Strategy sent.
@@ -57,7 +68,13 @@ class RemoteTail(TailSession):
         self._max_bytes = max_receive_bytes
         self._max_delta_bytes = max_delta_bytes
         self._connect = connect
+        self._returns = task.reconnect_grace_s > 0
+        self._token = f"{task.token}.{secrets.token_urlsafe(32)}" if self._returns else task.token
+        """with a key of this client's own where it may come back, see `exchange/admission.py`"""
+        self._absence = Absence(task.reconnect_grace_s)
+        self._began = 0.0
         self._stream: FrameStream | None = None
+        self._joined = False
         self._unanswered: deque[_Unanswered] = deque()
         self.bytes_up = 0
         self.bytes_down = 0
@@ -68,8 +85,8 @@ class RemoteTail(TailSession):
         Raises:
             ExchangeError: ``tail_unreachable``.
         """
-        task = self._task
-        self._stream = self._connect(task.address, task.token, task.time_limit_s, self._max_bytes)
+        self._began = time.monotonic()
+        self._open_stream(self._task.time_limit_s)
         return self
 
     def __exit__(
@@ -80,8 +97,12 @@ class RemoteTail(TailSession):
 
     def close(self) -> None:
         """See `TailSession`."""
-        if self._stream:
-            self._stream.close()
+        if self._stream is None:
+            return
+        if self._joined and self._returns:
+            self._send(encode(self._header("leave")))
+        self._stream.close()
+        self._stream = None
 
     def fetch_delta(
         self, have: int, aside: Callable[[Tensor], Tensor] = lambda tensor: tensor, own: int = 0
@@ -96,7 +117,36 @@ class RemoteTail(TailSession):
         Raises:
             AggregationError: more bytes come than `max_delta_bytes`.
         """
-        self._send(self._header("hello", have=have, own=own))
+        hello = encode(self._header("hello", have=have, own=own))
+        delta = self._until_answered(lambda: self._received_delta(hello, aside))
+        self._joined = True
+        return delta
+
+    def probe(self, bytes_up: int, bytes_down: int) -> None:
+        """Send so many bytes and get so many back; only with a task to ``probe``."""
+        probe = encode(self._header("probe", left=bytes_down), probe_filler(bytes_up))
+        self._until_answered(lambda: self._received_probe(probe))
+
+    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        """See `TailSession`."""
+        self._send_batch("train", part, activations, attention_mask, labels)
+
+    def receive_part(self) -> StepReply:
+        """See `TailSession`."""
+        sent, (header, tensors) = self._answered("gradient")
+        # Where importance is measured there is always one; elsewhere the head says whether it can do without.
+        due = bool(tensors) or is_measured(sent.part, self._task.training.importance_steps)
+        gradient = check_gradient(tensors, sent.positions, sent.hidden_size, self._down) if due else None
+        return StepReply(gradient, header.loss, header.tokens)
+
+    def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
+        """See `TailSession`."""
+        self._send_batch("evaluate", BatchPart(step), activations, attention_mask, labels)
+        _, (header, _) = self._answered("score")
+        return ScoreReply(header.nll, header.tokens)
+
+    def _received_delta(self, hello: bytes, aside: Callable[[Tensor], Tensor]) -> DeltaTensors:
+        self._send(hello)
         frame = self._receive("delta")
         tensors = {key: aside(tensor) for key, tensor in frame.tensors.items()}
         for left in reversed(range(frame.header.left)):
@@ -107,41 +157,65 @@ class RemoteTail(TailSession):
         _check_bytes(tensors, self._max_delta_bytes)
         return DeltaTensors(frame.header.version, frame.header.whole, tensors)
 
-    def probe(self, bytes_up: int, bytes_down: int) -> None:
-        """Send so many bytes and get so many back; only with a task to ``probe``."""
-        self._send(self._header("probe", left=bytes_down), probe_filler(bytes_up))
+    def _received_probe(self, probe: bytes) -> None:
+        self._send(probe)
         self._receive("probe")
 
-    def send_part(self, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
-        """See `TailSession`."""
-        header = self._header("train", step=part.step, part=part.number, parts=part.parts)
-        self._send_batch(header, activations, attention_mask, labels)
-        self._unanswered.append(_Unanswered(part, traveling(attention_mask, labels), activations.shape[-1]))
+    def _send_batch(
+        self, kind: str, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> None:
+        header = self._header(kind, step=part.step, part=part.number, parts=part.parts)
+        frame = encode(header, batch_tensors(activations, attention_mask, labels, self._up, rounding_seed(header)))
+        positions = traveling(attention_mask, labels)
+        self._unanswered.append(_Unanswered(part, frame, positions, activations.shape[-1]))
+        self._send(frame)
 
-    def receive_part(self) -> StepReply:
-        """See `TailSession`."""
-        part, positions, hidden_size = self._unanswered.popleft()
-        header, tensors = self._receive("gradient", step=part.step, part=part.number)
-        # Where importance is measured there is always one; elsewhere the head says whether it can do without.
-        due = bool(tensors) or is_measured(part, self._task.training.importance_steps)
-        gradient = check_gradient(tensors, positions, hidden_size, self._down) if due else None
-        return StepReply(gradient, header.loss, header.tokens)
+    def _answered(self, kind: str) -> tuple[_Unanswered, Frame]:
+        """The oldest part without an answer, and its answer of `kind`."""
+        sent = self._unanswered[0]
+        frame = self._until_answered(lambda: self._receive(kind, step=sent.part.step, part=sent.part.number))
+        return self._unanswered.popleft(), frame
 
-    def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
-        """See `TailSession`."""
-        self._send_batch(self._header("evaluate", step=step), activations, attention_mask, labels)
-        header, _ = self._receive("score", step=step)
-        return ScoreReply(header.nll, header.tokens)
+    def _until_answered(self, exchange: Callable[[], Answer]) -> Answer:
+        """What `exchange` returns; it begins anew on another stream as often as the connection breaks."""
+        while True:
+            try:
+                answer = exchange()
+            except ExchangeError as error:
+                self._come_back(error)
+            else:
+                self._absence.over()
+                return answer
 
-    def _send_batch(self, header: Header, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
-        self._send(header, batch_tensors(activations, attention_mask, labels, self._up, rounding_seed(header)))
+    def _come_back(self, error: ExchangeError) -> None:
+        """Connect again after `error`, and send what has no answer.
+
+        Raises:
+            ExchangeError: see `Absence.wait`.
+        """
+        while True:
+            self._absence.wait(error)
+            self._connected().close()
+            try:
+                self._open_stream(self._task.time_limit_s - (time.monotonic() - self._began))
+            except ExchangeError as further:
+                error = further
+            else:
+                break
+        if self._joined:
+            part = self._unanswered[0].part
+            self._send(encode(self._header("resume", step=part.step, part=part.number)))
+            for sent in self._unanswered:
+                self._send(sent.frame)
+
+    def _open_stream(self, limit_s: float) -> None:
+        self._stream = self._connect(self._task.address, self._token, limit_s, self._max_bytes)
 
     def _header(self, kind: str, **numbers: int) -> Header:
         task = self._task
         return Header(kind, task.run, task.round, task.client, task.plan.cut, **numbers)  # type: ignore[arg-type]
 
-    def _send(self, header: Header, tensors: dict[str, Tensor] | None = None) -> None:
-        frame = encode(header, tensors)
+    def _send(self, frame: bytes) -> None:
         self.bytes_up += len(frame)
         self._connected().send(frame)
 

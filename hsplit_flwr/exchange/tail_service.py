@@ -1,12 +1,12 @@
 """The tail for remote heads: who comes in (`Admission`), what is said (`TailProtocol`), how it travels (a transport).
 
-One stream per client and round. A client identifies itself with a one-time token that the server sent it inside its
-Flower task. What the frames say: `exchange/frames.py`.
+One stream per client and round, and another one where its connection breaks (`Stay`). A client identifies itself with a
+one-time token that the server sent it inside its Flower task. What the frames say: `exchange/frames.py`.
 """
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import closing
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_he
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.read_ahead import read_ahead
+from hsplit_flwr.exchange.stay import StreamReplacedError
 from hsplit_flwr.exchange.task import Mode
 from hsplit_flwr.exchange.transport import Caller, transport_of
 from hsplit_flwr.lora.delta_update import OwnRound
@@ -32,6 +33,8 @@ _log = logging.getLogger("hsplit_flwr")
 DeltaSource = Callable[[int, int, OwnRound | None], tuple[int, bool, dict[str, Tensor]]]
 """(version the client holds, its cut, what it holds of its own training) -> (version it gets to, whether that is the
 whole delta, tensors)"""
+OnGone = Callable[[Callable[[float], None]], object]
+"""told once what to call when the stream is gone, with the seconds that its client has to come back"""
 
 
 class Sizes(Protocol):
@@ -70,6 +73,8 @@ class TailProtocol:
         activation_codec: what comes up.
         gradient_codec: what goes down.
         max_frame_bytes: larger frames are refused unread, and batches that would need one if they had no padding.
+        grace_s: how long a client may take to come back when its frames end without its leave; 0: it leaves, too.
+        kept_answers: of one client, for when it comes back: as many as it may have no answer to.
     """
 
     def __init__(
@@ -81,6 +86,8 @@ class TailProtocol:
         activation_codec: Codec,
         gradient_codec: Codec,
         max_frame_bytes: int,
+        grace_s: float = 0.0,
+        kept_answers: int = 0,
     ) -> None:
         self._tail = tail
         self._deltas = deltas
@@ -88,37 +95,59 @@ class TailProtocol:
         self._up = activation_codec
         self._down = gradient_codec
         self._max_frame_bytes = max_frame_bytes
+        self._grace_s = grace_s
+        self._kept_answers = kept_answers
 
-    def serve(
-        self,
-        frames: Iterable[bytes],
-        ticket: Ticket,
-        on_gone: Callable[[Callable[[], None]], object] = lambda leave: None,
-    ) -> Iterator[bytes]:
+    def serve(self, frames: Iterable[bytes], ticket: Ticket, on_gone: OnGone = lambda leave: None) -> Iterator[bytes]:
         """The tail's answers to the frames of the client that `ticket` admits; notes its traffic there.
 
         Args:
-            frames: the client's, until it leaves.
+            frames: the client's, until it leaves or its connection breaks.
             ticket: its own.
-            on_gone: told what to call if the client vanishes while its step waits for the others.
+            on_gone: told what to call, and with how many seconds to come back, if the client vanishes while its step
+                waits for the others.
 
         Raises:
             ExchangeError: a frame was refused, or the tail could not answer it; the client's round is over.
         """
-        received = self._received(frames, ticket)
+        stream = ticket.stay.arrive()
+        try:
+            yield from self._stream(self._received(frames, ticket), ticket, stream, on_gone)
+        except StreamReplacedError:
+            return
+        except Exception as error:
+            ticket.stay.leave(stream, error if isinstance(error, ExchangeError) else None)
+            raise
+        ticket.stay.break_off(stream, self._grace_s)
+
+    def _stream(self, received: Iterator[Frame], ticket: Ticket, stream: int, on_gone: OnGone) -> Iterator[bytes]:
         if ticket.mode == "probe":
             yield from self._echo(received, ticket)
             return
         hello = next(received, None)
         if hello is None:
             return
-        self._expect(hello, ticket, "hello")
-        yield from self._delta(hello.header, ticket)
-        with closing(self._session(ticket)) as session:
-            on_gone(session.close)
-            for frame in received:
-                self._expect(frame, ticket, ticket.mode)
-                yield self._sent(self._answer(session, frame, ticket), ticket)
+        is_back = hello.header.kind == "resume"
+        self._expect(hello, ticket, "resume" if is_back else "hello")
+        if not is_back:
+            yield from self._delta(hello.header, ticket)
+        at = (hello.header.step, hello.header.part) if is_back else None
+        owed = ticket.stay.join(stream, partial(self._session, ticket), at)
+        on_gone(partial(ticket.stay.break_off, stream))
+        for frame in received:
+            if frame.header.kind == "leave":
+                self._expect(frame, ticket, "leave")
+                ticket.stay.leave(stream)
+                return
+            self._expect(frame, ticket, ticket.mode)
+            step, part = frame.header.step, frame.header.part
+            if owed:
+                expect_header(frame.header, step=owed[0].step, part=owed[0].part)
+                answer = owed.popleft().frame
+            else:
+                compute = partial(self._answer, frame=frame, ticket=ticket)
+                answer = ticket.stay.answer(stream, step, part, compute, self._kept_answers)
+            yield self._sent(answer, ticket)
 
     def _received(self, frames: Iterable[bytes], ticket: Ticket) -> Iterator[Frame]:
         for frame in frames:
@@ -172,6 +201,8 @@ class TailProtocol:
             session.send_part(part, *batch)
             reply = session.receive_part()
             ticket.count(reply.loss * reply.tokens, reply.tokens, ends_step=part.is_last)
+            if ticket.steps == ticket.max_steps:
+                session.close()  # nobody waits for it any more, though its goodbye be lost with its connection
             answer = self._header(
                 "gradient", ticket, step=part.step, part=part.number, loss=reply.loss, tokens=reply.tokens
             )
@@ -214,9 +245,12 @@ class TailService:
             activation_codec=codec_named(config.activation_codec),
             gradient_codec=codec_named(config.gradient_codec),
             max_frame_bytes=config.max_frame_bytes,
+            grace_s=config.reconnect_grace_s,
+            kept_answers=1 + config.frames_ahead if config.reconnect_grace_s > 0 else 0,
         )
         self._frames_ahead = config.frames_ahead
-        self._admission = Admission()
+        self._grace_s = config.reconnect_grace_s
+        self._admission = Admission(returns=config.reconnect_grace_s > 0)
         self._listener = transport_of(config.bind).listen(self._serve, config)
         self._listener.start()
 
@@ -243,6 +277,10 @@ class TailService:
         """See `Admission.open_probe`."""
         return self._admission.open_probe(node, round_number)
 
+    def answered(self, client: str) -> None:
+        """See `Admission.answered`."""
+        self._admission.answered(client)
+
     def close_round(self) -> dict[str, Ticket]:
         """See `Admission.close_round`."""
         return self._admission.close_round()
@@ -256,12 +294,17 @@ class TailService:
         ticket: Ticket | None = None
         try:
             with self._admission.admit(caller) as ticket:
-                yield from self._protocol.serve(read_ahead(frames, self._frames_ahead), ticket, caller.on_gone)
+                on_gone = partial(self._on_gone, caller)
+                yield from self._protocol.serve(read_ahead(frames, self._frames_ahead), ticket, on_gone)
         except ExchangeError as error:
             if ticket:
                 ticket.errors.append(str(error))
             _log.warning("tail: refused %s: %s", ticket.client if ticket else "an unknown client", error)
             raise
+
+    def _on_gone(self, caller: Caller, leave: Callable[[float], None]) -> None:
+        """Nobody comes back to a stream that has reached its deadline."""
+        caller.on_gone(lambda: leave(self._grace_s if caller.seconds_left > 0 else 0.0))
 
 
 def _bound_rows(ticket: Ticket, part: BatchPart, rows: int) -> None:

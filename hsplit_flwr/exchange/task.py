@@ -34,6 +34,8 @@ class RoundTask:
     """what the plan was made for; larger batches are refused"""
     common_start: bool = False
     """see `head_seed`"""
+    reconnect_grace_s: float = 0.0
+    """how long the client may take to come back when its connection breaks; 0: it may not"""
 
     @property
     def first_step(self) -> int:

@@ -65,6 +65,7 @@ def check_task(task: "RoundTask") -> None:
     _whole("max_frame_bytes", task.max_frame_bytes, 1, MOST_FRAME_BYTES)
     _number("time_limit_s", task.time_limit_s, LONGEST_S)
     _require(task.time_limit_s > 0, "time_limit_s", "> 0 s", task.time_limit_s)
+    _number("reconnect_grace_s", task.reconnect_grace_s, LONGEST_S)
     _check_plan(task)
     _check_training(asdict(task.training))
     for name, value in asdict(task.workload).items() if task.workload else ():

@@ -21,10 +21,10 @@ class FrameStream(Protocol):
         """Hand over a frame; does not wait until it has arrived."""
 
     def receive(self) -> bytes | None:
-        """The tail's next frame; None: the tail ended the stream. Raises `ExchangeError`."""
+        """The tail's next frame; None: the tail ended the stream. Raises `ExchangeError`; ``tail_lost``: it broke."""
 
     def close(self) -> None:
-        """End the stream and disconnect; may be called again."""
+        """End the stream once the tail has what was sent, and disconnect; may be called again."""
 
 
 class Caller(Protocol):

@@ -87,6 +87,9 @@ class LocalDoor:
         session = self._tail.join(task.client, ticket.cut, ticket.first_step, trains=ticket.trains)
         return _WireSession(session, ticket, self._wire)
 
+    def answered(self, client: str) -> None:
+        """Nobody's connection breaks here."""
+
     def close_round(self) -> dict[str, Ticket]:
         """End the round; returns what each client did."""
         tickets, self._tickets = self._tickets, {}

@@ -33,6 +33,9 @@ class Door(Protocol):
     def open_probe(self, node: str, round_number: int) -> str:
         """Admit a node that measures its link before round `round_number`; returns its one-time token."""
 
+    def answered(self, client: str) -> None:
+        """Note that `client` is done with its task: if its connection is broken, it will not come back."""
+
     def close_round(self) -> dict[str, Ticket]:
         """End the round; returns what each client did."""
 

@@ -91,6 +91,7 @@ class RoundServer:
         self._steps = StepNotes(options.get("on_step") or log_progress(training))
         self.tail_rounds = TailRounds(model, self._plans, training, limits, self._steps)
         self._tail = self.tail_rounds.tail
+        self._reconnect_grace_s = limits.reconnect_grace_s
         self._open_door = open_door
         self._door: Door | None = None
         self._max_frame_bytes = max_frame_bytes
@@ -142,8 +143,11 @@ class RoundServer:
         return tasks
 
     def answered(self, client: str) -> None:
-        """`client` has answered its task, well or badly: if it never joined the round, nobody waits for it any more."""
+        """`client` has answered its task, well or badly: if it never joined the round, or its connection is broken,
+        nobody waits for it any more."""
         self._tail.withdraw(client)
+        if self._door:
+            self._door.answered(client)
 
     def close_training(self, replies: Replies, failures: Sequence[str] = ()) -> RoundRecord:
         """End the training round: settle the tail, accept, merge, learn importance, measure health.
@@ -324,6 +328,7 @@ class RoundServer:
             training=self.training,
             workload=self._plans.workload,
             common_start=self.config.rule not in STACKING,
+            reconnect_grace_s=self._reconnect_grace_s,
         )
 
     def _settle_tail(self, replies: Replies, failures: Sequence[str]) -> dict[str, Accepted]:

@@ -11,6 +11,7 @@ from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_config import RoundOptions
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.planning.plans import Plans
+from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.tail import SharedTail
 
@@ -25,12 +26,13 @@ def flower_rounds(
     **options: Unpack[RoundOptions],
 ) -> RoundServer:
     """The rounds of a strategy, whose heads reach the tail over `service` (raises as `RoundServer`)."""
-    given = service or ServiceConfig()
+    given, limits = service or ServiceConfig(), options.get("limits") or BarrierLimits()
     config = replace(
         given,
         activation_codec=training.activation_codec,
         gradient_codec=training.gradient_codec,
         frames_ahead=training.parts_in_flight - 1,
+        reconnect_grace_s=limits.reconnect_grace_s,
     )
 
     def open_door(tail: SharedTail, model: GlobalModel, run: str) -> Door:

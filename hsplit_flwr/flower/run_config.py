@@ -27,7 +27,7 @@ INDECISIVE = frozenset(
         *("output-dir", "keep-checkpoints", "resume", "adapter-rank", "server-threads"),
         *("tail-bind", "tail-address", *TAIL, TAIL_ROOTS, CLIENT_ROOTS, *CLIENT, "log-samples"),
         *("min-nodes", "wait-for-nodes-s", "round-limit-s", "start-gate-s", "straggler-limit-s", "step-limit-s"),
-        "max-frame-mib",
+        *("max-frame-mib", "reconnect-grace-s"),
     )
 )
 """keys that a run which is resumed may have otherwise: they say where and how long, not what is computed"""

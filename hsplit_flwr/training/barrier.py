@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
-from hsplit_flwr.common.checks import require
+from hsplit_flwr.common.checks import is_at_least, require
 from hsplit_flwr.errors import ExchangeError
 
 Request = TypeVar("Request")
@@ -30,8 +30,12 @@ class BarrierLimits:
     straggler_limit_s: float = 30.0
     step_limit_s: float = 300.0
     """how long a client's request may wait for its answer at all"""
+    reconnect_grace_s: float = 30.0
+    """how long a client whose connection broke may take to come back to its round; until then it is waited for as
+    anybody who is late. 0: it leaves at once"""
 
     def __post_init__(self) -> None:
+        require(is_at_least(self.reconnect_grace_s, 0), "reconnect_grace_s", ">= 0 s", self.reconnect_grace_s)
         for name in ("start_gate_s", "straggler_limit_s", "step_limit_s"):
             require(getattr(self, name) > 0, name, "> 0 s", getattr(self, name))
 

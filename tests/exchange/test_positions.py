@@ -132,8 +132,9 @@ def session_of(tail: SharedTail, cut: int, mode: Mode, way: Way, training: Train
     workload = Workload(ROWS, WIDTH)
     task = RoundTask("run", 1, "0", mode, "", "", 60.0, 1 << 22, ClientPlan(cut, LORA), training)
     if way == "frames":
-        codecs = {"activation_codec": CODECS[up], "gradient_codec": CODECS[down]}
-        protocol = TailProtocol(tail, no_delta, "run", **codecs, max_frame_bytes=1 << 20)
+        protocol = TailProtocol(
+            tail, no_delta, "run", activation_codec=CODECS[up], gradient_codec=CODECS[down], max_frame_bytes=1 << 20
+        )
         ticket = Ticket(client="0", round=1, mode=mode, cut=cut, first_step=0, workload=workload)
         with RemoteTail(task, 1 << 22, lambda *_: Direct(protocol, ticket)) as remote:
             remote.fetch_delta(0)

@@ -84,6 +84,7 @@ def test_every_key_arrives() -> None:
             "max-frame-mib": 3,
             "start-gate-s": 1,
             "straggler-limit-s": 2.5,
+            "reconnect-grace-s": 4.5,
             "rounds": 7,
             "local-steps": 8,
             "learning-rate": 1,
@@ -141,7 +142,7 @@ def test_every_key_arrives() -> None:
         private_key=Path("tls/key.pem"),
         client_root_certificates=Path("tls/ca.pem"),
     )
-    assert settings.limits == BarrierLimits(start_gate_s=1.0, straggler_limit_s=2.5)
+    assert settings.limits == BarrierLimits(start_gate_s=1.0, straggler_limit_s=2.5, reconnect_grace_s=4.5)
     assert (settings.server_threads, settings.adapter_rank, settings.log_samples) == (2, 16, True)
     assert settings.output_dir == Path.cwd() / "somewhere"  # where Flower puts the app must not matter
 

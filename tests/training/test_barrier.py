@@ -362,6 +362,13 @@ def test_waiting_times_must_be_positive(name: str, value: float) -> None:
         BarrierLimits(**{name: value})
 
 
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_a_grace_period_may_be_none_but_not_endless(value: float) -> None:
+    assert BarrierLimits(reconnect_grace_s=0.0).reconnect_grace_s == 0.0
+    with pytest.raises(ConfigError, match=rf"reconnect_grace_s >= 0 s, found {value} .*reconnect-grace-s"):
+        BarrierLimits(reconnect_grace_s=value)
+
+
 # ---------------------------------------------------------------------------------------------- in real time
 
 
