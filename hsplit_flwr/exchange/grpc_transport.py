@@ -22,6 +22,7 @@ from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.exchange.addresses import listening_address, why_not_bound
 from hsplit_flwr.exchange.tls_files import CLIENT_ROOTS, ClientTls, read_certificates, read_pair
 from hsplit_flwr.exchange.transport import Serve
+from hsplit_flwr.exchange.unreachable import described, is_final
 
 SERVICE, METHOD = "hsplit_flwr.Tail", "Exchange"
 SCHEME = "grpc://"
@@ -56,20 +57,6 @@ _STATUS = {
     "step_timeout": grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 _NUDGE_S = 0.5
-_CERTIFICATES = "run config: tail-root-certificates"
-_CAUSES = {
-    "certificate has expired": "the tail's certificate has expired (run config: tail-certificate)",
-    "CERTIFICATE_VERIFY_FAILED": f"no authority that this client trusts signed its certificate ({_CERTIFICATES})",
-    "Hostname Verification": "the tail's certificate is for another host than that (run config: tail-address)",
-    "WRONG_VERSION_NUMBER": f"this client speaks TLS, and the tail does not ({_CERTIFICATES})",
-    "Connection refused": "nobody listens there",
-    "resolv|lookup|DNS": "that name does not resolve",
-    "Socket closed|reset": "the connection is closed at once; perhaps the tail speaks TLS (run config: "
-    "tail-root-certificates), or asks for a certificate (tail-client-certificate)",
-}
-"""what gRPC says of a connection that fails (a pattern), and what it means"""
-_KNOWN_AT_ONCE = re.compile("CERTIFICATE_VERIFY_FAILED|Hostname Verification|WRONG_VERSION_NUMBER")
-"""nothing that a little patience would help"""
 _BROKEN = re.compile(r"RST_STREAM|Stream removed|GOAWAY", re.IGNORECASE)
 """how gRPC says that a connection broke, where it does not say UNAVAILABLE"""
 _LONGEST_DETAILS = 1500
@@ -287,7 +274,7 @@ def _wait_for_connection(channel: Any, address: str) -> None:
     cause = ""
     channel.subscribe(states.put, try_to_connect=True)
     try:
-        while not _KNOWN_AT_ONCE.search(cause) and (left_s := end - time.monotonic()) > 0:
+        while not is_final(cause) and (left_s := end - time.monotonic()) > 0:
             try:
                 state = states.get(timeout=min(left_s, _NUDGE_S))
             except queue.Empty:
@@ -305,7 +292,7 @@ def _wait_for_connection(channel: Any, address: str) -> None:
     raise ExchangeError(
         "tail_unreachable",
         f"Expected a tail at {address}, found none within {waited_s:.0f} s: "
-        f"{_described(cause or _why_unreachable(channel))}. "
+        f"{described(cause or _why_unreachable(channel))}. "
         "Check that this address can be reached from the client (tail-address) and that both sides agree on TLS "
         "(tail-root-certificates, and tail-client-certificate where the tail asks for one).",
     )
@@ -319,12 +306,6 @@ def _nudge(channel: Any) -> None:
 
 def _ignore(state: grpc.ChannelConnectivity) -> None:
     """Take no notice."""
-
-
-def _described(cause: str) -> str:
-    """What gRPC says, and before it what that means."""
-    meaning = next((words for pattern, words in _CAUSES.items() if re.search(pattern, cause, re.IGNORECASE)), None)
-    return f"{meaning} ({cause})" if meaning else cause or "no answer"
 
 
 def _why_unreachable(channel: Any) -> str:

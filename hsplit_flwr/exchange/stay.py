@@ -13,6 +13,8 @@ from typing import NamedTuple
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.training.session import TailSession
 
+MOST_STREAMS = 1000
+"""of a client in a round: each may begin with a whole delta"""
 _log = logging.getLogger("hsplit_flwr")
 
 
@@ -68,6 +70,12 @@ class Stay:
             if self._over:
                 left = ExchangeError("unauthenticated", "Expected a client of the open round, found one that left it.")
                 raise self._error or left
+            if self._stream == MOST_STREAMS:
+                raise ExchangeError(
+                    "too_many_streams",
+                    f"Expected at most {MOST_STREAMS} streams of a client in a round, found one more. "
+                    "Mend the connection, or make rounds shorter (local-steps).",
+                )
             self._stream += 1
             if self._timer:
                 self._timer.cancel()

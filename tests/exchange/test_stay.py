@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.exchange import stay as stay_module
 from hsplit_flwr.exchange.stay import Stay, StreamReplacedError
 from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
 
@@ -153,6 +154,16 @@ def test_the_grace_period_ends_a_stay_unless_the_client_is_back() -> None:
     with pytest.raises(ExchangeError, match=r"within 0\.01 s .*Raise reconnect-grace-s") as refusal:
         stay.arrive()
     assert refusal.value.code == "too_late"
+
+
+def test_nobody_comes_back_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stay_module, "MOST_STREAMS", 3)
+    stay = Stay("a")
+    for _ in range(3):
+        stay.arrive()
+    with pytest.raises(ExchangeError, match="at most 3 streams") as refusal:
+        stay.arrive()
+    assert refusal.value.code == "too_many_streams"
 
 
 def test_who_left_does_not_come_back() -> None:

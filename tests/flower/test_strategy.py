@@ -8,6 +8,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hsplit_flwr.common.reasons import describe_failure
-from hsplit_flwr.errors import ConfigError, RunFailedError
-from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.errors import ConfigError, ExchangeError, RunFailedError
+from hsplit_flwr.exchange.grpc_transport import ServiceConfig, connect
 from hsplit_flwr.exchange.remote_tail import DeltaTensors, RemoteTail
 from hsplit_flwr.exchange.tail_service import TailService
 from hsplit_flwr.exchange.task import RoundTask
@@ -48,6 +49,7 @@ from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import train_head
 from hsplit_flwr.training.workload import Workload
+from tests.helpers.cuttable_proxy import CuttableProxy
 from tests.helpers.federation import (
     Batch,
     Fault,
@@ -522,6 +524,22 @@ def test_what_is_averaged_starts_alike(model: Path, rule: str, starts: int) -> N
     tasks = [RoundTask.from_json(str(ins.config[TASK_KEY])) for _, ins in told]
     strategy.close()
     assert len({task.adapter_seed for task in tasks}) == starts
+
+
+def test_a_client_whose_connection_breaks_is_let_in_again(model: Path, strategy: HSplitLoRAStrategy) -> None:
+    """What it says then is refused for what it is, not for its used token."""
+    told = strategy.configure_fit(
+        server_round=1, parameters=NOTHING, client_manager=manager_of(*node_per_client(model))
+    )
+    task = RoundTask.from_json(str(told[0][1].config[TASK_KEY]))
+    assert task.reconnect_grace_s == BarrierLimits.reconnect_grace_s
+    with CuttableProxy(task.address) as proxy:
+        with RemoteTail(replace(task, address=proxy.address), task.max_frame_bytes * 4, connect) as session:
+            session.fetch_delta(0)
+            proxy.cut()
+            with pytest.raises(ExchangeError) as refusal:
+                session.score_step(0, torch.zeros(1, 2, 4), torch.ones(1, 2), torch.ones(1, 2, dtype=torch.int64))
+        assert (refusal.value.code, proxy.connections) == ("wrong_kind", 2)
 
 
 def test_nobody_finishes_and_the_run_goes_on(model: Path, strategy: HSplitLoRAStrategy) -> None:
