@@ -99,7 +99,7 @@ class RemoteTail(TailSession):
         """See `TailSession`."""
         if self._stream is None:
             return
-        if self._joined and self._returns:
+        if self._returns:
             self._send(encode(self._header("leave")))
         self._stream.close()
         self._stream = None

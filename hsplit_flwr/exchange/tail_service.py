@@ -112,7 +112,7 @@ class TailProtocol:
         """
         stream = ticket.stay.arrive()
         try:
-            yield from self._stream(self._received(frames, ticket), ticket, stream, on_gone)
+            yield from self._stream(self._received(frames, ticket, stream), ticket, stream, on_gone)
         except StreamReplacedError:
             return
         except Exception as error:
@@ -135,10 +135,6 @@ class TailProtocol:
         owed = ticket.stay.join(stream, partial(self._session, ticket), at)
         on_gone(partial(ticket.stay.break_off, stream))
         for frame in received:
-            if frame.header.kind == "leave":
-                self._expect(frame, ticket, "leave")
-                ticket.stay.leave(stream)
-                return
             self._expect(frame, ticket, ticket.mode)
             step, part = frame.header.step, frame.header.part
             if owed:
@@ -149,10 +145,16 @@ class TailProtocol:
                 answer = ticket.stay.answer(stream, step, part, compute, self._kept_answers)
             yield self._sent(answer, ticket)
 
-    def _received(self, frames: Iterable[bytes], ticket: Ticket) -> Iterator[Frame]:
-        for frame in frames:
-            ticket.bytes_up += len(frame)
-            yield decode(frame, self._max_frame_bytes)
+    def _received(self, frames: Iterable[bytes], ticket: Ticket, stream: int) -> Iterator[Frame]:
+        """The client's frames up to its leave, which is noted."""
+        for data in frames:
+            ticket.bytes_up += len(data)
+            frame = decode(data, self._max_frame_bytes)
+            if frame.header.kind == "leave":
+                self._expect(frame, ticket, "leave")
+                ticket.stay.leave(stream)
+                return
+            yield frame
 
     def _expect(self, frame: Frame, ticket: Ticket, kind: str) -> None:
         expect_header(frame.header, kind=kind, run=self._run, round=ticket.round, client=ticket.client, cut=ticket.cut)

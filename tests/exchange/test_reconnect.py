@@ -369,7 +369,9 @@ def test_cuts_change_no_score() -> None:
     assert (counted_with_cuts.nll, counted_with_cuts.tokens) == (counted.nll, counted.tokens)
 
 
-def test_a_probe_is_repeated_after_a_cut() -> None:
+def test_a_probe_is_repeated_after_a_cut(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever ends in good order is not missed."""
+    caplog.set_level(logging.INFO, "hsplit_flwr")
     with opened(clients=("a",)) as current:
         token = current.service.open_probe("a", 1)
         task = replace(current.task("a"), mode="probe", token=token, plan=ClientPlan(1, LoraSpec(0)))
@@ -378,3 +380,6 @@ def test_a_probe_is_repeated_after_a_cut() -> None:
             session.probe(0, 20_000)
             session.probe(10_000, 20_000)
         assert current.proxies["a"].connections == 2
+        with RemoteTail(current.task("a"), MAX_FRAME, connect):
+            pass  # says nothing at all
+    assert caplog.text.count("the connection of a broke") == caplog.text.count("a is back") <= 1
