@@ -11,6 +11,7 @@ Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_arm
 
 Activations and their gradients travel in bfloat16 unless a method's name says otherwise. ``..._pipelined`` sends int8,
 in four parts of which three may be in flight, each an optimizer step; SplitLoRA gets it too (it is not its authors').
+``hsplitlora_all`` also sends a round's update in bf16, as its best factors of rank 16, and carries what they lack.
 ``hsplitlora_step_ahead`` sends a batch before the gradient of the one before it is there.
 
 Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's proposal:
@@ -94,6 +95,10 @@ class Method:
     """parts whose gradients a head may be waiting for"""
     micro_steps: bool = False
     """each part is an optimizer step"""
+    update_codec: str = "fp32"
+    """of what clients download in a round, where adapters are merged"""
+    update_rank: int = 0
+    """of what clients download, see `StrategyConfig`; 0: as many as there are"""
 
     def training_settings(self) -> dict[str, Any]:
         """Fields of `TrainingConfig` that the method decides."""
@@ -114,6 +119,7 @@ _SPLITLORA_16 = replace(_SPLITLORA, title="SplitLoRA, rank 16", largest_rank=Tru
 _FROZEN_HEAD = replace(_HSPLITLORA, title="Frozen head", planned=False, largest_rank=True, frozen_heads=True)
 _CENLORA = Method(title="CenLoRA", trainer="rivals.server_model:ServerTrainer", pooled_data=True)
 _PIPELINED: dict[str, Any] = {"codec": "int8", "micro_batches": 4, "in_flight": 3, "micro_steps": True}
+_SMALL_UPDATES: dict[str, Any] = {"update_codec": "bf16", "update_rank": 16}
 METHODS: Mapping[str, Method] = {
     "hsplitlora": _HSPLITLORA,
     "hsplitlora_4_passes": replace(_HSPLITLORA, title="HSplitLoRA, 4 tail passes", tail_passes=4),
@@ -121,6 +127,9 @@ METHODS: Mapping[str, Method] = {
     "hsplitlora_int8": replace(_HSPLITLORA, title="HSplitLoRA, int8 wire", codec="int8"),
     "hsplitlora_int4": replace(_HSPLITLORA, title="HSplitLoRA, int4 wire", codec="int4"),
     "hsplitlora_pipelined": replace(_HSPLITLORA, title="HSplitLoRA, int8 wire, micro-steps", **_PIPELINED),
+    "hsplitlora_all": replace(
+        _HSPLITLORA, title="HSplitLoRA, int8, micro-steps, small updates", **_PIPELINED, **_SMALL_UPDATES
+    ),
     "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),

@@ -50,7 +50,8 @@ class MethodServer(RoundServer):
     """
 
     def __init__(self, method: Method, heads: Mapping[str, SplitHead], *arguments: Any, **options: Any) -> None:
-        config = StrategyConfig(rule=method.rule, federated_evaluation=False)
+        coding = {"update_codec": method.update_codec, "update_rank": method.update_rank}
+        config = StrategyConfig(rule=method.rule, federated_evaluation=False, **coding)  # type: ignore[arg-type]
         super().__init__(*arguments, config=config, limits=LIMITS, **options)
         self._method = method
         self._heads = heads
