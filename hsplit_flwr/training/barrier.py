@@ -166,9 +166,7 @@ class StepBarrier(Generic[Request]):
 
     def _expected(self) -> set[str]:
         """Those who are still to have their turn in this step: they have asked, or are waited for."""
-        return {
-            client for client in self._members - self._done if client in self._pending or client not in self._lagging
-        }
+        return self._members - self._done - (self._lagging - self._pending.keys())
 
     def _next(self) -> tuple[str, ...]:
         """Whose requests the next turn takes, once they have asked."""

@@ -8,7 +8,7 @@ own mean loss, if it has a use for it. Further passes over the same batches (`ta
 A batch may come in parts (`micro_batches`). Their gradients add up, one client's apart from another's, and the step is
 taken on their token-weighted mean once the last is there. All parts of a client's batch see the same adapters because
 they have their turn in one go (`barrier`): gradients from before another client's step are worth nothing (measured,
-simulations/README.md).
+docs/exchange.md).
 In its first steps of a round the importance of the tail's weights is measured too, on each client's rows apart.
 """
 

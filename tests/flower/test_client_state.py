@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from flwr.app import Context, RecordDict
 from flwr.common.serde import context_to_proto
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hsplit_flwr.common.cache_folder import CACHE_VARIABLE
 from hsplit_flwr.errors import ConfigError
@@ -24,6 +22,7 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from tests.helpers.federation import build_one_at_a_time, manager_of, play_round, random_batches
+from tests.helpers.models import saved_llama
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -37,13 +36,7 @@ DATA = {client: ClientData(random_batches(1, int(client)), random_batches(1, 10)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of whose weight delta a context holds less than one round."""
-    folder = tmp_path_factory.mktemp("wide")
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=384, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("wide"), hidden_size=384, intermediate_size=1024)
 
 
 @pytest.fixture

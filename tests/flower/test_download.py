@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from flwr.common import FitIns, FitRes
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hsplit_flwr.exchange import frame_bytes
 from hsplit_flwr.federation.client_data import ClientData
@@ -31,6 +30,7 @@ from tests.helpers.federation import (
     random_batches,
     weights_of,
 )
+from tests.helpers.models import saved_llama
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -44,13 +44,7 @@ DATA = {client: ClientData(random_batches(2, int(client)), random_batches(1, 10)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=96, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("llama"), hidden_size=96, intermediate_size=192)
 
 
 @pytest.fixture(autouse=True)

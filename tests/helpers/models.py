@@ -5,10 +5,11 @@ types, attention scaled by the layer's index, embeddings narrower than the hidde
 scaled in place, ALiBi, soft-capping.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 NUM_BLOCKS = 4
 HIDDEN_SIZE = 32
@@ -89,3 +90,17 @@ def tiny_model(name: str, *, tied: bool = True, seed: int = 0) -> PreTrainedMode
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval()
+
+
+def saved_llama(folder: Path, hidden_size: int, intermediate_size: int) -> Path:
+    """A LLaMA of `NUM_BLOCKS` blocks of this width with random weights, in `folder`."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=NUM_BLOCKS,
+        num_attention_heads=4,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
