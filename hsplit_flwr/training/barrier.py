@@ -93,7 +93,7 @@ class StepBarrier(Generic[Request]):
         self._gate_since = clock()
         self._gate_open = False
         self._waiting_since = clock()
-        self._closed = False
+        self._closed: ExchangeError | None = None
         self.dropped: dict[str, int] = {}
         """steps from which each straggler was dropped"""
 
@@ -104,8 +104,7 @@ class StepBarrier(Generic[Request]):
             ExchangeError: ``unknown_client`` (not of this round, already in it or done with it) or ``round_closed``.
         """
         with self._changed:
-            if self._closed:
-                raise ExchangeError("round_closed", "Expected an open round, found a closed one. Ask for a new task.")
+            self._require_open()
             if client not in self._to_come:
                 raise ExchangeError("unknown_client", f"Expected a client still to come, found {client!r}.")
             self._to_come.discard(client)
@@ -132,8 +131,9 @@ class StepBarrier(Generic[Request]):
     def ask(self, client: str, request: Request, *, last: bool = True) -> None:
         """Put in `client`'s request for its next turn; `last`: it ends the client's turn, no part is to follow."""
         with self._changed:
-            if self._closed or client not in self._members:
-                raise ExchangeError("round_closed", "Expected an open round, found a closed one. Ask for a new task.")
+            self._require_open()
+            if client not in self._members:
+                raise _over()
             if client in self._pending:
                 raise ExchangeError("wrong_step", f"Expected one request at a time, found a second of {client!r}.")
             if not self._pending:
@@ -155,14 +155,18 @@ class StepBarrier(Generic[Request]):
                 self._changed.wait(min(wait_s, _POLL_S))
             return None
 
-    def close(self) -> list[Request]:
-        """Close the round; returns the requests that nobody took."""
+    def close(self, why: ExchangeError | None = None) -> list[Request]:
+        """Close the round; returns the requests that nobody took. Who asks later hears the first `why`."""
         with self._changed:
-            self._closed = True
+            self._closed = self._closed or why or _over()
             left = [asked.request for asked in self._pending.values()]
             self._pending.clear()
             self._changed.notify_all()
             return left
+
+    def _require_open(self) -> None:
+        if why := self._closed:
+            raise ExchangeError(why.code, why.message)
 
     def _expected(self) -> set[str]:
         """Those who are still to have their turn in this step: they have asked, or are waited for."""
@@ -208,3 +212,7 @@ class StepBarrier(Generic[Request]):
         if ends_step:
             self._done.clear()
         return Turn([asked.request for _, asked in taken], ends_step)
+
+
+def _over() -> ExchangeError:
+    return ExchangeError("round_closed", "Expected an open round, found a closed one. Ask for a new task.")

@@ -195,7 +195,7 @@ class SharedTail:
             refusal = ExchangeError(
                 "tail_failed", f"Expected the tail to take steps, found its worker ended by {error!r}. See its log."
             )
-            refuse([*(turn.requests if turn else []), *barrier.close()], refusal)
+            refuse([*(turn.requests if turn else []), *barrier.close(refusal)], refusal)
 
     def _train(self, turn: Turn[Asked]) -> TrainedBatch:
         """Train on a turn; every client of it has its answer."""
