@@ -20,9 +20,9 @@ Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's
   gives one block at rank 16, what is left of the difference is how adapters are aggregated and kept. Unequal devices:
   the smallest lacks 0.25 % of the memory of that head; it trains all the same and counts as too large.
 * ``splitlora_4_passes``: the same with four tail passes, as ``hsplitlora_4_passes`` has.
-* ``frozen_head`` and ``frozen_head_4_passes``: HSplitLoRA's tail behind one block per client that trains nothing, so
-  that clients only send activations. What HSplitLoRA ends lower than it is what training on clients brings. The wire
-  is the library's: the gradient of the activations and the head's importance travel although nobody needs them.
+* ``frozen_head``, ``frozen_head_4_passes`` and ``frozen_head_pipelined``: HSplitLoRA's tail behind one block per client
+  that trains nothing, so that clients only send activations and are sent no gradients. What HSplitLoRA ends lower than
+  it is what training on clients brings.
 
 How we read the rivals, where their texts leave a choice:
 
@@ -147,6 +147,7 @@ METHODS: Mapping[str, Method] = {
     "splitlora_4_passes": replace(_SPLITLORA_16, title="SplitLoRA, rank 16, 4 tail passes", tail_passes=4),
     "frozen_head": _FROZEN_HEAD,
     "frozen_head_4_passes": replace(_FROZEN_HEAD, title="Frozen head, 4 tail passes", tail_passes=4),
+    "frozen_head_pipelined": replace(_FROZEN_HEAD, title="Frozen head, int8, micro-steps", **_PIPELINED),
     "hetlora": Method(title="HetLoRA", trainer=WHOLE, rule="zero_pad", carried=True, self_pruning=True),
     "flora": Method(title="FLoRA", trainer=WHOLE),
     "flexlora": Method(title="FlexLoRA", trainer=WHOLE, rule="svd", carried=True),
