@@ -31,6 +31,19 @@ def number(group: argparse._ActionsContainer, option: str, default: int, meaning
     group.add_argument(option, type=int, default=default, metavar="N", help=meaning)
 
 
+def number_or_auto(group: argparse._ActionsContainer, option: str, default: int, meaning: str) -> None:
+    """An option that is a whole number, or the plan's to choose."""
+    kind, meaning = _whole_or_auto, f"{meaning}; auto: what is quickest"
+    group.add_argument(option, type=kind, default=default, metavar="N", help=meaning)
+
+
+def _whole_or_auto(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number or auto, found {text!r}") from None
+
+
 def fail(code: int, message: str) -> int:
     """`message` on one line of stderr; returns `code`."""
     print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)

@@ -12,11 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hsplit_flwr.cli.parsing import NOBODY, Defaults, OneLineParser, fail, number
+from hsplit_flwr.cli.parsing import NOBODY, Defaults, OneLineParser, fail, number, number_or_auto
 from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.module_choice import from_words
+from hsplit_flwr.planning.exchange_choice import AUTO, CHOICES, describe
 from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.planning.round_plan import Exchange
 from hsplit_flwr.training.config import WIRE_CODECS, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
@@ -45,14 +47,16 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     number(work, "--sequence-length", Workload.sequence_length, "tokens per row, padding included")
     number(work, "--local-steps", TrainingConfig.local_steps, "steps per round")
     work.add_argument("--dtype", default=Workload.dtype, help="of the frozen weights: fp32, bf16 or fp16")
-    codecs = ", ".join(WIRE_CODECS)
+    codecs = f"{', '.join(WIRE_CODECS)}; auto: where a link decides, a smaller one"
     up, down = TrainingConfig.activation_codec, TrainingConfig.gradient_codec
     work.add_argument("--activation-codec", default=up, metavar="CODEC", help=f"of activations, up: {codecs}")
     work.add_argument("--gradient-codec", default=down, metavar="CODEC", help="of their gradients, down")
-    number(work, "--micro-batches", TrainingConfig.micro_batches, "parts that a batch travels in")
+    number_or_auto(work, "--micro-batches", TrainingConfig.micro_batches, "parts that a batch travels in")
     in_flight = "parts whose gradients a head may be waiting for"
     number(work, "--micro-batches-in-flight", TrainingConfig.micro_batches_in_flight, in_flight)
     work.add_argument("--micro-steps", action="store_true", help="an optimizer step on each part")
+    passes = "passes of the tail over the batches of a step"
+    number_or_auto(work, "--tail-passes", TrainingConfig.tail_passes, passes)
     work.add_argument("--joint-steps", action="store_true", help="the tail steps on all clients at once")
     work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
     measured = "first steps of a round that measure importance, too; 0: none"
@@ -114,7 +118,9 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
     importance, source = _importance(options.importance, costs)
     made = (plan_exact if options.exact else plan)(costs, importance, budgets, fleet.server, config)
 
-    print(_heading(options, costs, config, source))
+    costs = costs.under(made.exchange.of(workload))
+
+    print(_heading(options, costs, config, source, made.exchange))
     print(f"\n{plan_table(made)}")
     if options.output:
         content = {
@@ -122,7 +128,7 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
             "profiles": str(options.profiles),
             "round": options.round,
             "seed": options.seed,
-            "workload": asdict(workload),
+            "workload": asdict(costs.workload),
             "planner": {**asdict(config), "exact": options.exact},
             "importance": {"source": source, "by_module": dict(importance)},
             "budgets": {client: asdict(budget) for client, budget in budgets.items()},
@@ -140,17 +146,12 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
 
 
 def _workload(options: argparse.Namespace) -> Workload:
-    training = TrainingConfig(
-        local_steps=options.local_steps,
-        activation_codec=options.activation_codec,
-        gradient_codec=options.gradient_codec,
-        importance_steps=options.importance_steps,
-        importance_rows=options.importance_rows,
-        micro_batches=options.micro_batches,
-        micro_batches_in_flight=options.micro_batches_in_flight,
-        micro_steps=options.micro_steps,
-        joint_steps=options.joint_steps,
+    names = (
+        *("local_steps", "activation_codec", "gradient_codec", "importance_steps", "importance_rows", "micro_batches"),
+        *("micro_batches_in_flight", "micro_steps", "joint_steps", "tail_passes"),
     )
+    stated = {name: value for name in names if (value := getattr(options, name)) != AUTO}
+    training = TrainingConfig(**stated)
     return Workload.of(
         training,
         batch_size=options.batch_size,
@@ -160,11 +161,6 @@ def _workload(options: argparse.Namespace) -> Workload:
     )
 
 
-def _wire(work: Workload) -> str:
-    up, down = work.activation_codec, work.gradient_codec
-    return up if up == down else f"{up} up and {down} down"
-
-
 def _planner_config(options: argparse.Namespace) -> PlannerConfig:
     return PlannerConfig(
         ranks=options.ranks,
@@ -172,17 +168,20 @@ def _planner_config(options: argparse.Namespace) -> PlannerConfig:
         tail_worth=options.tail_worth,
         deadline_s=options.deadline_s,
         target_modules=from_words(options.target_modules or ()),
+        choose=tuple(name for name in CHOICES if getattr(options, name) == AUTO),
     )
 
 
-def _heading(options: argparse.Namespace, costs: "ModelCosts", config: PlannerConfig, source: str) -> str:
+def _heading(
+    options: argparse.Namespace, costs: "ModelCosts", config: PlannerConfig, source: str, exchange: Exchange
+) -> str:
     work = costs.workload
     targets = f", on {' '.join(options.target_modules)}" if options.target_modules else ""
     deadline = f"deadline {config.deadline_s:g} s" if config.deadline_s else "no longer than the slowest client needs"
     checkpointing = ", gradient checkpointing" if work.gradient_checkpointing else ""
     lines = {
         "model": f"{options.model}, {costs.num_blocks} blocks, {len(costs.matrices)} matrices in them, {work.dtype}",
-        "step": f"{work.batch_size} x {work.sequence_length} tokens per client, {_wire(work)} on the wire"
+        "step": f"{work.batch_size} x {work.sequence_length} tokens per client, {describe(exchange)} on the wire"
         f"{checkpointing}; {work.local_steps} steps a round",
         "ranks": f"0, {', '.join(map(str, config.ranks))}; tail {config.tail_rank} on average{targets}; {deadline}",
         "planner": "exact (integer programming)" if options.exact else "greedy",

@@ -24,6 +24,7 @@ from hsplit_flwr.exchange.stay import StreamReplacedError
 from hsplit_flwr.exchange.task import Mode
 from hsplit_flwr.exchange.transport import Caller, transport_of
 from hsplit_flwr.lora.delta_update import OwnRound
+from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.session import BatchPart, TailSession
 from hsplit_flwr.training.workload import Workload
 
@@ -97,6 +98,10 @@ class TailProtocol:
         self._max_frame_bytes = max_frame_bytes
         self._grace_s = grace_s
         self._kept_answers = kept_answers
+
+    def exchange_by(self, activation_codec: Codec, gradient_codec: Codec, kept_answers: int) -> None:
+        """Serve by these from the next client on."""
+        self._up, self._down, self._kept_answers = activation_codec, gradient_codec, kept_answers
 
     def serve(self, frames: Iterable[bytes], ticket: Ticket, on_gone: OnGone = lambda leave: None) -> Iterator[bytes]:
         """The tail's answers to the frames of the client that `ticket` admits; notes its traffic there.
@@ -260,6 +265,16 @@ class TailService:
     def address(self) -> str:
         """What clients connect to."""
         return self._listener.address
+
+    def exchange_by(self, training: TrainingConfig) -> None:
+        """Take and send frames by these settings' codecs and parts in flight, in the rounds that open from now on.
+
+        Raises:
+            ConfigError: a codec that this version does not have.
+        """
+        up, down = codec_named(training.activation_codec), codec_named(training.gradient_codec)
+        self._protocol.exchange_by(up, down, training.parts_in_flight if self._grace_s > 0 else 0)
+        self._frames_ahead = training.parts_in_flight - 1
 
     def open_round(
         self,

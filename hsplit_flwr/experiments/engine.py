@@ -77,7 +77,7 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
                 task.server,
                 start_s=evaluations[-1].virtual_s,
                 aggregate_flops=outcome.server_flops,
-                training=task.training,
+                workload=task.costs.workload,
             )
         )
         last = round_number == spec.rounds

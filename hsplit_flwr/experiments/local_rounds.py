@@ -49,8 +49,14 @@ class LocalDoor:
 
     def __init__(self, tail: SharedTail, training: TrainingConfig, workload: Workload) -> None:
         self._tail = tail
-        self._wire = _Wire(training, workload, tail.segment.hidden_size, tail.segment.vocab_size)
+        self._workload = workload
+        self.exchange_by(training)
         self._tickets: dict[str, Ticket] = {}
+
+    def exchange_by(self, training: TrainingConfig) -> None:
+        """Pack and unpack by these settings' codecs."""
+        segment = self._tail.segment
+        self._wire = _Wire(training, self._workload, segment.hidden_size, segment.vocab_size)
 
     def open_round(
         self,

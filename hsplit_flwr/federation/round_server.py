@@ -72,7 +72,7 @@ class RoundServer:
         **options: Unpack[RoundOptions],
     ) -> None:
         self.model = model
-        self.training = training
+        self._stated = training
         self.config = options.get("config") or StrategyConfig()
         model.send_updates_by(UpdateCoding(self.config.update_codec, self.config.update_rank))
         self.initial_score: Score | None = None
@@ -99,6 +99,11 @@ class RoundServer:
         self._round_number = 0
         self._round_plans: dict[str, ClientPlan] = {}
         self._phase_started = time.perf_counter()
+
+    @property
+    def training(self) -> TrainingConfig:
+        """What heads and tail train by, with the exchange of the plan in force."""
+        return self._plans.train_by(self._stated)
 
     @property
     def history(self) -> list[RoundRecord]:
@@ -229,7 +234,7 @@ class RoundServer:
         settings: dict[str, Any] = to_state(
             {
                 "model": self.model.identity,
-                "training": self.training,
+                "training": self._stated,
                 "aggregation": self.config.rule,
                 **{key.replace("_", "-"): value for key, value in vars(self.config).items() if key not in WAITING},
                 "plans": self._plans.settings(),
@@ -279,6 +284,8 @@ class RoundServer:
     def _settle_plans(self, round_number: int, present: Present) -> None:
         """The plan in force, or a new one for heads and tail."""
         decision = self._plans.settle(present.clients, present.new_budgets)
+        self._opened_door().exchange_by(self.training)
+        self.tail_rounds.train_by(self.training)
         if decision is None:
             return
         self._journal.note(round_number, drift=decision.drift, plan_reasons=decision.reasons)

@@ -59,6 +59,10 @@ class TailRounds:
         self._round_number = round_number
         self.tail.open_training(clients, concurrency, tail_seed(self._seed, round_number), self._kept)
 
+    def train_by(self, training: TrainingConfig) -> None:
+        """See `SharedTail.train_by`."""
+        self.tail.train_by(training)
+
     def replan(self) -> None:
         """Adapters by the new plans in force. Nothing learnt is lost: what cannot be kept is merged."""
         stays = [name for name, pair in self.unmerged().items() if self._stays(name, pair)]

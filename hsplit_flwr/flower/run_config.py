@@ -16,6 +16,7 @@ from hsplit_flwr.lora.module_choice import from_words
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.fleet import Fleet
+from hsplit_flwr.planning.exchange_choice import AUTO, CHOICES
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import ReplanConfig
 from hsplit_flwr.training.barrier import BarrierLimits
@@ -72,7 +73,8 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     Raises:
         ConfigError: a value of the wrong type or out of range; the message names the key.
     """
-    training = TrainingConfig(**of_fields(run_config, TrainingConfig))
+    chosen = _chosen(run_config)
+    training = TrainingConfig(**of_fields(run_config, TrainingConfig, but=chosen))
     lora_alpha = get(run_config, "lora-alpha", 16.0)
     targets = get(run_config, "target-modules", "")
     tail_rank = get(run_config, "tail-rank", PlannerConfig.tail_rank)
@@ -100,6 +102,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
             target_modules=spec,
             update=UpdateCoding(get(run_config, "update-codec", "fp32"), get(run_config, "update-rank", 0)),
+            choose=chosen,
         ),
         replan=ReplanConfig(**of_fields(run_config, ReplanConfig)),
         lora_alpha=lora_alpha,
@@ -127,6 +130,18 @@ def of_fields(run_config: RunConfig, kind: type, but: Container[str] = ()) -> di
     """
     defaults: dict[str, Any] = {field.name: field.default for field in fields(kind) if field.name not in but}
     return {name: get(run_config, name.replace("_", "-"), default) for name, default in defaults.items()}
+
+
+def _chosen(run_config: RunConfig) -> tuple[str, ...]:
+    """Fields of `TrainingConfig` that are left to the plan."""
+    chosen = tuple(name for name in CHOICES if run_config.get(name.replace("_", "-")) == AUTO)
+    if chosen and get(run_config, "cuts", ""):
+        key = chosen[0].replace("_", "-")
+        raise ConfigError(
+            f"Expected {key} as a value where cuts are configured, found auto: it is chosen from the devices' budgets, "
+            "which nobody asks for then. State it, or leave cuts empty."
+        )
+    return chosen
 
 
 def _service(run_config: RunConfig) -> ServiceConfig:

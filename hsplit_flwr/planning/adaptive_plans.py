@@ -10,7 +10,7 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.importance_history import ImportanceHistory
 from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
-from hsplit_flwr.training.config import ClientPlan
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
 Profile = Mapping[str, float]
@@ -35,6 +35,10 @@ class AdaptivePlans:
     def workload(self) -> Workload:
         """The batches that costs are predicted for."""
         return self.adaptive.costs.workload
+
+    def train_by(self, training: TrainingConfig) -> TrainingConfig:
+        """`training` with the exchange of the plan in force; as it is before the first."""
+        return made.exchange.of(training) if (made := self.adaptive.in_force) else training
 
     @property
     def history(self) -> ImportanceHistory:

@@ -27,7 +27,7 @@ from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.budgets.budget import Budget
-from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.training.workload import Workload
 
 SERVER = "server"
 What = Literal["download", "forward", "send", "tail", "receive", "backward", "wait", "upload", "aggregate"]
@@ -140,7 +140,7 @@ def play_round(
     *,
     start_s: float = 0.0,
     aggregate_flops: float = 0.0,
-    training: TrainingConfig | None = None,
+    workload: Workload | None = None,
 ) -> RoundTimeline:
     """One round in virtual time; the same for `work` in any order.
 
@@ -150,7 +150,7 @@ def play_round(
         server: its compute; nothing else of it is looked at.
         start_s: when the round starts.
         aggregate_flops: of the server, once all clients have uploaded.
-        training: whether steps are joint, further passes, micro-batches; by default as `TrainingConfig` has them.
+        workload: whether steps are joint, further passes, micro-batches; by default as `Workload` has them.
 
     Raises:
         ConfigError: a client twice, without a device, or named as the server is; a number out of range.
@@ -164,7 +164,7 @@ def play_round(
         raise ConfigError(f"Expected finite start_s and aggregate_flops >= 0, found {start_s} and {aggregate_flops}.")
     by_client = {item.client: item for item in work}
     ordered = [by_client[client] for client in clients]
-    return _Round(ordered, devices, server, start_s, training or TrainingConfig()).play(aggregate_flops)
+    return _Round(ordered, devices, server, start_s, workload or Workload()).play(aggregate_flops)
 
 
 @dataclass
@@ -186,9 +186,9 @@ class _Round:
         devices: Mapping[str, Budget],
         server: Budget,
         start_s: float,
-        training: TrainingConfig,
+        workload: Workload,
     ) -> None:
-        self._work, self._devices, self._server, self._training = work, devices, server, training
+        self._work, self._devices, self._server, self._workload = work, devices, server, workload
         self._start_s = self._now = start_s
         self._queue: list[tuple[float, int, int, Callable[[], None]]] = []
         self._asked = itertools.count()
@@ -229,10 +229,10 @@ class _Round:
         yield self._transfer(client, "download", None, work.download_bytes, self._down)
         in_flight: deque[int] = deque()
         for step in range(work.steps):
-            while in_flight and not self._training.micro_steps:
+            while in_flight and not self._workload.micro_steps:
                 yield from self._use(work, in_flight)
             for _ in range(count):
-                while len(in_flight) >= self._training.micro_batches_in_flight:
+                while len(in_flight) >= self._workload.micro_batches_in_flight:
                     yield from self._use(work, in_flight)
                 yield self._compute(client, "forward", step, work.forward_flops / count)
                 in_flight.append(step)
@@ -256,16 +256,16 @@ class _Round:
         yield self._compute(work.client, "backward", in_flight.popleft(), work.backward_flops / self._parts(work))
 
     def _serve(self, aggregate_flops: float) -> Process:
-        joint, micro, passes = self._training.joint_steps, self._training.micro_steps, self._training.tail_passes
+        joint, micro, passes = self._workload.joint_steps, self._workload.micro_steps, self._workload.tail_passes
         tails = [item for item in self._work if item.tail_flops]
         for step in range(max((item.steps for item in tails), default=0)):
             members = [item for item in tails if item.steps > step]
-            for _ in range(self._training.micro_batches if micro else 1):
-                parts = 1 if micro else self._training.micro_batches
+            for _ in range(self._workload.micro_batches if micro else 1):
+                parts = 1 if micro else self._workload.micro_batches
                 for turn in [members] * parts if joint else [[item] for item in members for _ in range(parts)]:
                     yield from self._take(turn, step)
                 if passes > 1:
-                    share = parts / self._training.micro_batches
+                    share = parts / self._workload.micro_batches
                     yield self._spend(SERVER, "tail", step, (passes - 1) * share * self._tail_s(members))
         while self._uploaded < len(self._work):
             yield None
@@ -275,15 +275,15 @@ class _Round:
         """Wait for a part of everybody in `turn`, compute, answer."""
         while not all(self._arrived[item.client] for item in turn):
             yield None
-        yield self._spend(SERVER, "tail", step, self._tail_s(turn) / self._training.micro_batches)
+        yield self._spend(SERVER, "tail", step, self._tail_s(turn) / self._workload.micro_batches)
         for item in turn:
             self._arrived[item.client] -= 1
-            down = item.step_bytes_down / self._training.micro_batches
+            down = item.step_bytes_down / self._workload.micro_batches
             sent_s = self._transfer(item.client, "receive", step, down, self._down)
             self._at(self._now + sent_s, item.client, lambda client=item.client: self._answer(client))  # type: ignore[misc]
 
     def _parts(self, work: ClientWork) -> int:
-        return self._training.micro_batches if work.tail_flops else 1
+        return self._workload.micro_batches if work.tail_flops else 1
 
     def _tail_s(self, members: Sequence[ClientWork]) -> float:
         return math.fsum(item.tail_flops for item in members) / self._server.flops_per_s

@@ -12,7 +12,7 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.block_layout import block_of
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.importance_history import ImportanceHistory
-from hsplit_flwr.training.config import ClientPlan
+from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
 _log = logging.getLogger("hsplit_flwr")
@@ -78,6 +78,10 @@ class ConfiguredPlans:
                 remedy = "Add a plan for it, or give one plan for all."
                 _log.warning("client %s is left out: planned are %s. %s", client, self._planned(), remedy)
         self._left_out.update(without)
+
+    def train_by(self, training: TrainingConfig) -> TrainingConfig:
+        """`training` as it is."""
+        return training
 
     def takes_part(self, client: str) -> bool:
         """Whether `client` has a plan."""

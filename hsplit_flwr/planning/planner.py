@@ -9,13 +9,17 @@ candidate, to
     subject to  head_base_bytes(s_i) + sum_m r_im rank_bytes_m  <=  memory_i                                 every i
                 steps * (head_flops(s_i, r_i) / compute_i + up / uplink_i + down / downlink_i + 2 latency_i + t)
                     + 4 sum_m r_im (d_in + d_out) / uplink_i + update(s_i) / downlink_i  <=  deadline        every i
-                t = sum_i tail_flops(s_i) / server compute;  update(s): bytes by which a round changes a head, at most
+                t = passes sum_i tail_flops(s_i) / server compute;  update(s): bytes by which a round changes a head,
+                at most
                 weights + tail adapters with optimizer state + sum_i activations(s_i)  <=  server memory
 
 The tail serves the clients of a step one after another, so t couples them: a deeper cut of one gives all others time.
-The server's memory counts every client's activations at once; in truth only clients of equal cut run as one batch, so
-the sum errs on the safe side. The tail's own ranks follow from `tail_rank` and the importance alone: they maximize
-sum_m I_m g(r_m) over the blocks from 1 on, subject to sum_m r_m (d_in + d_out) <= tail_rank sum_m (d_in + d_out).
+So time is counted as if nothing went on at once, client by client. A plan's own figures are by the virtual clock
+(`prediction`), which knows what overlaps, and that clients wait for each other: where one is slow to download and
+another slow to compute, a round may take some percent longer than the deadline. The server's memory is that of
+`costs.tail_memory`: of a tail that computes on one client after another, and of all clients' frames. The tail's own
+ranks follow from `tail_rank` and the importance alone: they maximize sum_m I_m g(r_m) over the blocks from 1 on,
+subject to sum_m r_m (d_in + d_out) <= tail_rank sum_m (d_in + d_out).
 
 The objective counts what every client's data trains, in its head or in the tail. The tail trains better: it steps on
 all clients' batches, and goes on from round to round. So w > 1, and a deeper head is worth having where it has clearly
@@ -29,7 +33,7 @@ paper's own formulation is not public text to us; this one is ours.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,7 +44,9 @@ from hsplit_flwr.lora.module_choice import ALL_LINEAR
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.budget import Budget
-from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
+from hsplit_flwr.planning.exchange_choice import CHOICES, choose
+from hsplit_flwr.planning.prediction import predict
+from hsplit_flwr.planning.round_plan import Exchange, PlannedClient, PlannedTail, RoundPlan
 from hsplit_flwr.planning.solver import greedy
 from hsplit_flwr.planning.solver.balance import balanced_deadline
 from hsplit_flwr.planning.solver.limits import limits
@@ -74,6 +80,8 @@ class PlannerConfig:
     """which linear layers may get an adapter, as in `LoraSpec`; all others have rank 0, in heads and tail"""
     update: UpdateCoding = field(default_factory=UpdateCoding)
     """how a round's update goes to the clients, which is what they download"""
+    choose: tuple[str, ...] = ()
+    """what of the exchange the plan chooses, of `exchange_choice.CHOICES`; all else is as the costs' workload says"""
 
     def __post_init__(self) -> None:
         whole = all(is_whole(rank, 1) for rank in self.ranks)
@@ -85,6 +93,7 @@ class PlannerConfig:
         good = self.deadline_s is None or self.deadline_s > 0
         require(good, "deadline_s", "> 0 (inf: none), or None", self.deadline_s)
         LoraSpec(target_modules=self.target_modules)  # refuses none at all
+        require(set(self.choose) <= set(CHOICES), "choose", f"some of {CHOICES}", self.choose)
 
     def targets(self, module_names: Iterable[str]) -> list[str]:
         """Those linear layers of a model that may get an adapter, in the given order.
@@ -115,7 +124,7 @@ def plan(
         ConfigError: no clients, importance that is not complete, finite and >= 0, a target module that matches nothing,
             or a server with too little memory.
     """
-    return plan_problem(_problem(costs, importance, clients, server, config), greedy.solve)
+    return _best(costs, importance, clients, server, config, greedy.solve)
 
 
 def plan_exact(
@@ -133,8 +142,7 @@ def plan_exact(
     Raises:
         ConfigError: as in `plan`, or not solved within `time_limit_s`.
     """
-    problem = _problem(costs, importance, clients, server, config)
-    return plan_problem(problem, exact_solver(time_limit_s=time_limit_s, gap=gap))
+    return _best(costs, importance, clients, server, config, exact_solver(time_limit_s=time_limit_s, gap=gap))
 
 
 def exact_solver(*, time_limit_s: float = 60.0, gap: float = 1e-4) -> Solver:
@@ -157,6 +165,22 @@ def plan_problem(problem: Problem, solver: Solver) -> RoundPlan:
     else:
         solution = Solution(np.zeros(0, int), np.zeros((0, len(problem.matrices.names)), np.int8))
     return _round_plan(served, solution, left_out)
+
+
+def _best(
+    costs: "ModelCosts",
+    importance: Mapping[str, float],
+    clients: Mapping[str, Budget],
+    server: Budget,
+    config: PlannerConfig,
+    solver: Solver,
+) -> RoundPlan:
+    """The plan, with the exchange that is best for it where that is the planner's to choose."""
+
+    def make(under: "ModelCosts") -> RoundPlan:
+        return plan_problem(_problem(under, importance, clients, server, config), solver)
+
+    return choose(costs, config.choose, make) if config.choose else make(costs)
 
 
 def _problem(
@@ -186,7 +210,8 @@ def _problem(
 def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str]) -> RoundPlan:
     blocks, steps = tail_blocks(problem, solution), problem.local_steps
     server_step = problem.server_step_s(blocks, problem.num_clients)
-    whole, exchange = own_seconds(problem, solution)
+    whole, outside = own_seconds(problem, solution)
+    predicted, load = predict(problem, solution), problem.workload
     value, memory = values(problem, solution), needed_bytes(problem, solution)
     found = limits(problem, solution)
     ranks = _RankTables(problem)
@@ -197,8 +222,8 @@ def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str
             ranks=ranks.of(solution, i),
             memory_bytes=round(memory[i]),
             memory_budget_bytes=round(problem.devices.memory[i]),
-            step_s=float((whole[i] - exchange[i]) / steps + server_step),
-            round_s=float(whole[i] + steps * server_step),
+            step_s=float((whole[i] - outside[i]) / steps + server_step),
+            round_s=predicted.done_s[name],
             limited_by=found[i],
             value=float(value[i]),
         )
@@ -211,13 +236,14 @@ def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str
         memory_budget_bytes=round(problem.devices.server_memory),
         step_s=server_step,
     )
-    slowest = max((client.round_s for client in clients.values()), default=0.0)
     return RoundPlan(
         clients=clients,
         left_out=dict(left_out),
         tail=tail,
         value=sum(client.value for client in clients.values()),
-        round_s=slowest,
+        round_s=predicted.round_s,
+        step_s=predicted.step_s,
+        exchange=Exchange(**{field.name: getattr(load, field.name) for field in fields(Exchange)}),
     )
 
 

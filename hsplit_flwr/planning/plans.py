@@ -36,6 +36,9 @@ class PlansInForce(Protocol):
     def workload(self) -> Workload | None:
         """The largest batches that the plans are good for; None: any."""
 
+    def train_by(self, training: TrainingConfig) -> TrainingConfig:
+        """`training` with the exchange of the plan in force, if a plan decides that."""
+
     @property
     def history(self) -> ImportanceHistory:
         """The importance measured so far."""

@@ -76,7 +76,8 @@ class AdaptivePlanning:
         lora_alpha: float = LoraSpec.lora_alpha,
         importance: Profile | None = None,
     ) -> None:
-        self.costs = costs
+        self._stated = costs
+        self._costs = costs
         self._lora_alpha = lora_alpha
         self.history = ImportanceHistory()
         self._server = server
@@ -99,6 +100,13 @@ class AdaptivePlanning:
         self._made_for: Profile = {}
         self.made_with: dict[str, Budget] = {}
         """the budgets it was made for"""
+
+    @property
+    def costs(self) -> ModelCosts:
+        """Costs under the exchange of the plan in force; before the first plan, as they are stated."""
+        if self.in_force:
+            self._costs = self._costs.under(self.in_force.exchange.of(self._stated.workload))
+        return self._costs
 
     @property
     def profile(self) -> Profile:
@@ -144,12 +152,12 @@ class AdaptivePlanning:
         Raises:
             ConfigError: see `planner.plan`.
         """
-        return plan(self.costs, self.profile, budgets, self._server, self._planner)
+        return plan(self._stated, self.profile, budgets, self._server, self._planner)
 
     def settings(self) -> Mapping[str, Any]:
         """What plans are made by besides budgets and importance; the server's own budget may be measured."""
         return {
-            "workload": self.costs.workload,
+            "workload": self._stated.workload,
             "planner": self._planner,
             "replan": self._replan,
             "lora-alpha": self._lora_alpha,

@@ -1,6 +1,7 @@
 """A plan as plain-text or Markdown tables: who gets what, what it costs, what limits it."""
 
 from hsplit_flwr.common.tables import client_order, describe_ranks, format_bytes, format_seconds, format_table
+from hsplit_flwr.planning.exchange_choice import describe
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
 
 TAIL = "tail"
@@ -11,8 +12,9 @@ def plan_table(plan: RoundPlan, *, markdown: bool = False) -> str:
     """A row per client and one for the tail, then the totals, then every client that is left out and why.
 
     *ranks*: lowest to highest rank in the head (0: some matrices without an adapter); *adapted*: matrices with an
-    adapter, of those in the head; *memory*: predicted, against the *budget*; *step s*: one step alone, with the tail's
-    time for all clients; *limited by*: what keeps the client from more.
+    adapter, of those in the head; *memory*: predicted, against the *budget*; *step s*: one step if nothing went on at a
+    time, with the tail's time for all clients; *round s*: until its adapters are sent, by the virtual clock;
+    *limited by*: what keeps the client from more.
     """
     clients = [plan.clients[client] for client in sorted(plan.clients, key=client_order)]
     rows = [_client_row(client) for client in clients] + [_tail_row(plan.tail)]
@@ -54,4 +56,5 @@ def _memory(part: PlannedClient | PlannedTail) -> list[str]:
 def _totals(plan: RoundPlan) -> str:
     everyone = len(plan.clients) + len(plan.left_out)
     taking_part = f"{len(plan.clients):,} of {everyone:,} clients take part"
-    return f"{taking_part}; a round takes {format_seconds(plan.round_s)} s; value of the plan {plan.value:.4g}"
+    time = f"a round takes {format_seconds(plan.round_s)} s, a step {format_seconds(plan.step_s)} s"
+    return f"{taking_part}; {time}; {describe(plan.exchange)}; value of the plan {plan.value:.4g}"

@@ -1,11 +1,30 @@
 """What the planner decides, as data: who trains what in a round, what it costs, what limits it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, TypeVar
 
+from hsplit_flwr.training.config import TrainingConfig
+from hsplit_flwr.training.workload import Workload
+
+Settings = TypeVar("Settings", TrainingConfig, Workload)
 Limit = Literal["memory", "deadline", "server", "none"]
 """what keeps a client from more: its memory, the round's deadline, the server's budget, or nothing"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """How batches travel, and how often the tail passes over them: fields of `TrainingConfig` that a plan decides."""
+
+    activation_codec: str = TrainingConfig.activation_codec
+    gradient_codec: str = TrainingConfig.gradient_codec
+    micro_batches: int = TrainingConfig.micro_batches
+    micro_batches_in_flight: int = TrainingConfig.micro_batches_in_flight
+    tail_passes: int = TrainingConfig.tail_passes
+
+    def of(self, settings: Settings) -> Settings:
+        """These settings with this exchange."""
+        return replace(settings, **asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +39,9 @@ class PlannedClient:
     """predicted"""
     memory_budget_bytes: int
     step_s: float
-    """one step alone: its own compute and transfer, and the tail's compute for all clients of the step"""
+    """one step if nothing went on at a time: its own compute and transfer, the tail's compute for all clients"""
     round_s: float
-    """all steps of a round and the adapters' upload"""
+    """until it has sent its adapters, by the virtual clock (`planning.prediction`)"""
     limited_by: Limit
     value: float
     """its part of the objective"""
@@ -53,3 +72,7 @@ class RoundPlan:
     """the objective: sum over the clients"""
     round_s: float
     """of the slowest client"""
+    step_s: float
+    """pace of the round: a step with all that goes on beside each other, by the virtual clock"""
+    exchange: Exchange
+    """how batches travel"""

@@ -73,6 +73,10 @@ class SharedTail:
         """Where the tail computes."""
         return self._trainer.device
 
+    def train_by(self, config: TrainingConfig) -> None:
+        """Train by `config` in the rounds that open from now on; its optimizer is the one of before."""
+        self._config = self._trainer.config = config
+
     def open_training(
         self,
         clients: Iterable[str],

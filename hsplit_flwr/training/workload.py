@@ -44,6 +44,8 @@ class Workload:
     """each part has an optimizer step, and so adapters of its own while it is in flight"""
     joint_steps: bool = TrainingConfig.joint_steps
     """the tail computes on all clients at once"""
+    tail_passes: int = TrainingConfig.tail_passes
+    """of the tail over the batches of a step; those after the first once the clients have their answers"""
 
     def __post_init__(self) -> None:
         require_whole("batch_size", self.batch_size, 1)
@@ -53,6 +55,7 @@ class Workload:
         require_whole("importance_rows", self.importance_rows, 0)
         require_whole("micro_batches", self.micro_batches, 1)
         require_whole("micro_batches_in_flight", self.micro_batches_in_flight, 1)
+        require_whole("tail_passes", self.tail_passes, 1)
         require(self.dtype in WEIGHT_DTYPES, "dtype", f"as one of {WEIGHT_DTYPES}", self.dtype)
         require_codecs(self.activation_codec, self.gradient_codec)
 
@@ -85,6 +88,7 @@ class Workload:
             micro_batches_in_flight=training.micro_batches_in_flight,
             micro_steps=training.micro_steps,
             joint_steps=training.joint_steps,
+            tail_passes=training.tail_passes,
         )
 
     @property
@@ -115,7 +119,7 @@ class Workload:
         trained = type(self).of(training, batch_size=self.batch_size)
         for name in (
             *("local_steps", "activation_codec", "gradient_codec", "measured_rows", "joint_steps"),
-            *("micro_batches", "parts_alive", "micro_steps"),
+            *("micro_batches", "parts_alive", "micro_steps", "tail_passes"),
         ):
             expected, found = getattr(trained, name), getattr(self, name)
             if expected != found:

@@ -114,7 +114,9 @@ def predicted_step_s(deployment: Deployment, training: TrainingConfig, measured:
         for work, head in zip(works, measured.heads, strict=True)
     }
     server = _device(sum(work.tail_flops * work.steps for work in works) / measured.tail_s, link)
-    return play_round(works, devices, server, training=training).duration_s / measured.steps
+    return (
+        play_round(works, devices, server, workload=costs_of(deployment, training).workload).duration_s / measured.steps
+    )
 
 
 def in_proportion(deployment: Deployment, training: TrainingConfig, measured: Measured) -> Rates:

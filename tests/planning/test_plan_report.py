@@ -21,7 +21,7 @@ from hsplit_flwr.planning.plots import (
     plot_importance,
 )
 from hsplit_flwr.planning.report import HEADER, plan_table
-from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
+from hsplit_flwr.planning.round_plan import Exchange, PlannedClient, PlannedTail, RoundPlan
 from tests.helpers.models import tiny_config
 
 BUDGET = Budget(20_000_000, 1e9, 1e6, 2e6, 0.01)
@@ -44,7 +44,13 @@ def planned(client: str, cut: int, ranks: Mapping[str, int], **changes: Any) -> 
 def round_plan(clients: list[PlannedClient], left_out: Mapping[str, str] | None = None) -> RoundPlan:
     tail = PlannedTail({"h.1.a": 8, "h.1.b": 8}, 30_000_000, 60_000_000, TAIL_S)
     return RoundPlan(
-        clients={c.client: c for c in clients}, left_out=left_out or {}, tail=tail, value=3.14159, round_s=12.25
+        clients={c.client: c for c in clients},
+        left_out=left_out or {},
+        tail=tail,
+        value=3.14159,
+        round_s=12.25,
+        step_s=0.75,
+        exchange=Exchange(activation_codec="int8", micro_batches=4, micro_batches_in_flight=4, tail_passes=2),
     )
 
 
@@ -71,7 +77,10 @@ def test_a_row_per_client_in_the_order_of_the_ids_then_the_tail() -> None:
 
 def test_totals_and_left_out_clients_with_their_reasons() -> None:
     lines = plan_table(PLAN).splitlines()
-    assert lines[6] == "2 of 4 clients take part; a round takes 12.2 s; value of the plan 3.142"
+    assert lines[6] == (
+        "2 of 4 clients take part; a round takes 12.2 s, a step 0.750 s; int8 up and fp32 down, 4 parts, 4 in flight, "
+        "2 tail passes; value of the plan 3.142"
+    )
     assert lines[8:] == [
         "Left out:",
         "  client 7: needs 2.1 MB for the smallest head, has 1.0 MB",
@@ -170,6 +179,8 @@ def costed_plan(costs: ModelCosts, clients: int) -> tuple[RoundPlan, dict[str, B
         tail=PlannedTail(tail, held, 4 * held, TAIL_S),
         value=1.0,
         round_s=1.0,
+        step_s=0.1,
+        exchange=Exchange(),
     )
     return plan, {head.client: BUDGET for head in heads}
 

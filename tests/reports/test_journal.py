@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
+from hsplit_flwr.planning.round_plan import Exchange, PlannedClient, PlannedTail, RoundPlan
 from hsplit_flwr.reports.health.records import AdapterCoverage, AggregationHealth, MatrixSpectrum, TailSteps
 from hsplit_flwr.reports.records import ClientRecord, Journal, RoundRecord, RunSummary
 
@@ -35,6 +35,8 @@ PLAN = RoundPlan(
     tail=PlannedTail({"h.1.a": 8}, 30, 60, 1e-300),
     value=math.pi,
     round_s=12.25,
+    step_s=0.1 + 0.2,
+    exchange=Exchange(activation_codec="int8", micro_batches=4),
 )
 FULL = RoundRecord(
     round=3,

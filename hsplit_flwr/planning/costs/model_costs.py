@@ -50,6 +50,7 @@ class ModelCosts:
 
     def __init__(self, config: PretrainedConfig, workload: Workload) -> None:
         self.workload = workload
+        self._config = config
         skeleton, layout = self._skeleton(config)
         self.hidden_size = layout.width
         """values of the activations at one position"""
@@ -74,6 +75,10 @@ class ModelCosts:
         """a step's frames of the activations' gradient"""
         self.hello_bytes = frame_bytes.hello_bytes()
         """what a client sends at the start of a round"""
+
+    def under(self, workload: Workload) -> "ModelCosts":
+        """The costs of the same model under another workload."""
+        return self if workload == self.workload else ModelCosts(self._config, workload)
 
     def _skeleton(self, config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
         skeleton = build_skeleton(config, DTYPES[self.workload.dtype])

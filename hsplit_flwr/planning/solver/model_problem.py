@@ -58,7 +58,7 @@ def problem_of(
         tail=_tail_costs(costs, tail, tail_values(weights, block, tail, tail_worth, costs.num_blocks - 1)),
         devices=Devices.of(clients, server),
         ranks=tuple(sorted(ranks)),
-        local_steps=costs.workload.local_steps,
+        workload=costs.workload,
         deadline_s=deadline_s,
     )
 
@@ -68,6 +68,7 @@ def _head_costs(costs: "ModelCosts", size: Floats, round_bytes_down: Floats) -> 
     return HeadCosts(
         base_bytes=np.array([costs.head_base_bytes(cut) for cut in cuts], float),
         base_flops=np.array([costs.head_base_flops(cut) for cut in cuts]),
+        forward_flops=np.array([costs.head_flops(cut, {}) for cut in cuts]),
         rank_bytes=costs.rank_bytes,
         rank_flops=costs.rank_flops,
         rank_wire_bytes=4 * size,

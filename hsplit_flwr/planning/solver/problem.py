@@ -12,6 +12,7 @@ import numpy as np
 
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.solver.objective import Floats, Ints, gains
+from hsplit_flwr.training.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class HeadCosts:
     """(C,) memory without adapters"""
     base_flops: Floats
     """(C,) per step, without adapters"""
+    forward_flops: Floats
+    """(C,) of these, those of the forward pass"""
     rank_bytes: Floats
     """(M,) memory per unit of rank"""
     rank_flops: Floats
@@ -135,10 +138,15 @@ class Problem:
     devices: Devices
     ranks: tuple[int, ...]
     """(R,) candidates, ascending, without 0"""
-    local_steps: int
-    """of a round"""
+    workload: Workload
+    """how batches travel and how many of them a round has; all costs are of it"""
     deadline_s: float = math.inf
     """for a round"""
+
+    @property
+    def local_steps(self) -> int:
+        """Steps of a round."""
+        return self.workload.local_steps
 
     @property
     def num_cuts(self) -> int:
@@ -173,9 +181,9 @@ class Problem:
         return seconds
 
     def server_step_s(self, tail_blocks: float, clients: int) -> float:
-        """Seconds that the server computes in a step, `tail_blocks` being summed over the clients."""
+        """Seconds that the server computes in a step, all its passes, `tail_blocks` being summed over the clients."""
         flops = clients * self.tail.flops_base + tail_blocks * self.tail.flops_per_block
-        return flops / self.devices.server_flops_per_s
+        return self.workload.tail_passes * flops / self.devices.server_flops_per_s
 
     def server_bytes(self, tail_blocks: float, clients: int) -> float:
         """Memory that the server takes: activations summed over all clients, as if all were one batch."""

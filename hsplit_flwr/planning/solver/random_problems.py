@@ -9,6 +9,7 @@ import numpy as np
 from hsplit_flwr.planning.solver.objective import spread_ranks, tail_values
 from hsplit_flwr.planning.solver.participants import participants
 from hsplit_flwr.planning.solver.problem import Devices, HeadCosts, Matrices, Problem, TailCosts
+from hsplit_flwr.training.workload import Workload
 
 Tight = Literal["memory", "deadline", "both", "none"]
 TOKENS = 512
@@ -65,6 +66,7 @@ def random_problem(
         heads=HeadCosts(
             base_bytes=4 * 8000.0 * hidden + depth * (4 * weights + block_activations),
             base_flops=depth * block_flops,
+            forward_flops=depth * block_flops / 2,
             rank_bytes=(16 * size + 4 * TOKENS) * vary[0],
             rank_flops=6 * TOKENS * size * vary[1],
             rank_wire_bytes=4 * size * vary[2],
@@ -93,7 +95,7 @@ def random_problem(
             server_flops_per_s=block_flops * 10 ** rng.uniform(0.7, 3) * max(1.0, clients / 5),
         ),
         ranks=ranks,
-        local_steps=20,
+        workload=Workload(local_steps=20),
     )
     if tight in ("memory", "both"):
         least, most = problem.heads.base_bytes[[0, -1]]

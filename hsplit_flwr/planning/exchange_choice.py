@@ -1,0 +1,102 @@
+"""Which codec, how many parts, how many tail passes: what a plan chooses where the run config says ``auto``.
+
+Every choice is planned and played on the virtual clock. Taken is the mildest one (codecs by their measured cost, then
+few parts) whose round is hardly longer than the shortest: a coarser codec or more parts must be worth it, as they are
+where a link decides.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.planning.round_plan import Exchange, RoundPlan
+from hsplit_flwr.training.workload import Workload
+
+if TYPE_CHECKING:
+    from hsplit_flwr.planning.costs.model_costs import ModelCosts
+
+AUTO = "auto"
+"""what people write for a key that the plan chooses"""
+CHOICES = ("activation_codec", "gradient_codec", "micro_batches", "tail_passes")
+"""fields of `Exchange` that can be chosen; parts in flight go with the parts"""
+CODEC_COST: Mapping[str, float] = {"bf16": 0.0, "int8": 0.0}
+"""codec -> relative increase of the final perplexity against fp32, mildest first"""
+MOST_COST = 0.01
+"""of a codec that may be chosen"""
+PARTS = (1, 2, 4, 8)
+PASSES = (4, 3, 2)
+"""more than one; simulations/README.md has what four bring"""
+WORTH = 0.05
+"""by which a coarser codec or more parts must shorten a round, relative to it"""
+IDLE = 0.02
+"""by which further passes of the tail may lengthen a round: they are for its idle time"""
+
+Make = Callable[["ModelCosts"], RoundPlan]
+
+
+def choose(costs: "ModelCosts", chosen: Sequence[str], make: Make) -> RoundPlan:
+    """The plan of `make` with the best exchange; its `exchange` says which.
+
+    Args:
+        costs: under the workload that is stated; what is not `chosen` stays as it is there.
+        chosen: some of `CHOICES`.
+        make: costs -> the plan under them.
+
+    Raises:
+        ConfigError: parts are chosen where each takes an optimizer step; whatever `make` raises.
+    """
+    load = costs.workload
+    if "micro_batches" in chosen and load.micro_steps:
+        raise ConfigError(
+            "Expected micro-batches as a number where micro-steps = true, found auto: there the number of parts "
+            "decides what is trained, not only how long it takes. State it."
+        )
+    plans = [make(costs.under(candidate)) for candidate in _candidates(load, chosen)]
+    best = _mildest(plans, WORTH)
+    if "tail_passes" not in chosen:
+        return best
+    within = best.exchange.of(load)
+    more = [make(costs.under(replace(within, tail_passes=passes))) for passes in PASSES]
+    return _mildest([*more, best], IDLE)
+
+
+def _candidates(load: Workload, chosen: Sequence[str]) -> Iterator[Workload]:
+    """Workloads to plan under, the mildest first; a pass of the tail each."""
+    passes = 1 if "tail_passes" in chosen else load.tail_passes
+    mild = [codec for codec, cost in CODEC_COST.items() if cost <= MOST_COST]
+    up = mild if "activation_codec" in chosen else [load.activation_codec]
+    down = mild if "gradient_codec" in chosen else [load.gradient_codec]
+    parts = [(count, count) for count in PARTS if count <= load.batch_size]
+    if "micro_batches" not in chosen:
+        parts = [(load.micro_batches, load.micro_batches_in_flight)]
+    pairs = zip(mild, mild, strict=True) if up is down else itertools.product(up, down)
+    for (activation, gradient), (count, in_flight) in itertools.product(pairs, parts):
+        yield replace(
+            load,
+            activation_codec=activation,
+            gradient_codec=gradient,
+            micro_batches=count,
+            micro_batches_in_flight=in_flight,
+            tail_passes=passes,
+        )
+
+
+def _mildest(plans: Sequence[RoundPlan], tolerance: float) -> RoundPlan:
+    """The first of the plans with most clients whose round is at most so much longer than the shortest of them."""
+    most = max(len(plan.clients) for plan in plans)
+    serving = [plan for plan in plans if len(plan.clients) == most]
+    shortest = min(plan.round_s for plan in serving)
+    return next(plan for plan in serving if plan.round_s <= shortest * (1 + tolerance))
+
+
+def describe(exchange: Exchange) -> str:
+    """The exchange in a few words."""
+    up, down = exchange.activation_codec, exchange.gradient_codec
+    words = [up if up == down else f"{up} up and {down} down"]
+    if exchange.micro_batches > 1:
+        words.append(f"{exchange.micro_batches} parts, {exchange.micro_batches_in_flight} in flight")
+    if exchange.tail_passes > 1:
+        words.append(f"{exchange.tail_passes} tail passes")
+    return ", ".join(words)
