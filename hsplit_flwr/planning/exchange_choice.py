@@ -54,6 +54,8 @@ def choose(costs: "ModelCosts", chosen: Sequence[str], make: Make) -> RoundPlan:
             "decides what is trained, not only how long it takes. State it."
         )
     plans = [make(costs.under(candidate)) for candidate in _candidates(load, chosen)]
+    if all(plan.left_out for plan in plans):  # one part at a time takes the least memory
+        plans += [make(costs.under(candidate)) for candidate in _candidates(load, chosen, overlap=False)]
     best = _mildest(plans, WORTH)
     if "tail_passes" not in chosen:
         return best
@@ -62,13 +64,13 @@ def choose(costs: "ModelCosts", chosen: Sequence[str], make: Make) -> RoundPlan:
     return _mildest([*more, best], IDLE)
 
 
-def _candidates(load: Workload, chosen: Sequence[str]) -> Iterator[Workload]:
-    """Workloads to plan under, the mildest first; a pass of the tail each."""
+def _candidates(load: Workload, chosen: Sequence[str], *, overlap: bool = True) -> Iterator[Workload]:
+    """Workloads to plan under, the mildest first, a pass of the tail each; all parts in flight, or one at a time."""
     passes = 1 if "tail_passes" in chosen else load.tail_passes
     mild = [codec for codec, cost in CODEC_COST.items() if cost <= MOST_COST]
     up = mild if "activation_codec" in chosen else [load.activation_codec]
     down = mild if "gradient_codec" in chosen else [load.gradient_codec]
-    parts = [(count, count) for count in PARTS if count <= load.batch_size]
+    parts = [(count, count if overlap else 1) for count in PARTS if count <= load.batch_size]
     if "micro_batches" not in chosen:
         parts = [(load.micro_batches, load.micro_batches_in_flight)]
     pairs = zip(mild, mild, strict=True) if up is down else itertools.product(up, down)

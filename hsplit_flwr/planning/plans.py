@@ -111,7 +111,7 @@ def plans_in_force(
             for other steps or dtypes than those of `training`.
     """
     if isinstance(plans, AdaptivePlanning):
-        plans.costs.workload.check(training)
+        plans.stated_costs.workload.check(training)
         return AdaptivePlans(plans)
     if workload:
         workload.check(training)

@@ -76,7 +76,8 @@ class AdaptivePlanning:
         lora_alpha: float = LoraSpec.lora_alpha,
         importance: Profile | None = None,
     ) -> None:
-        self._stated = costs
+        self.stated_costs = costs
+        """under the exchange that is stated, whatever the plan chooses"""
         self._costs = costs
         self._lora_alpha = lora_alpha
         self.history = ImportanceHistory()
@@ -105,7 +106,7 @@ class AdaptivePlanning:
     def costs(self) -> ModelCosts:
         """Costs under the exchange of the plan in force; before the first plan, as they are stated."""
         if self.in_force:
-            self._costs = self._costs.under(self.in_force.exchange.of(self._stated.workload))
+            self._costs = self._costs.under(self.in_force.exchange.of(self.stated_costs.workload))
         return self._costs
 
     @property
@@ -152,12 +153,12 @@ class AdaptivePlanning:
         Raises:
             ConfigError: see `planner.plan`.
         """
-        return plan(self._stated, self.profile, budgets, self._server, self._planner)
+        return plan(self.stated_costs, self.profile, budgets, self._server, self._planner)
 
     def settings(self) -> Mapping[str, Any]:
         """What plans are made by besides budgets and importance; the server's own budget may be measured."""
         return {
-            "workload": self._stated.workload,
+            "workload": self.stated_costs.workload,
             "planner": self._planner,
             "replan": self._replan,
             "lora-alpha": self._lora_alpha,

@@ -40,6 +40,8 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import linear_shapes
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.planning.exchange_choice import CHOICES
+from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
@@ -84,7 +86,8 @@ def planning() -> AdaptivePlanning:
     server = Budget(
         memory_bytes=8 << 30, flops_per_s=1e12, uplink_bytes_per_s=1e8, downlink_bytes_per_s=1e8, latency_s=0.0
     )
-    return AdaptivePlanning(ModelCosts(ModelFiles.resolve(MODEL).config, WORKLOAD), server)
+    planner = PlannerConfig(choose=CHOICES)  # the exchange is part of what a resumed run must know
+    return AdaptivePlanning(ModelCosts(ModelFiles.resolve(MODEL).config, WORKLOAD), server, planner)
 
 
 class Federation:

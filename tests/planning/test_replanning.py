@@ -25,6 +25,7 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import measure_link
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.planning.exchange_choice import CHOICES
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning, ReplanConfig
 from hsplit_flwr.training.barrier import BarrierLimits
@@ -86,11 +87,13 @@ def planning(costs: ModelCosts, drift_threshold: float = 1.0, **options: Any) ->
     return AdaptivePlanning(costs, SERVER, CONFIG, ReplanConfig(drift_threshold=drift_threshold), **options)
 
 
-def make_strategy(model: Path, plans: AdaptivePlanning, gate_s: float = 30.0) -> HSplitLoRAStrategy:
+def make_strategy(
+    model: Path, plans: AdaptivePlanning, gate_s: float = 30.0, training: TrainingConfig = TRAINING
+) -> HSplitLoRAStrategy:
     return HSplitLoRAStrategy(
         GlobalModel(ModelFiles.resolve(str(model))),
         plans,
-        TRAINING,
+        training,
         config=StrategyConfig(wait_for_nodes_s=10.0),
         limits=BarrierLimits(start_gate_s=gate_s, straggler_limit_s=20.0, step_limit_s=40.0),
         eval_batches=EVALUATION,
@@ -256,6 +259,30 @@ def test_a_new_plan_loses_nothing_learnt(model: Path, costs: ModelCosts, close: 
             assert torch.equal(weight, before.weights[name]), name
         else:  # the tail alone trained it: not merged before, and now it is
             assert (weight - before.weights[name]).abs().max() <= SAME, name
+
+
+def test_an_exchange_that_the_plan_chooses_is_that_of_one_who_states_it(
+    model: Path, costs: ModelCosts, close: list[HSplitLoRAStrategy]
+) -> None:
+    """Heads, tail and door follow the plan: the same weights as in a run whose training says the same."""
+    links = {client: replace(mean, uplink_bytes_per_s=1e4) for client, mean in budgets(costs).items()}
+    chosen = AdaptivePlanning(costs, SERVER, replace(CONFIG, choose=CHOICES))
+    exchange = observed(chosen, links).decide(CLIENTS).plan.exchange
+    assert exchange.activation_codec == exchange.gradient_codec != TRAINING.activation_codec
+    assert exchange.tail_passes > 1
+    stated = exchange.of(TRAINING)
+    same = AdaptivePlanning(costs.under(exchange.of(costs.workload)), SERVER, CONFIG)
+    found = []
+    for plans, training in ((chosen, TRAINING), (same, stated)):
+        strategy = make_strategy(model, plans, training=training)
+        close.append(strategy)
+        manager = manager_of(*(node(model, c, lambda client, round_number: links[client]) for c in CLIENTS))
+        played = [play_round(strategy, manager, number) for number in (1, 2)]
+        assert [one.metrics["clients"] for one in played] == [3, 3]
+        assert strategy.rounds.training == stated
+        found.append(played[-1].weights)
+    for name, weight in found[1].items():
+        assert torch.equal(found[0][name], weight), name
 
 
 def test_a_head_beyond_the_budget_is_refused_with_the_figures_and_planned_anew(
