@@ -46,6 +46,8 @@ class Ticket:
     """target tokens that the tail itself counted"""
     nll: float = 0.0
     """summed loss of those tokens, nats"""
+    held_s: float = 0.0
+    """seconds that the tail had its batches: it computed, or others had their turn"""
     errors: list[str] = field(default_factory=list)
     key: str = field(default="", repr=False, compare=False)
     """what its owner added to the token; empty: it does not come back"""

@@ -5,6 +5,7 @@ one-time token that the server sent it inside its Flower task. What the frames s
 """
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
@@ -205,8 +206,10 @@ class TailProtocol:
         if ticket.mode == "train":
             part = BatchPart(header.step, header.part, header.parts)
             _bound_rows(ticket, part, rows=len(batch[-1]))
+            arrived_s = time.perf_counter()
             session.send_part(part, *batch)
             reply = session.receive_part()
+            ticket.held_s += time.perf_counter() - arrived_s
             ticket.count(reply.loss * reply.tokens, reply.tokens, ends_step=part.is_last)
             if ticket.steps == ticket.max_steps:
                 session.close()  # nobody waits for it any more, though its goodbye be lost with its connection

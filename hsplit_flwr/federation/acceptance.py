@@ -51,6 +51,7 @@ class Accepted(NamedTuple):
             bytes_up=ticket.bytes_up + trained.upload_bytes,
             bytes_down=ticket.bytes_down,
             seconds={phase: trained.seconds.get(phase, 0.0) for phase in CLIENT_PHASES},
+            held_s=ticket.held_s,
         )
 
 

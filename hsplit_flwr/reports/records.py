@@ -45,6 +45,8 @@ class ClientRecord:
     """server to client, framing included"""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """by phase, see `CLIENT_PHASES`"""
+    held_s: float | None = None
+    """of its `exchange` seconds, those in which the tail had its batches, by the tail's own clock; None: unknown"""
 
 
 @dataclass(frozen=True)

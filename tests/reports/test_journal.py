@@ -52,7 +52,7 @@ FULL = RoundRecord(
     plan_reasons=("first plan",),
     drift=0.1 + 0.2,
     importance={"h.0.a": THIRD, "h.0.b": 2 / 3},
-    steps=TailSteps((2.0, -math.inf), {"0": 0.25}, (("0", "1"), ("2",))),
+    steps=TailSteps((2.0, -math.inf)),
     aggregation=AggregationHealth(
         (MatrixSpectrum("m", 2.0, (2.0, 1.0), 2.4, 12, 2, 8, 0.7),), {"svd": 0.1}, AdapterCoverage(0.1, 8.0, 8.0, 16)
     ),

@@ -1,7 +1,7 @@
 """What is measured of a run's health, as data: the tail's steps, a round's aggregation, the findings at the end."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 Status = Literal["ok", "warning", "not measured"]
@@ -13,10 +13,6 @@ class TailSteps:
 
     losses: tuple[float, ...]
     """by step of the round: token-weighted mean over the clients in it, nats per token, before the step's update"""
-    tail_seconds: Mapping[str, float] = field(default_factory=dict)
-    """client -> seconds that the tail computed, in the steps which the client was in, until it had its answers"""
-    waves: tuple[tuple[str, ...], ...] = ()
-    """the clients that shared steps, group by group"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Notes on the tail's steps of a round, taken from the reports that the tail gives for progress."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from hsplit_flwr.reports.health.records import TailSteps
 from hsplit_flwr.training.step import StepReport
@@ -23,22 +23,9 @@ class StepNotes:
     def take(self) -> TailSteps:
         """What the steps since the last call were."""
         reports, self._reports = self._reports, []
-        seconds: dict[str, float] = defaultdict(float)
         nll: dict[int, float] = defaultdict(float)
         tokens: dict[int, int] = defaultdict(int)
         for report in reports:
             nll[report.step] += report.loss * report.tokens
             tokens[report.step] += report.tokens
-            for client, waited in zip(report.clients, report.answered_s, strict=True):
-                seconds[client] += waited
-        losses = tuple(nll[step] / tokens[step] for step in sorted(nll) if tokens[step])
-        return TailSteps(losses, dict(seconds), _connected([report.clients for report in reports]))
-
-
-def _connected(groups: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    """Clients that share a group, or others with whom they do, together."""
-    waves: list[set[str]] = []
-    for group in set(map(frozenset, groups)):
-        joined = set(group).union(*(wave for wave in waves if wave & group))
-        waves = [wave for wave in waves if not wave & group] + [joined]
-    return tuple(sorted(tuple(sorted(wave)) for wave in waves))
+        return TailSteps(tuple(nll[step] / tokens[step] for step in sorted(nll) if tokens[step]))
