@@ -97,6 +97,7 @@ def comparable(history: list[Any]) -> list[dict[str, Any]]:
         record.pop("steps")
         for client in record["clients"]:
             client.pop("seconds")
+            client.pop("held_s")
     found: list[dict[str, Any]] = timeless
     return found
 

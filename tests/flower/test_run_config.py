@@ -121,7 +121,12 @@ def test_every_key_arrives() -> None:
     expected = TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", "int8", 9, 2, 0, True, 3, **parts)
     assert settings.training == expected
     assert settings.workload == Workload(
-        *(3, 50, 8, "bf16", "bf16", "int8", True), importance_steps=2, importance_rows=0, joint_steps=True, **parts
+        *(3, 50, 8, "bf16", "bf16", "int8", True),
+        importance_steps=2,
+        importance_rows=0,
+        joint_steps=True,
+        tail_passes=3,
+        **parts,
     )
     coding = UpdateCoding("bf16", 8)
     assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"), coding)
@@ -180,6 +185,17 @@ def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> N
     config, changes = app_config("e2e_nlg"), tomllib.loads(experiment.read_text())
     assert changes.keys() <= config.keys()
     read_settings({**config, **changes}, SIMULATIONS / "e2e_nlg" / "e2e_nlg")
+
+
+def test_what_is_auto_is_left_to_the_plan() -> None:
+    keys = {"activation-codec": "auto", "micro-batches": "auto", "tail-passes": 2}
+    settings = read_settings(keys, HERE)
+    assert settings.planner.choose == ("activation_codec", "micro_batches")
+    assert settings.training == TrainingConfig(tail_passes=2)
+    with pytest.raises(ConfigError, match="Expected activation-codec as a value where cuts are configured, found auto"):
+        read_settings({**keys, "cuts": "1,2", "ranks": "4,4"}, HERE)
+    with pytest.raises(ConfigError, match="Expected learning-rate as float, found 'auto'"):
+        read_settings({"learning-rate": "auto"}, HERE)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def timeless(summary: dict[str, Any]) -> dict[str, Any]:
     }
     rounds = []
     for record in summary["history"]:
-        clients = [{**client, "seconds": None} for client in record["clients"]]
+        clients = [{**client, "seconds": None, "held_s": None} for client in record["clients"]]
         rounds.append({**record, "clients": clients, "seconds": None, "steps": None})
     return {**kept, "history": rounds}
 

@@ -51,6 +51,7 @@ class ModelCosts:
     def __init__(self, config: PretrainedConfig, workload: Workload) -> None:
         self.workload = workload
         self._config = config
+        self._by_workload = {workload: self}
         skeleton, layout = self._skeleton(config)
         self.hidden_size = layout.width
         """values of the activations at one position"""
@@ -77,8 +78,11 @@ class ModelCosts:
         """what a client sends at the start of a round"""
 
     def under(self, workload: Workload) -> "ModelCosts":
-        """The costs of the same model under another workload."""
-        return self if workload == self.workload else ModelCosts(self._config, workload)
+        """The costs of the same model under another workload; made once."""
+        if workload not in self._by_workload:
+            made = self._by_workload[workload] = ModelCosts(self._config, workload)
+            made._by_workload = self._by_workload
+        return self._by_workload[workload]
 
     def _skeleton(self, config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
         skeleton = build_skeleton(config, DTYPES[self.workload.dtype])
