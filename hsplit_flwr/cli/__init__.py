@@ -1,8 +1,8 @@
-"""The command ``hsplit-flwr``: a plan before anyone trains (``plan``), a result tried and scored afterwards."""
+"""The command ``hsplit-flwr``: a plan before anyone trains (``plan``), a result tried, scored, uploaded afterwards."""
 
 from collections.abc import Sequence
 
-from hsplit_flwr.cli import plan, results
+from hsplit_flwr.cli import plan, push, results
 from hsplit_flwr.cli.parsing import PROGRAM, USER_ERROR, OneLineParser, fail
 from hsplit_flwr.errors import HSplitError
 
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     plan.declare(commands)
     results.declare(commands)
+    push.declare(commands)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
