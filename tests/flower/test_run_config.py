@@ -188,7 +188,7 @@ def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> N
 
 
 def test_what_is_auto_is_left_to_the_plan() -> None:
-    keys = {"activation-codec": "auto", "micro-batches": "auto", "tail-passes": 2}
+    keys: RunConfig = {"activation-codec": "auto", "micro-batches": "auto", "tail-passes": 2}
     settings = read_settings(keys, HERE)
     assert settings.planner.choose == ("activation_codec", "micro_batches")
     assert settings.training == TrainingConfig(tail_passes=2)
