@@ -13,7 +13,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.flower.apps import flwr_command
-from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, integers, read_tls
+from hsplit_flwr.flower.client_settings import RunConfig, count_clients, get, hosted_clients, integers, read_tls
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
