@@ -66,7 +66,7 @@ class Lossy:
                 [_fitting(error, (n, found.shape[1])) for error, n in zip(errors, counts, strict=True)]
             )
         arrived = self._codec.decode("x", self._codec.encode("x", found), tuple(found.shape)).float()
-        for key, error in zip(keys, (found - arrived).split(counts), strict=True):
+        for key, error in zip(keys, torch.split(found - arrived, counts), strict=True):
             self._errors[key] = error
         return scattered(arrived, positions)
 
