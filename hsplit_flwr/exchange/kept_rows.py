@@ -1,4 +1,4 @@
-"""Rows of activations that the tail keeps, so that a head which trains nothing sends each of them once.
+"""Rows of activations that the tail keeps, so that a frozen head sends each of them once.
 
 A row is known by a hash of its bytes as they travel, whatever they were computed from. So a reference stands for those
 very bytes, whatever became of batches, weights, cuts or codecs since: what is trained on is the same to the bit, and
