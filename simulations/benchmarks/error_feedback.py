@@ -3,8 +3,7 @@
 Trained as in `simulations/evidence/tiny.toml` (embedded model, heterogeneous devices, non-IID, 5 rounds of 8 steps),
 with what each codec makes of activations and gradients. Feedback is of what was last sent at the same place of a batch
 (*place*: another row's error), or of the same row's last encoding (*row*). That needs rows that come again, which few
-do in 40 steps; so it is tried on 32 rows of each client, which come five times. In both directions, or for gradients
-only.
+do in 40 steps; so it is tried on 32 rows of each client, which come five times. Always in both directions.
 
     python simulations/benchmarks/error_feedback.py --json OUT
 """
@@ -43,10 +42,7 @@ SPEC = RunSpec(
 SEEDS = (0, 1, 2)
 ROWS = {"all rows": 0, "32 rows": 32}
 """of each client; 0: all"""
-FEEDBACK = {
-    "all rows": ("none", "place", "place, gradients only"),
-    "32 rows": ("none", "row", "row, gradients only"),
-}
+FEEDBACK = {"all rows": ("none", "place"), "32 rows": ("none", "row")}
 Errors = dict[tuple[Any, ...], Tensor]
 """what an encoding lacked (n, H), by what it was of"""
 
@@ -121,9 +117,7 @@ class LossyDoor(LocalDoor):
 
     def __init__(self, tail: SharedTail, task: Task, codec: str, feedback: str) -> None:
         super().__init__(tail, task.training, task.costs.workload)
-        kind, _, gradients_only = feedback.partition(", ")
-        kinds = ("none" if gradients_only else kind, kind)
-        self._ways = {client: [Lossy(CODECS[codec], kind) for kind in kinds] for client in task.devices}
+        self._ways = {client: [Lossy(CODECS[codec], feedback) for _ in range(2)] for client in task.devices}
 
     def enter(self, task: RoundTask) -> TailSession:
         """See `LocalDoor`."""
