@@ -128,7 +128,7 @@ class KeptRows:
 
 
 class ActivationCache:
-    """The tail's tables of all clients, each with the same share.
+    """The tail's tables of all clients, each with the same share; also of those that are away, which may come back.
 
     Args:
         limit_bytes: that all of them may take; 0: there are none.

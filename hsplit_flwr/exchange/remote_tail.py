@@ -21,6 +21,7 @@ from hsplit_flwr.exchange.codecs import codec_named
 from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler, rounding_seed
 from hsplit_flwr.exchange.kept_rows import UNKNOWN_ROWS, KeptRows
 from hsplit_flwr.exchange.positions import traveling
+from hsplit_flwr.exchange.row_references import references_in
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import Connect, FrameStream
 from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession, is_measured
@@ -177,8 +178,9 @@ class RemoteTail(TailSession):
         tensors = batch_tensors(activations, attention_mask, labels, self._up, rounding_seed(header))
         whole = None
         if self._kept is not None:
-            whole = header, tensors
-            tensors = without_kept(tensors, attention_mask, labels, self._up, self._kept)
+            all_rows = tensors
+            tensors = without_kept(all_rows, attention_mask, labels, self._up, self._kept)
+            whole = (header, all_rows) if references_in(tensors) else None
         frame = encode(header, tensors)
         positions = traveling(attention_mask, labels)
         self._unanswered.append(_Unanswered(part, frame, positions, activations.shape[-1], whole))

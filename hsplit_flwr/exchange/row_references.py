@@ -31,7 +31,7 @@ def reference_layout(count: int) -> Layout:
 
 
 def references_in(tensors: Mapping[str, Tensor]) -> int:
-    """How many rows a frame seems to refer to; its tensors are not checked yet."""
+    """How many rows a frame refers to, or claims to; its tensors need not be checked yet."""
     return max(1, len(tensors[_ROWS])) if _ROWS in tensors and tensors[_ROWS].ndim else 0
 
 

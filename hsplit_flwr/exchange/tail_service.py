@@ -149,9 +149,9 @@ class TailProtocol:
             yield from self._delta(hello.header, ticket)
         at = (hello.header.step, hello.header.part) if is_back else None
         owed = ticket.stay.join(stream, partial(self._session, ticket), at)
+        on_gone(partial(ticket.stay.break_off, stream))
         if not is_back:
             yield from self._told(ticket)
-        on_gone(partial(ticket.stay.break_off, stream))
         for frame in received:
             self._expect(frame, ticket, ticket.mode)
             step, part = frame.header.step, frame.header.part

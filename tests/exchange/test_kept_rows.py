@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange import frame_bytes
+from hsplit_flwr.exchange.absence import Absence
 from hsplit_flwr.exchange.batches import batch_tensors, check_batch, without_kept
 from hsplit_flwr.exchange.codecs import CODECS
 from hsplit_flwr.exchange.frames import Header, decode, encode
@@ -317,6 +318,19 @@ def test_what_is_refused_is_not_kept() -> None:
     tensors = batch_tensors(*batch_of([0, 1], ACTIVATIONS.clone().fill_(torch.nan), LENGTHS), CODECS["fp32"])
     assert refusal(tensors, tail).code == "non_finite"
     assert tail.count == 0
+
+
+def test_a_head_comes_back_after_a_refused_reference_though_it_was_just_back() -> None:
+    """A connection that broke and a reference that is refused then: no answer came in between."""
+    away = Absence(grace_s=0.2)
+    away.wait(ExchangeError("tail_lost", "Expected a connection, found none."))
+    refused = ExchangeError("unknown_rows", "Expected another reference, found this.")
+    away.wait(refused)
+    with pytest.raises(ExchangeError, match=r"Expected the tail back within 0\.2 s"):  # but not for ever
+        away.wait(refused)
+    with pytest.raises(ExchangeError) as error:
+        Absence(grace_s=0.0).wait(refused)
+    assert error.value is refused
 
 
 def test_a_client_has_no_use_for_what_others_sent() -> None:
