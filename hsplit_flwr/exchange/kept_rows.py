@@ -30,7 +30,7 @@ LEAST_ROW_BYTES = 256
 MOST_ROWS = 1 << 16
 """of a client that is told of them at the start of a round: it has to remember them"""
 ENTRY_BYTES = 512
-"""what a row takes in a table beside its own bytes, about: objects, places in two dictionaries"""
+"""the most that a row takes in a table beside its own bytes: Python objects, a place in a dictionary"""
 _TOLD_DIGESTS, _TOLD_SIZES = "digests", "sizes"
 
 
