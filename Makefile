@@ -24,6 +24,9 @@ bench:  ## the tables of docs/costs.md, docs/planning.md and docs/exchange.md
 	mkdir -p results
 	$(PYTHON) simulations/benchmarks/split_overhead.py --json results/split_overhead.json
 	$(PYTHON) simulations/benchmarks/exchange.py --json results/exchange.json
+	$(PYTHON) simulations/benchmarks/repeated_rows.py --json results/repeated_rows.json
+	$(PYTHON) simulations/benchmarks/error_feedback.py --json results/error_feedback.json
+	$(PYTHON) simulations/benchmarks/stale_parts.py --json results/stale_parts.json
 	$(PYTHON) simulations/benchmarks/aggregation.py --json results/aggregation.json
 	$(PYTHON) simulations/benchmarks/importance.py --json results/importance.json
 	$(PYTHON) simulations/benchmarks/cost_model.py --json results/cost_model.json

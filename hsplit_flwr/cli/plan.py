@@ -58,6 +58,8 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     passes = "passes of the tail over the batches of a step"
     number_or_auto(work, "--tail-passes", TrainingConfig.tail_passes, passes)
     work.add_argument("--joint-steps", action="store_true", help="the tail steps on all clients at once")
+    cache = "the most that the server keeps of activations of heads that train nothing"
+    number(work, "--activation-cache-mib", TrainingConfig.activation_cache_mib, cache)
     work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
     measured = "first steps of a round that measure importance, too; 0: none"
     number(work, "--importance-steps", TrainingConfig.importance_steps, measured)
@@ -149,6 +151,7 @@ def _workload(options: argparse.Namespace) -> Workload:
     names = (
         *("local_steps", "activation_codec", "gradient_codec", "importance_steps", "importance_rows", "micro_batches"),
         *("micro_batches_in_flight", "micro_steps", "joint_steps", "tail_passes"),
+        "activation_cache_mib",
     )
     stated = {name: value for name in names if (value := getattr(options, name)) != AUTO}
     training = TrainingConfig(**stated)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 # Okabe and Ito's colours, told apart with every common colour blindness: https://jfly.uni-koeln.de/color/
-BLUE, ORANGE, VERMILION = "#0072B2", "#E69F00", "#D55E00"
+BLUE, ORANGE, VERMILION, YELLOW = "#0072B2", "#E69F00", "#D55E00", "#F0E442"
 # The rest of theirs.
 GREEN, SKY, PURPLE, GREY = "#009E73", "#56B4E9", "#CC79A7", "#999999"
 

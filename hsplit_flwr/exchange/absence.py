@@ -3,10 +3,11 @@
 import time
 
 from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.exchange.kept_rows import UNKNOWN_ROWS
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0
-_BROKEN = ("tail_lost",)
-_STILL_AWAY = ("tail_lost", "tail_unreachable", "tail_full")
+_BROKEN = ("tail_lost", UNKNOWN_ROWS)
+_STILL_AWAY = ("tail_lost", "tail_unreachable", "tail_full", UNKNOWN_ROWS)
 
 
 class Absence:

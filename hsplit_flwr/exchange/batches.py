@@ -3,14 +3,16 @@
 Only what counts travels (`positions.py`): activations and gradients of the N positions before a target, the mask as
 spans or bits, and the M labels that are targets.
 
-    activations     (N, H) by the codec: of one part or more
+    activations     (N, H) by the codec: of one part or more; without the rows that are referred to
+    kept.rows       (K,) int32: rows whose activations the tail has (`row_references.py`); absent where there are none
+    kept.digests    (K, 16) uint8: which those are
     size            (2,) int32: B and T
     mask.spans      (B, 2) int32: first token and number of tokens of every row; or mask.bits (B, T/8) uint8
     labels          (M,) int32
     labels.spans    (B, 2) int32: where they stand; or labels.bits (B, T/8) uint8
     gradient        (N, H) by the codec, as activations; absent if the head has no use for it
 
-Shapes: B rows, T width, N positions that travel, M targets, H hidden.
+Shapes: B rows, T width, N positions that travel, M targets, K rows that are referred to, H hidden.
 """
 
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ from hsplit_flwr.common.finite import all_finite
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.codecs import Codec, Layout, Part, Shape
 from hsplit_flwr.exchange.frames import short
+from hsplit_flwr.exchange.kept_rows import KeptRows
 from hsplit_flwr.exchange.positions import (
     IGNORED,
     BatchForm,
@@ -33,13 +36,15 @@ from hsplit_flwr.exchange.positions import (
     traveling,
     traveling_of,
 )
+from hsplit_flwr.exchange.row_references import refer, reference_layout, references_in, referred, restored
 from hsplit_flwr.training.workload import Workload
 
 
 def batch_layout(codec: Codec, form: BatchForm, hidden_size: int) -> Layout:
     """The tensors of a ``train`` or ``evaluate`` frame of a batch of `form`."""
     return {
-        **codec.layout("activations", (form.positions, hidden_size)),
+        **codec.layout("activations", (form.positions - form.kept_positions, hidden_size)),
+        **reference_layout(form.kept_rows),
         "size": Part((2,), torch.int32),
         **marks_layout("mask", form.rows, form.width, form.mask_in_spans),
         "labels": Part((form.targets,), torch.int32),
@@ -65,6 +70,15 @@ def batch_tensors(
     }
 
 
+def without_kept(
+    tensors: Mapping[str, Tensor], attention_mask: Tensor, labels: Tensor, codec: Codec, kept: KeptRows
+) -> dict[str, Tensor]:
+    """`batch_tensors` without the rows that the tail has, by the head's table, where they are noted."""
+    packed = {name: tensors[name] for name in codec.layout("activations", (1, 1))}
+    counts = traveling(attention_mask, labels).sum(1).tolist()
+    return {**{name: part for name, part in tensors.items() if name not in packed}, **refer(packed, counts, kept)}
+
+
 def check_batch(
     tensors: Mapping[str, Tensor],
     *,
@@ -73,6 +87,7 @@ def check_batch(
     vocab_size: int,
     workload: Workload | None = None,
     max_bytes: int | None = None,
+    kept: KeptRows | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The activations, mask and labels in a ``train`` or ``evaluate`` frame, checked before anything is computed.
 
@@ -83,32 +98,42 @@ def check_batch(
         vocab_size: labels are below it.
         workload: the largest batch that was planned; None: any size.
         max_bytes: that a batch of this size may have without padding, as little of it as there be; None: any number.
+        kept: the rows that the tail has of this client, to which those of the batch are added; None: it keeps none.
 
     Returns:
         Activations (B, T, H) with zeros where nothing travels, mask (B, T) uint8, labels (B, T) int32.
 
     Raises:
         ExchangeError: ``wrong_tensors``, ``wrong_dtype``, ``wrong_shape``, ``batch_too_large``, ``non_finite``,
-            ``wrong_scale``, ``wrong_mask`` or ``wrong_labels``.
+            ``wrong_scale``, ``wrong_mask``, ``wrong_labels``, ``wrong_rows`` or ``unknown_rows``.
     """
     in_spans = ("mask.bits" not in tensors, "labels.bits" not in tensors)
-    _check_names(tensors, batch_layout(codec, BatchForm(1, 1, 1, 1, *in_spans), hidden_size))
+    references = 0 if kept is None else references_in(tensors)
+    _check_names(tensors, batch_layout(codec, BatchForm(1, 1, 1, 1, *in_spans, references), hidden_size))
     rows, width = _size(tensors["size"])
     _check_size(rows, width, workload, max_bytes, codec.layout("activations", (rows * width, hidden_size)))
     marks = {
         **marks_layout("mask", rows, width, in_spans[0]),
         **marks_layout("labels", rows, width, in_spans[1]),
     }
-    _check_parts(tensors, marks)
+    _check_parts(tensors, {**marks, **reference_layout(references)})
     mask, targets = (decode_marks(name, tensors, width) for name in ("mask", "labels"))
     positions = traveling_of(mask, targets)
-    form = BatchForm(rows, width, int(positions.sum()), int(targets.sum()), *in_spans)
+    counts: list[int] = positions.sum(1).tolist()
+    without = sum(counts[number] for number in referred(tensors, rows))
+    form = BatchForm(rows, width, sum(counts), int(targets.sum()), *in_spans, references, without)
     _check_parts(tensors, batch_layout(codec, form, hidden_size))
     if ((tensors["labels"] < 0) | (tensors["labels"] >= vocab_size)).any():
         raise ExchangeError("wrong_labels", f"Expected target labels in 0..{vocab_size - 1}, found others.")
     labels = torch.full((rows, width), IGNORED, dtype=torch.int32)
     labels[targets] = tensors["labels"]
-    activations = _decoded(codec, "activations", tensors, (form.positions, hidden_size))
+    shape = (form.positions, hidden_size)
+    if kept is None:
+        activations = _decoded(codec, "activations", tensors, shape)
+    else:
+        packed, packed_rows = restored(tensors, codec.layout("activations", shape), counts, kept)
+        activations = _decoded(codec, "activations", packed, shape)
+        kept.note(packed_rows)
     return scattered(activations, positions), mask.to(torch.uint8), labels
 
 

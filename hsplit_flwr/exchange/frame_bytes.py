@@ -10,6 +10,7 @@ from hsplit_flwr.exchange.batches import batch_layout
 from hsplit_flwr.exchange.codecs import Layout, codec_named
 from hsplit_flwr.exchange.delta_frames import packed
 from hsplit_flwr.exchange.frames import Header, encode
+from hsplit_flwr.exchange.kept_rows import told_layout
 from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.training.workload import Workload
 
@@ -39,7 +40,8 @@ def step_bytes_up(workload: Workload, hidden_size: int, form: BatchForm | None =
     """Bytes of one ``train`` frame of a batch of `form`; by default the most.
 
     The default is what to plan for. No batch of contiguous rows takes more (`BatchForm.largest`); where tokens or
-    targets of a row are not contiguous, bits instead of spans may take B x (T/8 - 8) bytes more each.
+    targets of a row are not contiguous, bits instead of spans may take B x (T/8 - 8) bytes more each. A frame that
+    refers to rows which the tail keeps is smaller.
     """
     form = form or _largest(workload)
     return _frame_bytes(batch_layout(codec_named(workload.activation_codec), form, hidden_size))
@@ -76,6 +78,11 @@ def delta_bytes(layout: Layout) -> int:
 def hello_bytes() -> int:
     """Bytes of one ``hello`` frame."""
     return _frame_bytes({})
+
+
+def kept_bytes(rows: int) -> int:
+    """Bytes of the ``kept`` frame in which the tail tells of so many `rows` that it has."""
+    return _frame_bytes(told_layout(rows))
 
 
 def _largest(workload: Workload) -> BatchForm:

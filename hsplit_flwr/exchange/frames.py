@@ -7,7 +7,9 @@ answer; a head may send further parts before it has them.
 
     head -> tail   hello     no tensors; header `have`: the version of the weight delta the client holds (0: none),
                              `own`: the round whose adapters of its own it still holds (0: none)
-    tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come)
+    tail -> head   delta     parts of the weight delta; header `version`, `whole`, `left` (frames to come), `share`
+    tail -> head   kept      after the delta, if its `share` is above 0: the rows of activations that the tail has of
+                             this client, of which it keeps at most `share` bytes (`kept_rows.py`)
     head -> tail   resume    no tensors; `hello` after a broken connection; header `step`, `part`: the oldest without an
                              answer. It is sent again next, and so are those after it
     head -> tail   leave     no tensors; the last frame of a head that may come back: without it, the connection broke
@@ -40,7 +42,7 @@ from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.task import PROTOCOL_VERSION
 
-KINDS = ("hello", "delta", "resume", "leave", "train", "gradient", "evaluate", "score", "probe")
+KINDS = ("hello", "delta", "kept", "resume", "leave", "train", "gradient", "evaluate", "score", "probe")
 MAX_HEADER_BYTES = 1 << 20
 HEADER_CHARACTERS = 512
 """headers are padded to it with spaces, so that the digits of a loss do not change a frame's size"""
@@ -67,6 +69,7 @@ class Header:
     nll: float = 0.0
     tokens: int = 0
     own: int = 0
+    share: int = 0
     protocol: int = PROTOCOL_VERSION
 
 

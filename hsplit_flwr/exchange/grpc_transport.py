@@ -81,6 +81,8 @@ class ServiceConfig:
     """of one client, taken in while the tail computes on the one before"""
     reconnect_grace_s: float = 0.0
     """how long a client whose connection broke may take to come back to its round; 0: it may not"""
+    activation_cache_bytes: int = 0
+    """the most that is kept of activations of heads that train nothing, of all clients together; 0: nothing"""
     certificate: Path | None = None
     """PEM certificate chain; with `private_key` it turns on TLS"""
     private_key: Path | None = None

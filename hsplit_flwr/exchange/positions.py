@@ -39,6 +39,10 @@ class BatchForm(NamedTuple):
     """the tokens of every row are contiguous"""
     labels_in_spans: bool = True
     """the targets of every row are contiguous"""
+    kept_rows: int = 0
+    """that the tail has, and the frame refers to (`row_references.py`)"""
+    kept_positions: int = 0
+    """of `positions`, those of these rows: their activations are not in the frame"""
 
     @classmethod
     def of(cls, attention_mask: Tensor, labels: Tensor) -> Self:

@@ -4,6 +4,7 @@ Where the connection breaks, another stream goes on at the step where the client
 sent again.
 """
 
+import logging
 import secrets
 import time
 from collections import deque
@@ -15,15 +16,18 @@ from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError, ExchangeError
 from hsplit_flwr.exchange.absence import Absence
-from hsplit_flwr.exchange.batches import batch_tensors, check_gradient
+from hsplit_flwr.exchange.batches import batch_tensors, check_gradient, without_kept
 from hsplit_flwr.exchange.codecs import codec_named
 from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler, rounding_seed
+from hsplit_flwr.exchange.kept_rows import UNKNOWN_ROWS, KeptRows
 from hsplit_flwr.exchange.positions import traveling
+from hsplit_flwr.exchange.row_references import references_in
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import Connect, FrameStream
 from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession, is_measured
 
 Answer = TypeVar("Answer")
+_log = logging.getLogger("hsplit_flwr")
 
 
 class DeltaTensors(NamedTuple):
@@ -44,6 +48,8 @@ class _Unanswered(NamedTuple):
     positions: Tensor
     """(B, T) that travel"""
     hidden_size: int
+    whole: tuple[Header, dict[str, Tensor]] | None
+    """of the frame with all rows, where `frame` refers to some that the tail has"""
 
 
 class RemoteTail(TailSession):
@@ -76,6 +82,8 @@ class RemoteTail(TailSession):
         self._stream: FrameStream | None = None
         self._joined = False
         self._unanswered: deque[_Unanswered] = deque()
+        self._kept: KeptRows | None = None
+        """the rows that the tail has; None: it keeps none, or all are sent whole"""
         self.bytes_up = 0
         self.bytes_down = 0
 
@@ -155,6 +163,8 @@ class RemoteTail(TailSession):
             expect_header(frame.header, left=left)
             tensors |= {key: aside(tensor) for key, tensor in frame.tensors.items()}
         _check_bytes(tensors, self._max_delta_bytes)
+        share = frame.header.share
+        self._kept = KeptRows.of_told(self._receive("kept").tensors, share) if share else None
         return DeltaTensors(frame.header.version, frame.header.whole, tensors)
 
     def _received_probe(self, probe: bytes) -> None:
@@ -165,9 +175,15 @@ class RemoteTail(TailSession):
         self, kind: str, part: BatchPart, activations: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> None:
         header = self._header(kind, step=part.step, part=part.number, parts=part.parts)
-        frame = encode(header, batch_tensors(activations, attention_mask, labels, self._up, rounding_seed(header)))
+        tensors = batch_tensors(activations, attention_mask, labels, self._up, rounding_seed(header))
+        whole = None
+        if self._kept is not None:
+            all_rows = tensors
+            tensors = without_kept(all_rows, attention_mask, labels, self._up, self._kept)
+            whole = (header, all_rows) if references_in(tensors) else None
+        frame = encode(header, tensors)
         positions = traveling(attention_mask, labels)
-        self._unanswered.append(_Unanswered(part, frame, positions, activations.shape[-1]))
+        self._unanswered.append(_Unanswered(part, frame, positions, activations.shape[-1], whole))
         self._send(frame)
 
     def _answered(self, kind: str) -> tuple[_Unanswered, Frame]:
@@ -193,6 +209,8 @@ class RemoteTail(TailSession):
         Raises:
             ExchangeError: see `Absence.wait`.
         """
+        if error.code == UNKNOWN_ROWS:
+            self._send_whole_rows(error)
         while True:
             self._absence.wait(error)
             self._connected().close()
@@ -207,6 +225,14 @@ class RemoteTail(TailSession):
             self._send(encode(self._header("resume", step=part.step, part=part.number)))
             for sent in self._unanswered:
                 self._send(sent.frame)
+
+    def _send_whole_rows(self, error: ExchangeError) -> None:
+        """From now on, and of what has no answer: the tail has other rows than this client was told."""
+        _log.warning("client %s sends all activations until the end of the round: %s", self._task.client, error)
+        self._kept = None
+        self._unanswered = deque(
+            sent._replace(frame=encode(*sent.whole), whole=None) if sent.whole else sent for sent in self._unanswered
+        )
 
     def _open_stream(self, limit_s: float) -> None:
         self._stream = self._connect(self._task.address, self._token, limit_s, self._max_bytes)

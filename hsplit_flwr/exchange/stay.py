@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.exchange.kept_rows import UNKNOWN_ROWS
 from hsplit_flwr.training.session import TailSession
 
 MOST_STREAMS = 1000
@@ -114,7 +115,7 @@ class Stay:
 
         Raises:
             StreamReplacedError: by a newer one.
-            ExchangeError: raised by `compute`; it ends the stay.
+            ExchangeError: raised by `compute`; it ends the stay, but for ``unknown_rows``.
         """
         with self._changed:
             self._wait_for_turn(stream)
@@ -126,7 +127,8 @@ class Stay:
             frame = compute(session)
             return frame
         except ExchangeError as error:
-            self.end(error)
+            if error.code != UNKNOWN_ROWS:
+                self.end(error)
             raise
         finally:
             with self._changed:  # at once, or a newer stream would take the frame for one that never came

@@ -19,6 +19,7 @@ from hsplit_flwr.exchange.codecs import Codec, codec_named
 from hsplit_flwr.exchange.delta_frames import packed
 from hsplit_flwr.exchange.frames import Frame, Header, decode, encode, expect_header, probe_filler, rounding_seed
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.kept_rows import MOST_ROWS, UNKNOWN_ROWS, ActivationCache, KeptRows
 from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.read_ahead import read_ahead
 from hsplit_flwr.exchange.stay import StreamReplacedError
@@ -30,6 +31,8 @@ from hsplit_flwr.training.session import BatchPart, TailSession
 from hsplit_flwr.training.workload import Workload
 
 MAX_PROBES, MAX_PROBE_BYTES = 64, 16 << 20
+BYTES_PER_TOLD_ROW = 64
+"""of the largest frame, for each row that a client is told of: all must fit in one"""
 _log = logging.getLogger("hsplit_flwr")
 
 DeltaSource = Callable[[int, int, OwnRound | None], tuple[int, bool, dict[str, Tensor]]]
@@ -77,6 +80,7 @@ class TailProtocol:
         max_frame_bytes: larger frames are refused unread, and batches that would need one if they had no padding.
         grace_s: how long a client may take to come back when its frames end without its leave; 0: it leaves, too.
         kept_answers: of one client, for when it comes back: as many as it may have no answer to.
+        kept_rows: client -> what is kept of its activations from round to round; None: nothing.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class TailProtocol:
         max_frame_bytes: int,
         grace_s: float = 0.0,
         kept_answers: int = 0,
+        kept_rows: Callable[[str], KeptRows | None] = lambda client: None,
     ) -> None:
         self._tail = tail
         self._deltas = deltas
@@ -99,6 +104,7 @@ class TailProtocol:
         self._max_frame_bytes = max_frame_bytes
         self._grace_s = grace_s
         self._kept_answers = kept_answers
+        self._kept_rows = kept_rows
 
     def exchange_by(self, activation_codec: Codec, gradient_codec: Codec, kept_answers: int) -> None:
         """Serve by these from the next client on."""
@@ -122,7 +128,11 @@ class TailProtocol:
         except StreamReplacedError:
             return
         except Exception as error:
-            ticket.stay.leave(stream, error if isinstance(error, ExchangeError) else None)
+            refusal = error if isinstance(error, ExchangeError) else None
+            if refusal and refusal.code == UNKNOWN_ROWS:
+                ticket.stay.break_off(stream, self._grace_s)
+            else:
+                ticket.stay.leave(stream, refusal)
             raise
         ticket.stay.break_off(stream, self._grace_s)
 
@@ -140,6 +150,8 @@ class TailProtocol:
         at = (hello.header.step, hello.header.part) if is_back else None
         owed = ticket.stay.join(stream, partial(self._session, ticket), at)
         on_gone(partial(ticket.stay.break_off, stream))
+        if not is_back:
+            yield from self._told(ticket)
         for frame in received:
             self._expect(frame, ticket, ticket.mode)
             step, part = frame.header.step, frame.header.part
@@ -175,12 +187,22 @@ class TailProtocol:
     def _delta(self, hello: Header, ticket: Ticket) -> Iterator[bytes]:
         own = OwnRound(ticket.client, hello.own) if hello.own else None
         version, whole, tensors = self._deltas(hello.have, ticket.cut, own)
+        kept = self._kept_rows(ticket.client)
+        if kept is not None and tensors:  # the head changes: what it computed so far does not come again
+            kept.clear()
+        share = 0 if kept is None else kept.limit_bytes
         parts = packed(tensors)
         for index, part in enumerate(parts):
-            header = self._header("delta", ticket, version=version, whole=whole, left=len(parts) - 1 - index)
+            left = len(parts) - 1 - index
+            header = self._header("delta", ticket, version=version, whole=whole, left=left, share=share)
             frame = encode(header, part)
             ticket.delta_bytes += len(frame)
             yield self._sent(frame, ticket)
+
+    def _told(self, ticket: Ticket) -> Iterator[bytes]:
+        """What is kept of the client's activations, if anything ever is."""
+        if (kept := self._kept_rows(ticket.client)) is not None:
+            yield self._sent(encode(self._header("kept", ticket), kept.told()), ticket)
 
     def _session(self, ticket: Ticket) -> TailSession:
         if ticket.mode == "train":
@@ -202,6 +224,7 @@ class TailProtocol:
             vocab_size=self._tail.segment.vocab_size,
             workload=ticket.workload,
             max_bytes=self._max_frame_bytes,
+            kept=self._kept_rows(ticket.client),
         )
         if ticket.mode == "train":
             part = BatchPart(header.step, header.part, header.parts)
@@ -248,6 +271,8 @@ class TailService:
     """
 
     def __init__(self, tail: ServedTail, deltas: DeltaSource, run: str, config: ServiceConfig) -> None:
+        most_rows = min(MOST_ROWS, config.max_frame_bytes // BYTES_PER_TOLD_ROW)
+        self._cache = ActivationCache(config.activation_cache_bytes, most_rows)
         self._protocol = TailProtocol(
             tail,
             deltas,
@@ -257,6 +282,7 @@ class TailService:
             max_frame_bytes=config.max_frame_bytes,
             grace_s=config.reconnect_grace_s,
             kept_answers=1 + config.frames_ahead if config.reconnect_grace_s > 0 else 0,
+            kept_rows=self._cache.of,
         )
         self._frames_ahead = config.frames_ahead
         self._grace_s = config.reconnect_grace_s
@@ -290,7 +316,8 @@ class TailService:
         steps: int | None = None,
         workload: Workload | None = None,
     ) -> dict[str, str]:
-        """See `Admission.open_round`."""
+        """See `Admission.open_round` and `ActivationCache.open_round`."""
+        self._cache.open_round(cuts, frozen)
         return self._admission.open_round(round_number, mode, cuts, first_step, frozen, steps=steps, workload=workload)
 
     def open_probe(self, node: str, round_number: int) -> str:

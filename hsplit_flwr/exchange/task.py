@@ -12,7 +12,7 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 Mode = Literal["train", "evaluate", "probe"]
 
 

@@ -33,6 +33,7 @@ def flower_rounds(
         gradient_codec=training.gradient_codec,
         frames_ahead=training.parts_in_flight - 1,
         reconnect_grace_s=limits.reconnect_grace_s,
+        activation_cache_bytes=training.activation_cache_mib << 20,
     )
 
     def open_door(tail: SharedTail, model: GlobalModel, run: str) -> Door:

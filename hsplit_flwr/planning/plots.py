@@ -7,7 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hsplit_flwr.common.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, new_figure, save_figure
+from hsplit_flwr.common.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    new_figure,
+    save_figure,
+)
 from hsplit_flwr.common.tables import client_order, format_bytes, format_seconds
 from hsplit_flwr.models.block_layout import block_of
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -30,6 +41,7 @@ MEMORY_PARTS = {
     "optimizer": Part(PURPLE, "AdamW's two moments of every adapter weight"),
     "activations": Part(SKY, "kept from the forward pass for the backward pass"),
     "workspace": Part(GREEN, "alive for a moment of a step: temporaries, messages on their way, gaps in the heap"),
+    "cache": Part(YELLOW, "activations that the server keeps from round to round, at most"),
     "planner's margin": Part("0.8", "what the planner reserves beyond these: its bound is coarser, never lower"),
 }
 MEMORY_COLOURS = {use: part.colour for use, part in MEMORY_PARTS.items()}

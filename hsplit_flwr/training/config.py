@@ -60,13 +60,16 @@ class TrainingConfig:
     micro_steps: bool = False
     """heads and tail take an optimizer step on each part, and a head goes on with the next one, be it of the next
     batch, while others are in flight; else they take one on the whole batch, as if it were in one piece"""
+    activation_cache_mib: int = 0
+    """the most that the server keeps of activations of heads that train nothing, of all clients together: what comes
+    again is not sent again. 0: nothing"""
 
     def __post_init__(self) -> None:
         from hsplit_flwr.training.optimizer import OPTIMIZERS  # torch: who only reads the defaults need not wait for it
 
         for name in ("rounds", "local_steps", "tail_passes", "micro_batches", "micro_batches_in_flight"):
             require_whole(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "importance_steps", "importance_rows"):
+        for name in ("warmup_steps", "importance_steps", "importance_rows", "activation_cache_mib"):
             require_whole(name, getattr(self, name), 0)
         require(is_above(self.learning_rate, 0), "learning_rate", "> 0", self.learning_rate)
         require(is_at_least(self.weight_decay, 0), "weight_decay", ">= 0", self.weight_decay)
@@ -74,6 +77,9 @@ class TrainingConfig:
         require(self.schedule in SCHEDULES, "schedule", f"as one of {SCHEDULES}", self.schedule)
         require(self.optimizer in OPTIMIZERS, "optimizer", f"as one of {tuple(OPTIMIZERS)}", self.optimizer)
         require_codecs(self.activation_codec, self.gradient_codec)
+        by_chance = self.activation_cache_mib > 0 and self.activation_codec == "int4_stochastic"
+        expected = "that rounds the same every time where activation-cache-mib is above 0"
+        require(not by_chance, "activation_codec", expected, self.activation_codec)
 
     @property
     def parts_in_flight(self) -> int:

@@ -46,6 +46,8 @@ class Workload:
     """the tail computes on all clients at once"""
     tail_passes: int = TrainingConfig.tail_passes
     """of the tail over the batches of a step; those after the first once the clients have their answers"""
+    activation_cache_mib: int = TrainingConfig.activation_cache_mib
+    """the most that the tail keeps of activations from round to round"""
 
     def __post_init__(self) -> None:
         require_whole("batch_size", self.batch_size, 1)
@@ -53,6 +55,7 @@ class Workload:
         require_whole("local_steps", self.local_steps, 1)
         require_whole("importance_steps", self.importance_steps, 0)
         require_whole("importance_rows", self.importance_rows, 0)
+        require_whole("activation_cache_mib", self.activation_cache_mib, 0)
         require_whole("micro_batches", self.micro_batches, 1)
         require_whole("micro_batches_in_flight", self.micro_batches_in_flight, 1)
         require_whole("tail_passes", self.tail_passes, 1)
@@ -89,6 +92,7 @@ class Workload:
             micro_steps=training.micro_steps,
             joint_steps=training.joint_steps,
             tail_passes=training.tail_passes,
+            activation_cache_mib=training.activation_cache_mib,
         )
 
     @property
@@ -119,7 +123,7 @@ class Workload:
         trained = type(self).of(training, batch_size=self.batch_size)
         for name in (
             *("local_steps", "activation_codec", "gradient_codec", "measured_rows", "joint_steps"),
-            *("micro_batches", "parts_alive", "micro_steps", "tail_passes"),
+            *("micro_batches", "parts_alive", "micro_steps", "tail_passes", "activation_cache_mib"),
         ):
             expected, found = getattr(trained, name), getattr(self, name)
             if expected != found:

@@ -114,10 +114,12 @@ def test_every_key_arrives() -> None:
             "micro-batches": 4,
             "micro-batches-in-flight": 3,
             "micro-steps": True,
+            "activation-cache-mib": 40,
         },
         HERE,
     )
     parts: dict[str, Any] = {"micro_batches": 4, "micro_batches_in_flight": 3, "micro_steps": True}
+    parts["activation_cache_mib"] = 40
     expected = TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", "int8", 9, 2, 0, True, 3, **parts)
     assert settings.training == expected
     assert settings.workload == Workload(

@@ -18,6 +18,7 @@ from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.exchange.batches import batch_tensors
 from hsplit_flwr.exchange.codecs import CODECS
 from hsplit_flwr.exchange.frames import Header, encode
+from hsplit_flwr.exchange.kept_rows import ENTRY_BYTES, MOST_ROWS
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.dtypes import DTYPES
@@ -256,6 +257,23 @@ def test_costs_rise_with_cut_rank_and_clients(llama: ModelCosts) -> None:
     assert pair.activations == alone.activations  # one after another
     assert pair.workspace > alone.workspace
     assert llama.tail_memory([2, 2], ranks).activations < llama.tail_memory([1, 2], ranks).activations
+
+
+def test_what_is_kept_of_activations_is_counted_once_for_all_clients() -> None:
+    """At the server as if it were full; at a head that trains nothing, what it must remember of it."""
+    plain, kept = (ModelCosts(tiny_config("llama", True), Workload(8, 64, activation_cache_mib=m)) for m in (0, 100))
+    ranks = rank_patterns(plain)["all"]
+    for cuts in ([1], [1, 2, 2]):
+        without = plain.tail_memory(cuts, ranks)
+        assert kept.tail_memory(cuts, ranks) == replace(without, cache=100 << 20)
+        assert kept.tail_memory(cuts, ranks).total_bytes == without.total_bytes + (100 << 20)
+        assert kept.tail_base_bytes(cuts) == plain.tail_base_bytes(cuts) + (100 << 20)
+    assert kept.head_memory(2, ranks) == plain.head_memory(2, ranks)
+    table = kept.head_memory(2, {}).total_bytes - plain.head_memory(2, {}).total_bytes
+    assert table == ENTRY_BYTES * (MOST_ROWS + 20 * 8)
+    assert kept.head_base_bytes(2) == plain.head_base_bytes(2) + table
+    small = ModelCosts(tiny_config("llama", True), Workload(8, 64, activation_cache_mib=1)).head_memory(2, {})
+    assert 0 < small.cache < 1 << 20
 
 
 def test_a_joint_step_holds_all_clients_of_a_cut_at_once() -> None:

@@ -39,6 +39,12 @@ pytestmark = pytest.mark.timeout(20)
         ({"warmup_steps": 1.5}, "warmup_steps as a whole number >= 0, found 1.5"),
         ({"importance_rows": -1}, r"importance_rows as a whole number >= 0, found -1 \(run config: importance-rows\)"),
         ({"importance_steps": True}, "importance_steps as a whole number >= 0, found True"),
+        ({"activation_cache_mib": -1}, r"activation_cache_mib as a whole number >= 0.*activation-cache-mib"),
+        ({"activation_cache_mib": 1.5}, "activation_cache_mib as a whole number >= 0, found 1.5"),
+        (
+            {"activation_cache_mib": 1, "activation_codec": "int4_stochastic"},
+            r"activation_codec that rounds the same .*found 'int4_stochastic' \(run config: activation-codec\)",
+        ),
         ({"weight_decay": -0.1}, "weight_decay >= 0"),
         ({"weight_decay": math.nan}, "weight_decay >= 0"),
         ({"weight_decay": math.inf}, "weight_decay >= 0"),

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hsplit_flwr.exchange.frame_bytes import packing_bytes, payload_bytes
+from hsplit_flwr.exchange.kept_rows import ENTRY_BYTES, LEAST_ROW_BYTES, MOST_ROWS
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs.shapes import Matrix, WeightBytes, blocks_of
 from hsplit_flwr.planning.costs.step_trace import StepTrace
@@ -62,12 +63,14 @@ class MemoryEstimate:
     """kept for the backward pass"""
     workspace: int
     """alive for a moment: temporaries, frames on their way, holes in the heap"""
+    cache: int = 0
+    """at most: activations that a tail keeps from round to round; at a head that trains nothing, which those are"""
 
     @property
     def total_bytes(self) -> int:
         """Sum of all parts."""
         held = self.weights + self.adapters + self.gradients + self.optimizer
-        return held + self.activations + self.workspace
+        return held + self.activations + self.workspace + self.cache
 
 
 class HeadMemory:
@@ -93,6 +96,7 @@ class HeadMemory:
         self._matrices = matrices
         self._again = workload.gradient_checkpointing
         self._in_flight = workload.parts_alive
+        self._table = _table_bytes(workload)
         moves_on = workload.micro_steps and self._in_flight > 1
         self._copies = self._in_flight if moves_on else 0
         workload = workload.part
@@ -159,6 +163,7 @@ class HeadMemory:
             optimizer=8 * parameters,
             activations=self._in_flight * (int(self._alive[cut]) + kept - self._not_kept(cut, ranks)),
             workspace=self._workspace(cut) + transient + sampled,
+            cache=0 if parameters else self._table,
         )
 
     def _not_kept(self, cut: int, ranks: Mapping[str, int]) -> int:
@@ -176,6 +181,12 @@ class HeadMemory:
         holes = HEAP_SPREAD * self._heap_peaks[cut - 1] * cut ** HEAP_GROWTH[self._again]
         on_their_way = (self._in_flight - 1) * (self._hidden_bytes + FRAME_COPIES * self._frame_bytes)
         return int(temporaries + holes + on_their_way) + THREADS * self._packing + PROCESS_BYTES
+
+
+def _table_bytes(workload: Workload) -> int:
+    """What a head needs to remember the rows of activations that the tail keeps, if it has them all to itself."""
+    kept = (workload.activation_cache_mib << 20) // (ENTRY_BYTES + LEAST_ROW_BYTES)
+    return ENTRY_BYTES * min(kept, MOST_ROWS + workload.local_steps * workload.batch_size)
 
 
 def tile_bytes(matrices: Sequence[Matrix], workload: Workload) -> int:

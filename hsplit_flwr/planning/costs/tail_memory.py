@@ -3,7 +3,8 @@
 The server holds the whole model. It computes on one part of one client's batch at a time, so activations and workspace
 are those of the one that enters first. Where clients step jointly, those of equal cut run as one batch, and they are
 those of the largest such group. Either way every client of the step may have its activations, its gradient and the
-frames of all its parts in flight there at once. Tensors alone: the holes in the server's heap are not in it.
+frames of all its parts in flight there at once. What is kept of activations from round to round counts as if it were
+full. Tensors alone: the holes in the server's heap are not in it.
 """
 
 from collections import Counter
@@ -39,6 +40,7 @@ class TailMemory:
         self._weights = weights
         self._matrices = matrices
         self._joint = workload.joint_steps
+        self._cache = workload.activation_cache_mib << 20
         in_flight = workload.parts_alive
         rows_in_flight = workload.batch_size / workload.part.batch_size
         workload = workload.part
@@ -70,6 +72,7 @@ class TailMemory:
             optimizer=8 * parameters,
             activations=max(kept, default=0),
             workspace=largest * self._above + len(cuts) * self._queued + self._tile,
+            cache=self._cache,
         )
 
     def rank_bytes(self, cuts: Sequence[int]) -> Floats:
