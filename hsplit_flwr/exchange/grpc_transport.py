@@ -100,6 +100,8 @@ class GrpcListener:
         ConfigError: the address cannot be bound, or the TLS files cannot be used.
     """
 
+    holds_clients = True
+
     def __init__(self, serve: Serve, config: ServiceConfig, max_streams: int = MAX_STREAMS) -> None:
         self._serve = serve
         handler = grpc.stream_stream_rpc_method_handler(self._exchange)

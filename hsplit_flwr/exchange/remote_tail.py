@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError, ExchangeError
@@ -149,9 +150,21 @@ class RemoteTail(TailSession):
 
     def score_step(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> ScoreReply:
         """See `TailSession`."""
+        self.send_to_score(step, activations, attention_mask, labels)
+        return self.receive_score()
+
+    def send_to_score(self, step: int, activations: Tensor, attention_mask: Tensor, labels: Tensor) -> None:
+        """Hand over a batch to be scored; does not wait for its answer."""
         self._send_batch("evaluate", BatchPart(step), activations, attention_mask, labels)
+
+    def receive_score(self) -> ScoreReply:
+        """The answer to the oldest batch that has none yet."""
         _, (header, _) = self._answered("score")
         return ScoreReply(header.nll, header.tokens)
+
+    def await_score(self, step: int) -> None:
+        """Batch `step` was sent by another process of this client's, and has no answer yet."""
+        self._unanswered.append(_Unanswered(BatchPart(step), b"", torch.empty(0), 0))
 
     def _received_delta(self, hello: bytes, aside: Callable[[Tensor], Tensor]) -> DeltaTensors:
         self._send(hello)

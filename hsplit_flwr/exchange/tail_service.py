@@ -305,6 +305,11 @@ class TailService:
         self._protocol.exchange_by(up, down, training.parts_in_flight if self._grace_s > 0 else 0)
         self._frames_ahead = training.parts_in_flight - 1
 
+    @property
+    def holds_clients(self) -> bool:
+        """See `Listener`."""
+        return self._listener.holds_clients
+
     def open_round(
         self,
         round_number: int,

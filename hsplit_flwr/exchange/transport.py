@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hsplit_flwr.exchange.grpc_transport import ServiceConfig
     from hsplit_flwr.exchange.tls_files import ClientTls
 
-TRANSPORTS = {"grpc": "hsplit_flwr.exchange.grpc_transport"}
+TRANSPORTS = {"grpc": "hsplit_flwr.exchange.grpc_transport", "messages": "hsplit_flwr.exchange.message_transport"}
 """scheme of an address -> module of the transport; the first is meant where an address (``host:port``) has none"""
 
 
@@ -51,6 +51,10 @@ class Listener(Protocol):
     @property
     def address(self) -> str:
         """What heads connect to."""
+
+    @property
+    def holds_clients(self) -> bool:
+        """A head that waits for the tail's answer keeps its process busy."""
 
     def start(self) -> None:
         """Accept streams."""

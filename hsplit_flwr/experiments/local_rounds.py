@@ -93,6 +93,8 @@ class LocalDoor:
         session = self._tail.join(task.client, ticket.cut, ticket.first_step, trains=ticket.trains)
         return _WireSession(session, ticket, self._wire)
 
+    holds_clients = True
+
     def answered(self, client: str) -> None:
         """Nobody's connection breaks here."""
 

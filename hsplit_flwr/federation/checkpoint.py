@@ -5,7 +5,7 @@
     RUN/checkpoints/round-0003/
         checkpoint.json       whose state this is: format, round, settings, versions; SHA-256 of itself and the others
         state.json            the state, but for its tensors
-        state.safetensors     the tensors
+        state.safetensors     the tensors (`common/state_files.py`)
 
 Nothing is ever pickled. What the state is made of, its owners know (`common/state.py`).
 """
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hsplit_flwr.common.provenance import versions
 from hsplit_flwr.common.state import State
+from hsplit_flwr.common.state_files import save_tensors, with_tensors, without_tensors
 from hsplit_flwr.errors import ConfigError
 
 FORMAT = 2
@@ -34,8 +35,6 @@ CHECKPOINTS = "checkpoints"
 ABOUT, VALUES, TENSORS = "checkpoint.json", "state.json", "state.safetensors"
 LATEST = "latest"
 _PACKAGE = "hsplit_flwr"
-_REFERENCE = "$tensor"
-"""in state.json, ``{"$tensor": key}`` stands for a tensor of state.safetensors"""
 _MOST_DIFFERENCES = 3
 _log = logging.getLogger("hsplit_flwr")
 
@@ -61,9 +60,9 @@ def save(folder: Path, round_number: int, settings: Mapping[str, Any], state: St
     try:
         unfinished.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
-        values = _without_tensors(state, tensors)
+        values = without_tensors(state, tensors)
         (unfinished / VALUES).write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
-        _save_tensors(tensors, unfinished / TENSORS)
+        save_tensors(tensors, unfinished / TENSORS)
         about = {
             "format": FORMAT,
             "round": round_number,
@@ -98,7 +97,7 @@ def load(checkpoint: Path, settings: Mapping[str, Any]) -> State:
         tensors = {
             key: tensor.clone() for key, tensor in load_file(checkpoint / TENSORS).items()
         }  # not the mapped file
-        state: State = _with_tensors(_read_json(checkpoint / VALUES), tensors)
+        state: State = with_tensors(_read_json(checkpoint / VALUES), tensors)
     except (SafetensorError, OSError, KeyError) as error:
         raise _refusal(checkpoint / TENSORS, "the tensors of a checkpoint", repr(error)) from error
     return state
@@ -147,40 +146,6 @@ def saved(folder: Path) -> list[Path]:
 
 
 # --- writing ---
-
-
-def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """`value` with a reference for each tensor, which is put into `tensors`."""
-    if isinstance(value, Tensor):
-        key = str(len(tensors))
-        tensors[key] = value
-        return {_REFERENCE: key}
-    if isinstance(value, dict):
-        if wrong := [key for key in value if not isinstance(key, str) or key == _REFERENCE]:
-            raise ConfigError(f"Expected names of a state as texts other than {_REFERENCE!r}, found {wrong[0]!r}.")
-        return {key: _without_tensors(item, tensors) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_tensors(item, tensors) for item in value]
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    raise ConfigError(
-        f"Expected a state of tensors, numbers, texts, lists and dicts, found {type(value).__name__}: {value!r:.80}."
-    )
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    memory: set[int] = set()
-    alone = {}
-    for key, tensor in tensors.items():  # safetensors refuses tensors that share memory
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage()
-        shared = storage.data_ptr() in memory or storage.nbytes() != plain.nbytes
-        alone[key] = plain.clone() if shared else plain
-        memory.add(storage.data_ptr())
-    try:
-        save_file(alone, path)
-    except SafetensorError as error:  # a full disk, too
-        raise OSError(f"{path}: {error}") from error
 
 
 def _measure(path: Path) -> dict[str, Any]:
@@ -295,17 +260,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _refusal(path, "JSON", f"{error}") from error
-
-
-def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_without_tensors` made `value` of."""
-    if isinstance(value, list):
-        return [_with_tensors(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if value.keys() == {_REFERENCE}:
-        return tensors[value[_REFERENCE]]
-    return {key: _with_tensors(item, tensors) for key, item in value.items()}
 
 
 def _refusal(path: Path, expected: str, found: str) -> ConfigError:

@@ -23,7 +23,9 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from hsplit_flwr.common.tables import format_bytes
+from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.delta_folder import DeltaFolder, Stamp
+from hsplit_flwr.federation.kept_round import RoundFolder
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 
@@ -50,7 +52,7 @@ class Notes(Protocol):
 
 
 class FileStore:
-    """A `federation.client_data.DeltaStore` in a folder.
+    """A `federation.client_data.DeltaStore` and a `RoundStore` in a folder.
 
     Args:
         folder: made where it is missing; if it cannot be written, every round gets the whole delta.
@@ -93,6 +95,24 @@ class FileStore:
         if lock := self._lock(path):
             with lock:
                 DeltaFolder(path, run, client).save_own(own)
+
+    @contextmanager
+    def open_round(self, run: str, client: str) -> Iterator[RoundFolder]:
+        """See `RoundStore`."""
+        path = self._folder_of(run, client)
+        if (lock := self._lock(path)) is None:
+            raise self._no_room("this process cannot use it")
+        with lock:
+            try:
+                yield RoundFolder(path, self._limit_bytes)
+            except OSError as error:
+                raise self._no_room(str(error)) from error
+
+    def _no_room(self, found: str) -> ConfigError:
+        return ConfigError(
+            'Expected a state-dir that can be written, for a round kept with exchange = "messages", '
+            f"found {self._folder}: {found}. Name another one in the node config: state-dir."
+        )
 
     def _folder_of(self, run: str, client: str) -> Path:
         return self._folder / f"{_short_hash(client)}-{_short_hash(run)}"

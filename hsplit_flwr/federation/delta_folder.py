@@ -4,6 +4,7 @@
 
     SHA256.json            what is held: run, client, version, modules, and the files of their deltas
     SHA256.safetensors     a pair of factors, or a dense matrix
+    round-...              where the client is in its round (`federation/kept_round.py`)
     own-ROUND-SHA256.safetensors    the adapters that the client trained in its last round, until its next update
 
 Files are named by their content, written beside and renamed, and all checked before a version counts as held: so it
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hsplit_flwr.federation.kept_round import PREFIX as KEPT_ROUND
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 from hsplit_flwr.lora.deltas import SEPARATOR, MatrixDelta, WeightDelta
@@ -245,7 +247,8 @@ class DeltaFolder:
     def _remove_others(self, named: set[str]) -> None:
         """Lists first: at no time does one name a file that is gone."""
         for path in sorted(self._path.iterdir(), key=lambda path: path.suffix != ".json"):
-            if self._unwritten is not None or path.name not in named:
+            unnamed = self._unwritten is not None or path.name not in named
+            if unnamed and not path.name.startswith(KEPT_ROUND):
                 path.unlink(missing_ok=True)
 
 

@@ -21,6 +21,10 @@ class Door(Protocol):
     def exchange_by(self, training: TrainingConfig) -> None:
         """Take and send frames by these settings' codecs and parts in flight, in the rounds that open from now on."""
 
+    @property
+    def holds_clients(self) -> bool:
+        """A head that waits for the tail keeps its process busy, so that a simulation runs only some at a time."""
+
     def open_round(
         self,
         round_number: int,

@@ -14,8 +14,9 @@ from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import Connect
 from hsplit_flwr.federation.client_data import ClientData, DeltaStore
-from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
-from hsplit_flwr.lora.delta_update import DeltaUpdate, OwnFactors
+from hsplit_flwr.federation.head_turns import RoundInTurns
+from hsplit_flwr.federation.trained_head import Refusal, Shapes, TrainedHead
+from hsplit_flwr.lora.delta_update import DeltaReplica, DeltaUpdate, OwnFactors
 from hsplit_flwr.lora.factors import dense_bytes
 from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
@@ -23,7 +24,7 @@ from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment, linear_shapes, load_segment
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.training.batch import Batch
-from hsplit_flwr.training.head import score_head, train_head
+from hsplit_flwr.training.head import HeadTraining, score_head, train_head
 from hsplit_flwr.training.loss import Score
 from hsplit_flwr.training.workload import Workload
 
@@ -65,24 +66,35 @@ class HeadClient:
         self._dtype = dtype
         self._device = device
 
-    def train(self, task: RoundTask, budget: Budget | None = None) -> TrainedHead | Refusal:
+    def train(
+        self, task: RoundTask, budget: Budget | None = None, turns: RoundInTurns | None = None
+    ) -> TrainedHead | Refusal:
         """One round of training; a head beyond `budget` is not loaded but refused.
+
+        Args:
+            task: of one of the clients.
+            budget: what it can afford now; None: anything.
+            turns: where the exchange goes over messages; None: it goes over a connection.
 
         Raises:
             ConfigError: data that does not fit the task.
             ExchangeError: the tail refused a frame or could not be reached.
+            Suspended: this turn ends before the round does.
         """
         if reason := self._refusal(task, budget):
             return Refusal(task.client, reason)
         head = self._load_head(task)
         started = time.perf_counter()
-        with self._open_tail(task, head) as tail:
-            self._update_weights(task, head, tail)
+        with self._open_tail(task, head, turns) as tail:
+            self._update_weights(task, head, tail, turns)
             adapters = SegmentAdapters(head, task.plan.lora, head.linear_modules())
             adapters.reset(task.adapter_seed)
             load_s = time.perf_counter() - started
             batches = _bounded(self._data(task.client).training_batches(task.first_step), task.workload)
-            report = train_head(head, adapters, batches, tail, task.training, task.first_step)
+            if turns:
+                turns.load_s = load_s
+            begin = turns.begin if turns else _anew
+            report = train_head(head, adapters, batches, tail, task.training, task.first_step, None, begin)
         factors = adapters.factors()
         self._deltas.keep_own(task.run, task.client, OwnFactors(task.round, factors))
         return TrainedHead(
@@ -91,22 +103,28 @@ class HeadClient:
             importance={name: report.importance[name] for name in head.linear_modules() if report.importance},
             tokens=report.tokens,
             loss=float(np.mean(report.losses)),
-            seconds={"load": load_s, "compute": report.compute_s, "exchange": report.exchange_s},
+            seconds=turns.seconds(report.compute_s)
+            if turns
+            else {"load": load_s, "compute": report.compute_s, "exchange": report.exchange_s},
         )
 
-    def score(self, task: RoundTask, budget: Budget | None = None) -> Score:
+    def score(self, task: RoundTask, budget: Budget | None = None, turns: RoundInTurns | None = None) -> Score:
         """Loss of the client's held-out batches: head here, tail on the server, no gradients.
+
+        Args:
+            task, budget, turns: see `train`.
 
         Raises:
             ConfigError: a head beyond `budget`, or data that does not fit the task.
-            ExchangeError: as `train`.
+            ExchangeError, Suspended: as `train`.
         """
         if reason := self._refusal(task, budget):
             raise ConfigError(reason)
         head = self._load_head(task)
-        with self._open_tail(task, head) as tail:
-            self._update_weights(task, head, tail)
-            reply = score_head(head, _bounded(self._data(task.client).evaluate, task.workload), tail)
+        with self._open_tail(task, head, turns) as tail:
+            self._update_weights(task, head, tail, turns)
+            batches = _bounded(self._data(task.client).evaluate, task.workload)
+            reply = turns.score(head, batches, tail) if turns else score_head(head, batches, tail)
         return Score(reply.nll, reply.tokens)
 
     def _refusal(self, task: RoundTask, budget: Budget | None) -> str | None:
@@ -129,21 +147,36 @@ class HeadClient:
         head.gradient_checkpointing = bool(task.workload and task.workload.gradient_checkpointing)
         return head
 
-    def _open_tail(self, task: RoundTask, head: Segment) -> RemoteTail:
+    def _open_tail(self, task: RoundTask, head: Segment, turns: RoundInTurns | None) -> RemoteTail:
         dense = [dense_bytes(shape) for shape in linear_shapes(head).values()]
         frame_bytes = max(task.max_frame_bytes, max(dense) + _FRAME_MARGIN_BYTES)
-        return RemoteTail(task, frame_bytes, self._connect, max_delta_bytes=sum(dense))
+        connect = turns.connect if turns else self._connect
+        return RemoteTail(task, frame_bytes, connect, max_delta_bytes=sum(dense))
 
-    def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail) -> None:
+    def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail, turns: RoundInTurns | None) -> None:
         shapes = linear_shapes(head)
         with self._deltas.open(task.run, task.client, shapes) as replica:
-            have = replica.version or 0
-            own = replica.own.round_number if replica.own else 0
-            version, whole, tensors = tail.fetch_delta(have, replica.total.place.aside, own)
-            base = None if whole else have
-            replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
-            del tensors
+            if turns and turns.version is not None:
+                turns.expect_version(replica.version)
+            else:
+                version = _fetch(tail, replica, shapes)
+                if turns:
+                    turns.version = version
             merge_delta(head, self._files, replica.total, replica.total.names())
+
+
+def _fetch(tail: RemoteTail, replica: DeltaReplica, shapes: Shapes) -> int:
+    """Bring `replica` to the server's version, which is returned."""
+    have = replica.version or 0
+    own = replica.own.round_number if replica.own else 0
+    version, whole, tensors = tail.fetch_delta(have, replica.total.place.aside, own)
+    base = None if whole else have
+    replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
+    return version
+
+
+def _anew(training: HeadTraining) -> None:
+    """Begin at the round's first step."""
 
 
 @lru_cache(maxsize=4)

@@ -18,7 +18,7 @@ from hsplit_flwr.training.workload import Workload
 UPDATE_EXCESS = ("clip", "refuse")
 
 
-WAITING = ("min_nodes", "round_limit_s", "wait_for_nodes_s")
+WAITING = ("min_nodes", "round_limit_s", "message_limit_s", "wait_for_nodes_s")
 """fields of `StrategyConfig` that say how long is waited, not what is computed"""
 
 
@@ -36,6 +36,8 @@ class StrategyConfig:
     """score the clients' held-out data after every round"""
     round_limit_s: float = 600.0
     """longest a client's stream may last"""
+    message_limit_s: float = 300.0
+    """how long a client may take to answer a message, where the exchange goes over Flower's messages"""
     wait_for_nodes_s: float = 300.0
     max_share: float = 1.0
     """largest share p_i of a client in a round's aggregation; what is cut off goes to the others. 1: its share of the
@@ -62,6 +64,7 @@ class StrategyConfig:
         require_whole("min_nodes", self.min_nodes, 1)
         limited = is_above(self.round_limit_s, 0) and self.round_limit_s <= LONGEST_S
         require(limited, "round_limit_s", f"> 0 s and at most {LONGEST_S:.0f} s", self.round_limit_s)
+        require(is_above(self.message_limit_s, 0), "message_limit_s", "> 0 s", self.message_limit_s)
         require(self.wait_for_nodes_s > 0, "wait_for_nodes_s", "> 0 s", self.wait_for_nodes_s)
         require(is_above(self.max_share, 0) and self.max_share <= 1, "max_share", "> 0 and at most 1", self.max_share)
         require(is_at_least(self.max_update_norm, 0), "max_update_norm", ">= 0 (0: any size)", self.max_update_norm)

@@ -142,7 +142,8 @@ class RoundServer:
         tasks = self._open_round(round_number, "train", present)
         if round_number == self.resumed_after + 1:
             _log.info("%s take part", describe_participants(len(tasks), present.count_nodes(tasks)))
-        self.tail_rounds.open(round_number, tasks, present.concurrency(tasks))
+        together = present.concurrency(tasks) if self._opened_door().holds_clients else len(tasks)
+        self.tail_rounds.open(round_number, tasks, together)
         self._journal.phase(round_number, "configure", started)
         self._phase_started = time.perf_counter()
         return tasks

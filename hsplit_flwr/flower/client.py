@@ -11,10 +11,11 @@ from flwr.app import Context
 from flwr.client import NumPyClient
 
 from hsplit_flwr.exchange.tls_files import ClientTls
+from hsplit_flwr.exchange.turns import Said
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.trained_head import Refusal
 from hsplit_flwr.flower.client_node import ClientNode
-from hsplit_flwr.flower.messages import ARRAYS_KEY, CLIENT_KEY, pack_answer, pack_trained
+from hsplit_flwr.flower.messages import ARRAYS_KEY, CLIENT_KEY, pack_answer, pack_said, pack_trained
 from hsplit_flwr.planning.budgets.budget import Budget
 
 NDArrays = list[Any]
@@ -58,6 +59,8 @@ class HSplitLoRAClient(NumPyClient):
         Raises as `ClientNode.train`.
         """
         trained = self._node.train(config)
+        if isinstance(trained, Said):
+            return [], 0, pack_said(trained)
         arrays, figures = pack_trained(trained)
         tokens = 0 if isinstance(trained, Refusal) else trained.tokens
         return list(arrays.values()), tokens, {**figures, ARRAYS_KEY: json.dumps(list(arrays))}
@@ -65,4 +68,6 @@ class HSplitLoRAClient(NumPyClient):
     def evaluate(self, parameters: NDArrays, config: Config) -> tuple[float, int, Config]:
         """Loss of the held-out batches, their target tokens, and who was scored (raises as `ClientNode.score`)."""
         scored = self._node.score(config)
+        if isinstance(scored, Said):
+            return 0.0, 0, pack_said(scored)
         return scored.loss, scored.tokens, {CLIENT_KEY: scored.client}

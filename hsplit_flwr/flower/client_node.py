@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from flwr.app import Context
@@ -14,12 +14,13 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.exchange.tls_files import ClientTls
 from hsplit_flwr.exchange.transport import connect
+from hsplit_flwr.exchange.turns import Said, in_turns
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.roster import NodeAnswer
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
 from hsplit_flwr.flower.client_settings import read_tls
 from hsplit_flwr.flower.client_state import KeptBudget, delta_store
-from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY
+from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY, unpack_turn
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import Link, measure_link
@@ -27,7 +28,9 @@ from hsplit_flwr.training.host_memory import return_freed_tensors
 
 if TYPE_CHECKING:
     from hsplit_flwr.federation.head_client import HeadClient
+    from hsplit_flwr.federation.head_turns import RoundInTurns
 
+Result = TypeVar("Result")
 Config = Mapping[str, Any]
 """of a message: scalars and texts by key"""
 
@@ -101,8 +104,11 @@ class ClientNode:
             budgets = dict.fromkeys(self._client_ids, own)
         return NodeAnswer(tuple(self._client_ids), _simulation_concurrency(), budgets)
 
-    def train(self, config: Config) -> TrainedHead | Refusal:
+    def train(self, config: Config) -> TrainedHead | Refusal | Said:
         """One round of training of the client that the task names (`HeadClient.train`), and its next budget.
+
+        Where the exchange goes over messages, as much of it as the message gets: what is said to the tail, until the
+        last one.
 
         Raises:
             ConfigError: not a task for a client of this node, or data that does not fit.
@@ -110,14 +116,29 @@ class ClientNode:
         """
         task = self._task(config, "train")
         now = self._budget(task)
-        trained = self._heads.train(task, now)
+        trained = self._as_told(config, task, lambda turns: self._heads.train(task, now, turns))
+        if isinstance(trained, Said):
+            return trained
         return replace(trained, budget=self._budgets(task.client, task.round + 1) if self._budgets else now)
 
-    def score(self, config: Config) -> Scored:
-        """Loss of the held-out batches of the client that the task names (raises as `train`)."""
+    def score(self, config: Config) -> Scored | Said:
+        """Loss of the held-out batches of the client that the task names (raises and returns as `train`)."""
         task = self._task(config, "evaluate")
-        score = self._heads.score(task, self._budget(task))
+        now = self._budget(task)
+        score = self._as_told(config, task, lambda turns: self._heads.score(task, now, turns))
+        if isinstance(score, Said):
+            return score
         return Scored(task.client, score.loss if score.tokens else math.nan, score.tokens)
+
+    def _as_told(
+        self, config: Config, task: RoundTask, work: "Callable[[RoundInTurns | None], Result]"
+    ) -> Result | Said:
+        """What `work` returns: the whole round over a connection, or its part of a turn."""
+        if not in_turns(task.address):
+            return work(None)
+        from hsplit_flwr.federation.head_turns import take_turn  # what it computes with takes seconds to import
+
+        return take_turn(self._deltas, task, unpack_turn(config), work)
 
     @cached_property
     def _heads(self) -> "HeadClient":

@@ -4,8 +4,10 @@ import logging
 from dataclasses import replace
 from typing import Unpack
 
+from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.tail_service import TailService
+from hsplit_flwr.exchange.turns import in_turns
 from hsplit_flwr.federation.door import Door
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_config import RoundOptions
@@ -18,6 +20,13 @@ from hsplit_flwr.training.tail import SharedTail
 _log = logging.getLogger("hsplit_flwr")
 
 
+_SLOW = (
+    'the exchange goes over Flower\'s messages (exchange = "messages"), one a step and two a round beside them: exact, '
+    "and slow. A message costs about 0.2 s in a simulation and some 10 s in a deployment, and the head's forward pass "
+    "is computed twice. Let straggler-limit-s be longer than what a message of the slowest client takes."
+)
+
+
 def flower_rounds(
     model: GlobalModel,
     plans: Plans,
@@ -27,6 +36,9 @@ def flower_rounds(
 ) -> RoundServer:
     """The rounds of a strategy, whose heads reach the tail over `service` (raises as `RoundServer`)."""
     given, limits = service or ServiceConfig(), options.get("limits") or BarrierLimits()
+    if in_turns(given.bind):
+        _check_turns(training)
+        limits = options["limits"] = replace(limits, reconnect_grace_s=0.0)  # no connection can break
     config = replace(
         given,
         activation_codec=training.activation_codec,
@@ -38,7 +50,27 @@ def flower_rounds(
 
     def open_door(tail: SharedTail, model: GlobalModel, run: str) -> Door:
         door = TailService(tail, model.since, run, config)
-        _log.info("the tail listens on %s for heads; Flower's own messages take Flower's connections", door.address)
+        if in_turns(door.address):
+            _log.warning(_SLOW)
+        else:
+            _log.info("the tail listens on %s for heads; Flower's own messages take Flower's connections", door.address)
         return door
 
     return RoundServer(model, plans, training, open_door, max_frame_bytes=config.max_frame_bytes, **options)
+
+
+def _check_turns(training: TrainingConfig) -> None:
+    """Refuse what has no sense in an exchange over messages: a message carries a whole batch.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for key, found, expected in (
+        ("micro-batches", training.micro_batches, 1),
+        ("micro-steps", training.micro_steps, False),
+    ):
+        if found != expected:
+            raise ConfigError(
+                f'Expected {key} = {expected!r} with exchange = "messages", where each message carries a whole batch, '
+                f'found {found!r}. Leave it out, or use exchange = "grpc".'
+            )

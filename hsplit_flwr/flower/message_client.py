@@ -6,9 +6,10 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from hsplit_flwr.exchange.turns import Said
 from hsplit_flwr.federation.trained_head import TrainedHead
 from hsplit_flwr.flower.client_node import ClientNode
-from hsplit_flwr.flower.messages import CLIENT_KEY, pack_answer, pack_trained
+from hsplit_flwr.flower.messages import CLIENT_KEY, pack_answer, pack_said, pack_trained
 
 CONFIG, ARRAYS, METRICS = "config", "arrays", "metrics"
 """the records of a message, by Flower's own names"""
@@ -30,6 +31,8 @@ def client_app(node: Callable[[Context], ClientNode]) -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         trained = node(context).train(config_of(message))
+        if isinstance(trained, Said):
+            return _reply(message, pack_said(trained))
         arrays, figures = pack_trained(trained)
         records: dict[str, Any] = {ARRAYS: ArrayRecord({name: Array(array) for name, array in arrays.items()})}
         if isinstance(trained, TrainedHead):
@@ -39,6 +42,8 @@ def client_app(node: Callable[[Context], ClientNode]) -> ClientApp:
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
         scored = node(context).score(config_of(message))
+        if isinstance(scored, Said):
+            return _reply(message, pack_said(scored))
         metrics = MetricRecord({"loss": scored.loss, "num-examples": scored.tokens})
         return _reply(message, {CLIENT_KEY: scored.client}, {METRICS: metrics})
 

@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.exchange.turns import in_turns
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_config import RoundOptions
 from hsplit_flwr.federation.run_output import RunOutput, run_rounds
@@ -24,6 +25,7 @@ from hsplit_flwr.flower.flower_log import log_through_flower
 from hsplit_flwr.flower.grid_nodes import GridNodes
 from hsplit_flwr.flower.message_client import ARRAYS, CONFIG, config_of
 from hsplit_flwr.flower.messages import TASK_KEY, unpack_each, unpack_trained
+from hsplit_flwr.flower.talks import Talks
 from hsplit_flwr.flower.watched_grid import WatchedGrid
 from hsplit_flwr.planning.plans import Plans
 from hsplit_flwr.reports.records import RoundRecord
@@ -65,6 +67,7 @@ class HSplitLoRAMessageStrategy(Strategy):
         """messages of the round under way, and the client that each is for"""
         self._resent: dict[str, str] = {}
         """id of a message that was sent again -> the client that it is for"""
+        self._talks = Talks(self.rounds.config.message_limit_s)
         if output:
             output.resume(self.rounds)
 
@@ -108,7 +111,7 @@ class HSplitLoRAMessageStrategy(Strategy):
             self.rounds,
             self._output,
             lambda: super(HSplitLoRAMessageStrategy, self).start(
-                WatchedGrid(grid, self._on_reply),
+                WatchedGrid(grid, self._on_reply, self._talks),
                 initial_arrays or ArrayRecord(),
                 self.rounds.rounds_left if num_rounds is None else num_rounds,
                 timeout or self.rounds.config.round_limit_s,
@@ -185,9 +188,12 @@ class HSplitLoRAMessageStrategy(Strategy):
         self._told = []
         for client, task in tasks.items():
             content = RecordDict({CONFIG: ConfigRecord({**config, TASK_KEY: task.to_json()})})
-            node, limit_s = self.nodes.roster.node_of(client), self.rounds.config.round_limit_s
+            config_of_run = self.rounds.config
+            limit_s = config_of_run.message_limit_s if in_turns(task.address) else config_of_run.round_limit_s
+            node = self.nodes.roster.node_of(client)
             message = Message(content, int(node), message_type, ttl=limit_s, group_id=str(server_round))
             self._told.append((message, client))
+        self._talks.begin(self._told, tasks)
         return [message for message, _ in self._told]
 
     def _on_reply(self, message: Message, reply: Message | None) -> None:
@@ -216,7 +222,9 @@ class HSplitLoRAMessageStrategy(Strategy):
                 good[client] = reply
         silent = [client for _, client in self._told if client not in good and client not in failures]
         limit_s = self.rounds.config.round_limit_s
-        failures |= {c: describe_failure(c, f"no answer within round-limit-s = {limit_s:g} s") for c in silent}
+        no_answer = f"no answer within round-limit-s = {limit_s:g} s"
+        failures |= {c: describe_failure(c, self._talks.refused.get(c, no_answer)) for c in silent}
+        self._talks.end()
         return good, [failures[client] for client in sorted(failures)]
 
 

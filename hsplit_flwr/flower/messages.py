@@ -6,12 +6,14 @@ Arrays have names: a `NumPyClient` returns them as a list, with their names amon
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
+from hsplit_flwr.common.checks import is_whole
 from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.exchange.turns import Said, Turn
 from hsplit_flwr.federation.roster import NodeAnswer
 from hsplit_flwr.federation.trained_head import Array, HeadReply, Refusal, TrainedHead
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -27,6 +29,8 @@ ARRAYS_KEY = "hsplit-arrays"
 """names of the arrays, where they travel as a list"""
 LAYERS_KEY = "hsplit-layers"
 """names that the array of importance is about"""
+TURN_KEY, MORE_KEY, FRAME_KEY = "hsplit-turn", "hsplit-more", "hsplit-frame-"
+"""where the exchange goes over messages: number of the turn, `Turn.more`, and how the keys of frames begin"""
 _log = logging.getLogger("hsplit_flwr")
 
 Figures = Mapping[str, Any]
@@ -130,6 +134,50 @@ def unpack_each(
             failures.append(describe_failure(client, f"{type(error).__name__}: {error}"))
             _log.warning("left out %s", failures[-1])
     return unpacked, failures
+
+
+def pack_turn(turn: Turn) -> dict[str, Any]:
+    """What the tail says to a client, as figures."""
+    return {TURN_KEY: turn.number, MORE_KEY: turn.more, **_numbered(turn.frames)}
+
+
+def unpack_turn(figures: Figures) -> Turn:
+    """The turn that `pack_turn` packed; the first one where there is none.
+
+    Raises:
+        ConfigError: figures of another form.
+    """
+    number, more = figures.get(TURN_KEY, 1), figures.get(MORE_KEY, False)
+    if not is_whole(number, 1) or not isinstance(more, bool):
+        raise ConfigError(
+            f"Expected the number of a turn, found {number!r:.100}. Install the same hsplit_flwr version."
+        )
+    return Turn(number, _frames(figures), more)
+
+
+def pack_said(said: Said) -> dict[str, Any]:
+    """What a client says to the tail, as figures."""
+    return {TURN_KEY: said.number, **_numbered(said.frames)}
+
+
+def unpack_said(figures: Figures) -> Said | None:
+    """The answer that `pack_said` packed, not checked yet; None: figures of something else."""
+    if TURN_KEY not in figures:
+        return None
+    number = figures[TURN_KEY]
+    return Said(number if is_whole(number, 1) else 0, _frames(figures))
+
+
+def _numbered(frames: Sequence[bytes]) -> dict[str, bytes]:
+    return {f"{FRAME_KEY}{number}": frame for number, frame in enumerate(frames)}
+
+
+def _frames(figures: Figures) -> list[bytes]:
+    """The frames from number 0 on, without a gap."""
+    frames: list[bytes] = []
+    while isinstance(frame := figures.get(f"{FRAME_KEY}{len(frames)}"), bytes):
+        frames.append(frame)
+    return frames
 
 
 def budgets_to_json(budgets: Mapping[str, Budget]) -> str:

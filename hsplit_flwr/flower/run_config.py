@@ -5,10 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hsplit_flwr.common.checks import require_whole
+from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.tls_files import CLIENT, CLIENT_ROOTS, TAIL, TAIL_ROOTS
+from hsplit_flwr.exchange.turns import SCHEME
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.run_output import KEEP_CHECKPOINTS
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
@@ -23,12 +24,14 @@ from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
+EXCHANGES = GRPC, MESSAGES = "grpc", "messages"
+"""how steps travel: over a connection of the tail's own, or inside Flower's messages"""
 INDECISIVE = frozenset(
     (
         *("output-dir", "keep-checkpoints", "resume", "adapter-rank", "server-threads"),
         *("tail-bind", "tail-address", *TAIL, TAIL_ROOTS, CLIENT_ROOTS, *CLIENT, "log-samples"),
         *("min-nodes", "wait-for-nodes-s", "round-limit-s", "start-gate-s", "straggler-limit-s", "step-limit-s"),
-        *("max-frame-mib", "reconnect-grace-s"),
+        *("exchange", "message-limit-s", "max-frame-mib", "reconnect-grace-s"),
     )
 )
 """keys that a run which is resumed may have otherwise: they say where and how long, not what is computed"""
@@ -145,15 +148,34 @@ def _chosen(run_config: RunConfig) -> tuple[str, ...]:
 
 
 def _service(run_config: RunConfig) -> ServiceConfig:
+    exchange = get(run_config, "exchange", EXCHANGES[0])
+    require(exchange in EXCHANGES, "exchange", f"as one of {EXCHANGES}", exchange)
+    if exchange == MESSAGES:
+        return ServiceConfig(bind=_no_connection(run_config), max_frame_bytes=_frame_bytes(run_config))
     certificate, key, client_roots = (get(run_config, name, "") for name in (*TAIL, CLIENT_ROOTS))
     return ServiceConfig(
         bind=get(run_config, "tail-bind", ServiceConfig.bind),
         advertise=get(run_config, "tail-address", ServiceConfig.advertise),
-        max_frame_bytes=get(run_config, "max-frame-mib", ServiceConfig.max_frame_bytes >> 20) << 20,
+        max_frame_bytes=_frame_bytes(run_config),
         certificate=Path(certificate) if certificate else None,
         private_key=Path(key) if key else None,
         client_root_certificates=Path(client_roots) if client_roots else None,
     )
+
+
+def _frame_bytes(run_config: RunConfig) -> int:
+    return get(run_config, "max-frame-mib", ServiceConfig.max_frame_bytes >> 20) << 20
+
+
+def _no_connection(run_config: RunConfig) -> str:
+    """Where the tail listens that nobody connects to; settings of a connection are refused: they would protect none."""
+    for key in ("tail-address", *TAIL, TAIL_ROOTS, CLIENT_ROOTS, *CLIENT):
+        if found := get(run_config, key, ""):
+            raise ConfigError(
+                f'Expected no {key} with exchange = "{MESSAGES}", found {found!r}: no connection of its own is made, '
+                "Flower's messages go over Flower's (secure these). Leave it out."
+            )
+    return SCHEME
 
 
 def _configured_plans(run_config: RunConfig, lora_alpha: float, targets: str) -> dict[str, ClientPlan] | None:

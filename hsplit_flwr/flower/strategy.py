@@ -4,6 +4,7 @@ What a round is stands in `federation/round_server.py`. Flower calls the hooks b
 where a run is resumed after some: `server_round` is its number, `round_number` the run's.
 """
 
+from collections.abc import Callable
 from typing import Any, Unpack
 
 from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters, Scalar, parameters_to_ndarrays
@@ -13,12 +14,14 @@ from flwr.server.strategy import Strategy
 
 from hsplit_flwr.common.reasons import describe_failure
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
+from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_config import RoundOptions
 from hsplit_flwr.federation.trained_head import HeadReply, Refusal
 from hsplit_flwr.flower.doors import flower_rounds
 from hsplit_flwr.flower.messages import TASK_KEY, named_arrays, unpack_each, unpack_trained
 from hsplit_flwr.flower.nodes import ConnectedNodes
+from hsplit_flwr.flower.talks import open_talk
 from hsplit_flwr.flower.task_proxy import TaskProxy
 from hsplit_flwr.planning.plans import Plans
 from hsplit_flwr.reports.records import RoundRecord
@@ -77,10 +80,7 @@ class HSplitLoRAStrategy(Strategy):
         round_number = self.rounds.resumed_after + server_round
         tasks = self.rounds.open_training(round_number, self.nodes.refresh(client_manager))
         return [
-            (
-                TaskProxy(self.nodes.proxy(client), client, self.rounds.answered),
-                FitIns(parameters, {TASK_KEY: task.to_json()}),
-            )
+            (self._proxy(client, task, self.rounds.answered), FitIns(parameters, {TASK_KEY: task.to_json()}))
             for client, task in tasks.items()
         ]
 
@@ -111,7 +111,7 @@ class HSplitLoRAStrategy(Strategy):
         round_number = self.rounds.resumed_after + server_round
         tasks = self.rounds.open_scoring(round_number, self.nodes.refresh(client_manager))
         return [
-            (TaskProxy(self.nodes.proxy(client), client), EvaluateIns(parameters, {TASK_KEY: task.to_json()}))
+            (self._proxy(client, task), EvaluateIns(parameters, {TASK_KEY: task.to_json()}))
             for client, task in tasks.items()
         ]
 
@@ -124,6 +124,10 @@ class HSplitLoRAStrategy(Strategy):
         if score is None:
             return None, {}
         return score.loss, {"perplexity": score.perplexity, "clients": len(finished)}
+
+    def _proxy(self, client: str, task: RoundTask, on_answer: Callable[[str], None] = lambda client: None) -> TaskProxy:
+        limit_s = self.rounds.config.message_limit_s
+        return TaskProxy(self.nodes.proxy(client), client, on_answer, talk=open_talk(task), message_limit_s=limit_s)
 
 
 def _client(proxy: ClientProxy) -> str:

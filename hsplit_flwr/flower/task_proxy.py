@@ -1,7 +1,9 @@
 """A node's proxy for one client's task: what comes back belongs to that client, whatever the node says."""
 
+import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from flwr.common import (
@@ -19,6 +21,10 @@ from flwr.common import (
 from flwr.server.client_proxy import ClientProxy
 
 from hsplit_flwr.common.reasons import describe_failure
+from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.exchange.task_limits import LONGEST_S
+from hsplit_flwr.flower.messages import pack_turn
+from hsplit_flwr.flower.talks import Talk
 from hsplit_flwr.flower.watched_grid import LOST_ACTOR
 
 RETRY_S = 1.0
@@ -33,13 +39,25 @@ class TaskProxy(ClientProxy):
     Args:
         proxy: of the node.
         client: whose task it is.
-        on_answer: told the client as soon as a try has ended, well or badly, so that nobody waits for it.
+        on_answer: told the client as soon as its task has ended or a try has failed, so that nobody waits for it.
+        talk: its exchange with the tail, where that goes over messages; None: it goes over a connection.
+        message_limit_s: how long the node may then take to answer each.
     """
 
-    def __init__(self, proxy: ClientProxy, client: str, on_answer: Callable[[str], None] = lambda client: None) -> None:
+    def __init__(
+        self,
+        proxy: ClientProxy,
+        client: str,
+        on_answer: Callable[[str], None] = lambda client: None,
+        *,
+        talk: Talk | None = None,
+        message_limit_s: float = math.inf,
+    ) -> None:
         super().__init__(proxy.cid)
         self._proxy = proxy
         self._on_answer = on_answer
+        self._talk = talk
+        self._message_limit_s = message_limit_s
         self.client = client
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:
@@ -48,11 +66,39 @@ class TaskProxy(ClientProxy):
         Raises:
             ClientFailureError: the node raised, died or did not answer in time.
         """
-        return self._ask(self._proxy.fit, ins, timeout, group_id)
+        return self._played(self._proxy.fit, ins, timeout, group_id)
 
     def evaluate(self, ins: EvaluateIns, timeout: float | None, group_id: int | None) -> EvaluateRes:
         """As the node's proxy; raises as `fit`."""
-        return self._ask(self._proxy.evaluate, ins, timeout, group_id)
+        return self._played(self._proxy.evaluate, ins, timeout, group_id)
+
+    def _played(
+        self,
+        ask: Callable[[Ins, float | None, int | None], Res],
+        ins: Ins,
+        timeout: float | None,
+        group_id: int | None,
+    ) -> Res:
+        """The node's last answer: the only one, or after as many as the exchange takes."""
+        if self._talk is None:
+            return self._ask(ask, ins, timeout, group_id)
+        give_up = math.inf if timeout is None else time.monotonic() + timeout
+        config = ins.config
+        try:
+            while True:
+                left_s = min(self._message_limit_s, max(RETRY_S, give_up - time.monotonic()))
+                res = self._ask(ask, ins, left_s, group_id)
+                if not self._talk.hears(res.metrics):
+                    return res
+                turn = self._talk.turn(min(LONGEST_S, max(RETRY_S, give_up - time.monotonic())))
+                if turn is None:
+                    raise ClientFailureError(self.client, "the tail did not answer within round-limit-s")
+                ins = replace(ins, config={**config, **pack_turn(turn)})
+        except ExchangeError as error:
+            raise ClientFailureError(self.client, str(error)) from error
+        finally:
+            self._talk.end()
+            self._on_answer(self.client)
 
     def _ask(
         self,
@@ -69,13 +115,15 @@ class TaskProxy(ClientProxy):
         while True:
             left = None if timeout is None else max(RETRY_S, give_up - time.monotonic())
             try:
-                return ask(ins, left, group_id)
+                res = ask(ins, left, group_id)
+                if self._talk is None:
+                    self._on_answer(self.client)
+                return res
             except Exception as error:
+                self._on_answer(self.client)
                 first = first or error
                 if LOST_ACTOR not in str(error) or time.monotonic() + RETRY_S > give_up:
                     raise ClientFailureError(self.client, f"{type(first).__name__}: {first}") from first
-            finally:
-                self._on_answer(self.client)
             time.sleep(RETRY_S)
 
     def get_properties(self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None) -> GetPropertiesRes:

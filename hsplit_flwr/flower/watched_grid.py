@@ -7,6 +7,7 @@ at once.
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.proto.node_pb2 import NodeInfo
@@ -25,8 +26,20 @@ class _Sent:
 
     message: Message
     """as it was given to `send_and_receive`"""
+    newest: Message
+    """the last one of its exchange"""
     first_failure: Message | None = None
     """of a client whose actor died: that is the one to tell"""
+
+
+class Turns(Protocol):
+    """Exchanges of more messages than one."""
+
+    def goes_on(self, message: Message, reply: Message) -> bool:
+        """Whether more is to follow on `reply` in the exchange that began with `message`."""
+
+    def due(self) -> Iterable[tuple[Message, Message | None]]:
+        """The first message of each exchange in which one is due, and that one; None: nothing follows after all."""
 
 
 class WatchedGrid(Grid):
@@ -34,12 +47,17 @@ class WatchedGrid(Grid):
 
     Args:
         grid: Flower's.
-        on_reply: called with a message and a reply to it, or None where Flower did not take the message.
+        on_reply: called with a message and a reply to it, or None where Flower did not take the message. Of an exchange
+            of more messages it is the first one and the last reply.
+        turns: such exchanges; None: there are none.
     """
 
-    def __init__(self, grid: Grid, on_reply: Callable[[Message, Message | None], None]) -> None:
+    def __init__(
+        self, grid: Grid, on_reply: Callable[[Message, Message | None], None], turns: Turns | None = None
+    ) -> None:
         self._grid = grid
         self._on_reply = on_reply
+        self._turns = turns
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """The replies that came before the `timeout`, as Flower's own.
@@ -50,31 +68,42 @@ class WatchedGrid(Grid):
         """
         give_up = float("inf") if timeout is None else time.monotonic() + timeout
         waiting: dict[str, _Sent] = {}
+        going_on: list[Message] = []
         for message in messages:
-            self._send(_Sent(message), message, waiting)
+            self._send(_Sent(message, message), waiting)
         replies: list[Message] = []
         poll_s = SHORTEST_POLL_S
-        while waiting and time.monotonic() < give_up:
-            arrived = list(self._grid.pull_messages(list(waiting)))
+        while (waiting or going_on) and time.monotonic() < give_up:
+            arrived = list(self._grid.pull_messages(list(waiting))) if waiting else []
             done = [(waiting.pop(reply.metadata.reply_to_message_id), reply) for reply in arrived]
             lost = []
             for sent, reply in done:
+                if self._turns and self._turns.goes_on(sent.message, reply):
+                    going_on.append(sent.message)
+                    continue
                 self._on_reply(sent.message, reply)
                 if _lost_actor(reply) and time.monotonic() + RETRY_S < give_up:
-                    lost.append(_Sent(sent.message, sent.first_failure or reply))
+                    lost.append(_Sent(sent.message, _again(sent.newest), sent.first_failure or reply))
                 else:
                     replies.append(sent.first_failure or reply if reply.has_error() else reply)
             if lost:
                 time.sleep(RETRY_S)
+            due = list(self._turns.due()) if self._turns and going_on else []
+            for message, following in due:
+                going_on = [other for other in going_on if other is not message]
+                if following is None:
+                    self._on_reply(message, None)
+                else:
+                    lost.append(_Sent(message, following))
             for sent in lost:
-                self._send(sent, _again(sent.message), waiting)
-            poll_s = SHORTEST_POLL_S if arrived else min(LONGEST_POLL_S, poll_s * POLL_GROWTH)
-            if waiting and not lost:
+                self._send(sent, waiting)
+            poll_s = SHORTEST_POLL_S if arrived or due else min(LONGEST_POLL_S, poll_s * POLL_GROWTH)
+            if (waiting or going_on) and not lost:
                 time.sleep(poll_s)
         return replies
 
-    def _send(self, sent: _Sent, message: Message, waiting: dict[str, _Sent]) -> None:
-        ids = [message_id for message_id in self._grid.push_messages([message]) if message_id]
+    def _send(self, sent: _Sent, waiting: dict[str, _Sent]) -> None:
+        ids = [message_id for message_id in self._grid.push_messages([sent.newest]) if message_id]
         if ids:
             waiting[ids[0]] = sent
         else:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.lora.segment_adapters import Pairs, SegmentAdapters
 from hsplit_flwr.models.segments import Segment
@@ -47,38 +48,33 @@ def train_head(
     config: TrainingConfig,
     first_step: int = 0,
     optimizer: Optimizer | None = None,
+    begin: Callable[["HeadTraining"], object] = lambda training: None,
 ) -> TrainReport:
     """Train `adapters` for ``config.local_steps`` steps on `batches`.
 
     The autograd graph of each step and the optimizer stay alive on the client; only activations, mask and labels go
     out and only the activation gradient comes in. `first_step` is the run step of the round's first step. The first
     ``config.importance_steps`` steps also measure the head's importance, which changes nothing in what is trained.
-    `optimizer` goes on from an earlier round; by default it is a new one.
+    `optimizer` goes on from an earlier round; by default it is a new one. `begin` is given the training before its
+    first step, and may load the state of one that was interrupted: it goes on with the first batch that has no step.
 
     Raises:
         ConfigError: the batches run out, or see `tensors_of`.
         ExchangeError: the tail refused a step or could not be reached.
     """
     optimizer = optimizer or Optimizer(adapters.parameters(), config)
-    training = _HeadTraining(head, adapters, session, config, first_step, optimizer)
-    started = time.perf_counter()
+    training = HeadTraining(head, adapters, session, config, first_step, optimizer)
+    begin(training)
     for step, batch in enumerate(islice(batches, config.local_steps)):
-        training.step(step, *tensors_of(batch, head))
+        if step >= training.steps:
+            training.step(step, *tensors_of(batch, head))
     training.finish()
-    if len(training.losses) < config.local_steps:
+    if training.steps < config.local_steps:
         raise ConfigError(
-            f"Expected at least {config.local_steps} training batches, found {len(training.losses)}. "
+            f"Expected at least {config.local_steps} training batches, found {training.steps}. "
             "Give an endless iterable (itertools.cycle) or lower local_steps."
         )
-    total_s = time.perf_counter() - started
-    return TrainReport(
-        steps=len(training.losses),
-        tokens=training.tokens,
-        losses=tuple(training.losses),
-        compute_s=total_s - training.exchange_s,
-        exchange_s=training.exchange_s,
-        importance=training.importance.mean(),
-    )
+    return training.report()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +89,7 @@ class _Sent:
     """those it went through, where they have moved on when its gradient comes; None: they have not"""
 
 
-class _HeadTraining:
+class HeadTraining:
     """A head's round under way: parts that were sent wait here, oldest first, for their gradients."""
 
     def __init__(
@@ -115,10 +111,52 @@ class _HeadTraining:
         self._in_flight: deque[_Sent] = deque()
         self._nll = 0.0
         self._step_tokens = 0
-        self.losses: list[float] = []
-        self.tokens = 0
-        self.exchange_s = 0.0
-        self.importance = MeanImportance()
+        self._losses: list[float] = []
+        self._tokens = 0
+        self._began = time.perf_counter()
+        self._exchange_s = 0.0
+        self._earlier_s = 0.0
+        """of computing, before the state that was loaded"""
+        self._importance = MeanImportance()
+
+    @property
+    def steps(self) -> int:
+        """Steps that are done."""
+        return len(self._losses)
+
+    def report(self) -> TrainReport:
+        """What was done so far."""
+        return TrainReport(
+            steps=self.steps,
+            tokens=self._tokens,
+            losses=tuple(self._losses),
+            compute_s=self._compute_s(),
+            exchange_s=self._exchange_s,
+            importance=self._importance.mean(),
+        )
+
+    def state(self) -> State:
+        """All that the next step depends on. Of a step that has no answer yet nothing is in it: it is taken again."""
+        return {
+            "adapters": self._adapters.state(),
+            "optimizer": self._optimizer.state(),
+            "losses": list(self._losses),
+            "tokens": self._tokens,
+            "importance": self._importance.state(),
+            "compute_s": self._compute_s(),
+        }
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave; before the first step.
+
+        Raises:
+            ConfigError: it is of other adapters or another optimizer.
+        """
+        self._adapters.load_state(state["adapters"])
+        self._optimizer.load_state(state["optimizer"])
+        self._losses, self._tokens = list(state["losses"]), state["tokens"]
+        self._importance.load_state(state["importance"])
+        self._earlier_s = state["compute_s"]
 
     def step(self, step: int, input_ids: Tensor, mask: Tensor, labels: Tensor) -> None:
         """Compute and send a batch part by part; gradients that are there are used."""
@@ -175,10 +213,10 @@ class _HeadTraining:
     def _count(self, part: BatchPart, reply: StepReply) -> None:
         self._nll += reply.loss * reply.tokens
         self._step_tokens += reply.tokens
-        self.tokens += reply.tokens
+        self._tokens += reply.tokens
         if part.is_last:
             whole = reply.loss if part.parts == 1 else self._nll / max(1, self._step_tokens)
-            self.losses.append(whole)
+            self._losses.append(whole)
             self._nll, self._step_tokens = 0.0, 0
 
     @contextmanager
@@ -196,13 +234,16 @@ class _HeadTraining:
             yield
             self.finish()
         for values in probe.values():
-            self.importance.add(values)
+            self._importance.add(values)
 
     @contextmanager
     def _exchanging(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.exchange_s += time.perf_counter() - started
+        self._exchange_s += time.perf_counter() - started
+
+    def _compute_s(self) -> float:
+        return self._earlier_s + time.perf_counter() - self._began - self._exchange_s
 
 
 def score_head(head: Segment, batches: Iterable[Batch], session: TailSession) -> ScoreReply:

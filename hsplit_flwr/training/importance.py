@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.lora.segment_adapters import ADAPTER
 from hsplit_flwr.models.adaptable import sees_all
@@ -201,3 +202,11 @@ class MeanImportance:
     def mean(self) -> dict[str, float]:
         """Module name -> importance; empty if no step counted."""
         return {name: total / self._steps for name, total in self._sums.items()}
+
+    def state(self) -> State:
+        """The steps that counted, and the sums over them."""
+        return {"steps": self._steps, "sums": dict(self._sums)}
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave."""
+        self._steps, self._sums = state["steps"], dict(state["sums"])
