@@ -33,7 +33,6 @@ FLOWER = {
     "tests/flower/test_resume_simulation.py",
     "tests/flower/test_deployment.py",
     "tests/flower/test_finetune_app.py",
-    "tests/flower/test_messages_simulation.py",
     "tests/test_readme.py",
 }
 """files whose tests start Flower's processes"""

@@ -24,28 +24,31 @@ class Talk:
     def __init__(self, task: RoundTask) -> None:
         self._task = task
         self._conversation: Conversation | None = None
+        self._refusal: ExchangeError | None = None
         self.awaits_tail = False
         """the client has said something that the tail has not answered yet"""
 
     def hears(self, figures: Mapping[str, Any]) -> bool:
-        """Hand the client's answer to the tail; False: it is its last, and none to the tail.
-
-        Raises:
-            ExchangeError: the answer is of another form, or the tail is gone.
-        """
-        said = unpack_said(figures)
-        if said is None:
-            self.end()
+        """Hand the client's answer to the tail, which comes back to it by `turn`; False: it is none to the tail."""
+        if (said := unpack_said(figures)) is None:
             return False
-        if self._conversation is None:
-            self._conversation = converse(self._task.address, self._task.token, self._task.time_limit_s)
-        self._conversation.say(said.number, said.frames)
         self.awaits_tail = True
+        try:
+            if self._conversation is None:
+                self._conversation = converse(self._task.address, self._task.token, self._task.time_limit_s)
+            self._conversation.say(said.number, said.frames)
+        except ExchangeError as error:
+            self._refusal = error
         return True
 
     def turn(self, wait_s: float = 0.0) -> Turn | None:
-        """The tail's answer, once it is there (see `Conversation.turn`)."""
-        assert self._conversation is not None
+        """The tail's answer, once it is there; waits `wait_s` for it.
+
+        Raises:
+            ExchangeError: what the client said is refused, or the tail is gone.
+        """
+        if self._refusal or self._conversation is None:
+            raise self._refusal or ExchangeError("wrong_turn", "Expected a client that says something, found none.")
         turn = self._conversation.turn(wait_s)
         if turn:
             self.awaits_tail = False
@@ -86,14 +89,16 @@ class Talks:
 
     def goes_on(self, message: Message, reply: Message) -> bool:
         """Whether `reply` is a turn in the talk that began with `message`; the tail hears it."""
-        for first, client, talk in self._talks:
+        return any(
+            first is message and not reply.has_error() and talk.hears(config_of(reply))
+            for first, _, talk in self._talks
+        )
+
+    def over(self, message: Message) -> None:
+        """The talk that began with `message` has ended."""
+        for first, _, talk in self._talks:
             if first is message:
-                try:
-                    return not reply.has_error() and talk.hears(config_of(reply))
-                except ExchangeError as error:
-                    self._refuse(client, talk, error)
-                    return False
-        return False
+                talk.end()
 
     def due(self) -> Iterator[tuple[Message, Message | None]]:
         """The first message of each talk in which the tail has answered, and the next one; None: there is none."""
@@ -103,7 +108,7 @@ class Talks:
             try:
                 turn = talk.turn()
             except ExchangeError as error:
-                self._refuse(client, talk, error)
+                self.refused[client] = str(error)
                 yield first, None
             else:
                 if turn:
@@ -114,10 +119,6 @@ class Talks:
         for _, _, talk in self._talks:
             talk.end()
         self._talks = []
-
-    def _refuse(self, client: str, talk: Talk, error: ExchangeError) -> None:
-        talk.end()
-        self.refused[client] = str(error)
 
     def _next(self, first: Message, turn: Turn) -> Message:
         told = first.metadata

@@ -38,6 +38,9 @@ class Turns(Protocol):
     def goes_on(self, message: Message, reply: Message) -> bool:
         """Whether more is to follow on `reply` in the exchange that began with `message`."""
 
+    def over(self, message: Message) -> None:
+        """Note that nothing more is to follow in the exchange that began with `message`."""
+
     def due(self) -> Iterable[tuple[Message, Message | None]]:
         """The first message of each exchange in which one is due, and that one; None: nothing follows after all."""
 
@@ -85,6 +88,7 @@ class WatchedGrid(Grid):
                 if _lost_actor(reply) and time.monotonic() + RETRY_S < give_up:
                     lost.append(_Sent(sent.message, _again(sent.newest), sent.first_failure or reply))
                 else:
+                    self._over(sent.message)
                     replies.append(sent.first_failure or reply if reply.has_error() else reply)
             if lost:
                 time.sleep(RETRY_S)
@@ -92,6 +96,7 @@ class WatchedGrid(Grid):
             for message, following in due:
                 going_on = [other for other in going_on if other is not message]
                 if following is None:
+                    self._over(message)
                     self._on_reply(message, None)
                 else:
                     lost.append(_Sent(message, following))
@@ -107,7 +112,12 @@ class WatchedGrid(Grid):
         if ids:
             waiting[ids[0]] = sent
         else:
+            self._over(sent.message)
             self._on_reply(sent.message, sent.first_failure)
+
+    def _over(self, message: Message) -> None:
+        if self._turns:
+            self._turns.over(message)
 
     def set_run(self, run: Run) -> None:
         """Flower's own."""

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from hsplit_flwr.exchange.frames import Header, encode
 from tests.helpers.flower import (
     FAULTS,
     FIVE_NODES,
@@ -102,6 +103,22 @@ def test_both_faces_give_bit_equal_summaries(home: FlowerHome, whole: Path, tmp_
     assert messages == legacy
     assert_all_trained(read_summary(whole), rounds=3, steps=6)
     assert legacy["history"][1]["plan"]
+
+
+def test_an_exchange_over_messages_gives_the_same_summary(home: FlowerHome, whole: Path, tmp_path: Path) -> None:
+    """Steps inside Flower's messages: an actor is busy only while a head computes, so two do for five clients."""
+    values = {**WHOLE, "exchange": "messages", "output-dir": str(tmp_path / "out")}
+    log = home.run(MESSAGES, values, *simulation(nodes=5, actors=2), timeout_s=RUN_S)
+    assert "the exchange goes over Flower's messages" in log
+    over_grpc, over_messages = (timeless(read_summary(folder)) for folder in (whole, tmp_path / "out"))
+    for summary, leaves in ((over_grpc, 1), (over_messages, 0)):
+        for record in summary["history"]:
+            for client in record["clients"]:
+                client["bytes_up"] -= leaves * len(encode(Header("leave", "", 1, "0", 1)))
+    assert over_messages == over_grpc
+    adapter = Path("adapter", "adapter_model.safetensors")
+    assert (tmp_path / "out" / adapter).read_bytes() == (whole / adapter).read_bytes()
+    print([record["seconds"] for record in read_summary(tmp_path / "out")["history"]])
 
 
 def test_faults_cost_their_part_of_the_round_and_not_the_run(home: FlowerHome, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class ThreadGrid(Grid):
         self._replies: dict[str, Future[Message]] = {}
         self._numbers = itertools.count(1)
         self.sent: list[Message] = []
+        self._sent_by_id: dict[str, Message] = {}
 
     def set_run(self, run: Any) -> None:
         raise NotImplementedError
@@ -78,13 +80,26 @@ class ThreadGrid(Grid):
                 continue
             message.metadata.__dict__["_message_id"] = message_id = str(next(self._numbers))
             self.sent.append(message)
+            self._sent_by_id[message_id] = message
             self._replies[message_id] = self._pool.submit(self.nodes[node].answer, message)
             ids.append(message_id)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        done = [message_id for message_id in message_ids if self._replies[message_id].done()]
-        return [self._replies.pop(message_id).result() for message_id in done]
+        """The replies that are there, and an error for each message whose time to live is over, as Flower's."""
+        asked = list(message_ids)
+        done = [message_id for message_id in asked if self._replies[message_id].done()]
+        late = [message_id for message_id in asked if message_id not in done and self._is_late(message_id)]
+        answered = [self._replies.pop(message_id).result() for message_id in done]
+        return [*answered, *(self._unavailable(message_id) for message_id in late)]
+
+    def _is_late(self, message_id: str) -> bool:
+        told = self._sent_by_id[message_id].metadata
+        return time.time() > told.created_at + told.ttl
+
+    def _unavailable(self, message_id: str) -> Message:
+        del self._replies[message_id]
+        return Message(Error(code=0, reason="Message Unavailable"), reply_to=self._sent_by_id[message_id])
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return [self._replies.pop(message_id).result(timeout) for message_id in self.push_messages(messages)]
