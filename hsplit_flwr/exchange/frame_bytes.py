@@ -89,11 +89,20 @@ def _largest(workload: Workload) -> BatchForm:
     return BatchForm.largest(workload.batch_size, workload.sequence_length)
 
 
+def tensor_file_bytes(layout: Layout) -> int:
+    """Bytes of a safetensors file of such tensors, without metadata."""
+    return _laid_out_bytes(1, layout)  # the empty header has two braces; the first entry brings no comma
+
+
 def _frame_bytes(layout: Layout) -> int:
-    """Bytes of what `frames.encode` makes of such tensors: lays out safetensors' header, without the tensors."""
+    """Bytes of what `frames.encode` makes of such tensors."""
     empty = encode(Header("hello", "", 0, "", 0))
     (length,) = struct.unpack_from("<Q", empty)
-    header = len(empty[8 : 8 + length].rstrip(b" "))
+    return _laid_out_bytes(len(empty[8 : 8 + length].rstrip(b" ")), layout)
+
+
+def _laid_out_bytes(header: int, layout: Layout) -> int:
+    """Lays out safetensors' header, `header` bytes of which are there, without the tensors."""
     offset = 0
     order = list(_NAMES)
     for name, part in sorted(layout.items(), key=lambda item: (order.index(item[1].dtype), item[0])):

@@ -22,6 +22,7 @@ from hsplit_flwr.models.adaptable import layout_of
 from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.costs import npy_bytes
+from hsplit_flwr.planning.costs.delta_costs import DeltaCosts
 from hsplit_flwr.planning.costs.flops import FlopModel
 from hsplit_flwr.planning.costs.memory import HeadMemory, MemoryEstimate
 from hsplit_flwr.planning.costs.shapes import Matrix, matrices_of, weight_bytes
@@ -59,6 +60,8 @@ class ModelCosts:
         self.matrices: tuple[Matrix, ...] = matrices_of(skeleton, layout)
         """every linear layer of the blocks, in the order of the model"""
         self._by_name = {matrix.name: matrix for matrix in self.matrices}
+        self.deltas = DeltaCosts(self.matrices, DTYPES[workload.dtype].itemsize)
+        """of the weight delta that the rounds leave behind"""
         weights = weight_bytes(skeleton, layout)
         plain = replace(workload, gradient_checkpointing=False)
         trace = trace_step(skeleton, layout, plain.part)
