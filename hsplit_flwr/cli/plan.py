@@ -79,6 +79,7 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     choice.add_argument("--importance", type=Path, metavar="FILE", help="summary.json of a run, or JSON by module")
     choice.add_argument("--exact", action="store_true", help="the exact optimum by integer programming; slow for many")
     number(choice, "--round", 1, "the round whose budgets hold")
+    number(choice, "--rounds", TrainingConfig.rounds, "of the run, after which disks are looked at")
     number(choice, "--seed", TrainingConfig.seed, "of the budgets' fluctuations")
     plan.add_argument("--output", type=Path, metavar="DIR", help="also write plan.json, importance.png and budgets.png")
     plan.set_defaults(run=run)
@@ -105,13 +106,15 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
     from hsplit_flwr.planning.budgets.fleet import Fleet
 
     require_whole("--round", options.round, 1, key="--round")
+    require_whole("--rounds", options.rounds, 1, key="--rounds")
     fleet = Fleet.from_toml(options.profiles, seed=options.seed)
     budgets = fleet.budgets(options.round)
 
+    from hsplit_flwr.federation.run_output import KEEP_CHECKPOINTS
     from hsplit_flwr.models.equality import require_cuttable
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
     from hsplit_flwr.planning.planner import plan, plan_exact
-    from hsplit_flwr.planning.report import plan_table
+    from hsplit_flwr.planning.report import delta_table, deltas_of, plan_table
 
     workload, config = _workload(options), _planner_config(options)
     model_config = read_config(options.model)
@@ -124,6 +127,9 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
 
     print(_heading(options, costs, config, source, made.exchange))
     print(f"\n{plan_table(made)}")
+    deltas = deltas_of(made, costs, options.rounds, KEEP_CHECKPOINTS)
+    after = f"after {options.rounds} rounds, float32, in files, and {KEEP_CHECKPOINTS} checkpoints"
+    print(f"\nThe weight delta ({after}):\n\n{delta_table(deltas)}")
     if options.output:
         content = {
             "model": options.model,
@@ -136,6 +142,10 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
             "budgets": {client: asdict(budget) for client, budget in budgets.items()},
             "server": asdict(fleet.server),
             "plan": asdict(made),
+            "delta": {
+                "rounds": options.rounds,
+                **{name: {**asdict(found.disk), "memory_bytes": found.memory_bytes} for name, found in deltas.items()},
+            },
         }
         cuts = {client: planned.cut for client, planned in made.clients.items()}
         written = _write(options.output, content)

@@ -1,11 +1,27 @@
 """A plan as plain-text or Markdown tables: who gets what, what it costs, what limits it."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
 from hsplit_flwr.common.tables import client_order, describe_ranks, format_bytes, format_seconds, format_table
+from hsplit_flwr.planning.costs.delta_costs import DiskEstimate, update_ranks
 from hsplit_flwr.planning.exchange_choice import describe
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
 
+if TYPE_CHECKING:
+    from hsplit_flwr.planning.costs.model_costs import ModelCosts
+
 TAIL = "tail"
+DELTA_HEADER = ["client", "delta", "moment", "checkpoints", "disk", "memory"]
 HEADER = ["client", "cut", "ranks", "adapted", "memory", "budget", "use %", "step s", "round s", "limited by"]
+
+
+class DeltaEstimate(NamedTuple):
+    """What the weight delta takes of one side."""
+
+    disk: DiskEstimate
+    memory_bytes: int
+    """beside the weights, while a round's update goes in"""
 
 
 def plan_table(plan: RoundPlan, *, markdown: bool = False) -> str:
@@ -25,6 +41,42 @@ def plan_table(plan: RoundPlan, *, markdown: bool = False) -> str:
         gap = "\n\n" if markdown else "\n"
         parts.append(f"Left out:{gap}" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def deltas_of(plan: RoundPlan, costs: "ModelCosts", rounds: int, keep_checkpoints: int) -> dict[str, DeltaEstimate]:
+    """What the weight delta takes of each client and of the server (`TAIL`) after `rounds` rounds of `plan`.
+
+    Args:
+        plan: followed in all of them.
+        costs: of its model.
+        rounds: updates in the delta.
+        keep_checkpoints: that the server keeps.
+    """
+    matrices, deltas, tail = costs.matrices, costs.deltas, plan.tail.ranks
+    ranks = update_ranks([(client.cut, client.ranks) for client in plan.clients.values()], tail, matrices)
+    found = {
+        name: DeltaEstimate(
+            deltas.client_disk(client.cut, ranks, client.ranks, rounds), deltas.client_loading(client.cut, ranks)
+        )
+        for name, client in plan.clients.items()
+    }
+    server = deltas.server_disk(ranks, tail, rounds, keep_checkpoints=keep_checkpoints)
+    return found | {TAIL: DeltaEstimate(server, deltas.server_merging(ranks))}
+
+
+def delta_table(deltas: Mapping[str, DeltaEstimate], *, markdown: bool = False) -> str:
+    """A row per client and one for the server.
+
+    *delta*: its files after a round; *moment*: more while the next update goes in; *checkpoints*: of the server, the
+    one being written included; *disk*: all of that, the room that is needed; *memory*: beside the weights while an
+    update goes in, before training begins.
+    """
+    rows = [
+        [name, *map(format_bytes, (d.delta, d.moment, d.checkpoints, d.total_bytes, deltas[name].memory_bytes))]
+        for name in [*sorted(deltas.keys() - {TAIL}, key=client_order), TAIL]
+        for d in [deltas[name].disk]
+    ]
+    return format_table(DELTA_HEADER, rows, markdown)
 
 
 def _client_row(client: PlannedClient) -> list[str]:

@@ -1,11 +1,12 @@
 """What a client whose weight delta is large downloads in a deployment's later rounds: increments, not the whole.
 
-    python simulations/benchmarks/increments.py --json increments.json [--rank 256] [--blocks 5] [--exchange messages]
+    python simulations/benchmarks/increments.py --json increments.json [--rank 420] [--blocks 5] [--exchange messages]
 
-A SuperLink and a SuperNode per client, processes on loopback, train the heads of a LLaMA with random weights. Flower
-carries a client's Context from message to message, and loses one of more than some 0.18 GiB without a word (flwr 1.42);
-the delta is in the client's own files (`federation/client_store.py`). Per round: what each client downloads, what the
-whole delta would take, the largest Context that came with a message, and seconds per message.
+A SuperLink and two SuperNodes, processes on loopback, train heads of a LLaMA with random weights: one of `--blocks`
+blocks and `--rank`, and one of a block and rank 16. Flower carries a client's Context from message to message, and
+loses one of more than some 0.18 GiB without a word (flwr 1.42); the delta is in the client's own files
+(`federation/client_store.py`). Per round: what each client downloads, what the whole delta of the large head would
+take, the largest Context that came with a message, and seconds per message.
 """
 
 import argparse
@@ -42,17 +43,22 @@ def save_model(folder: Path, blocks: int, hidden: int) -> list[tuple[int, int]]:
 
 
 def whole_bytes(shapes: list[tuple[int, int]], rank: int, rounds: int) -> int:
-    """The delta of a head after `rounds`: stacked float32 factors of all clients, or dense where that is less."""
-    stacked = CLIENTS * rank * rounds
+    """The least that its delta takes after `rounds`: float32 factors of its own rank, or dense where that is less."""
+    stacked = rank * rounds
     return sum(4 * min(stacked * (rows + columns), rows * columns) for rows, columns in shapes)
 
 
 def play(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The run, and what its server and clients wrote."""
     run_config = {
-        "model": str(folder / "model"), "results": str(folder), "clients": CLIENTS, "cut": options.blocks,
-        "rank": options.rank, "rounds": options.rounds, "local-steps": options.steps, "exchange": options.exchange,
-    }  # fmt: skip
+        "model": str(folder / "model"),
+        "results": str(folder),
+        "cut": options.blocks,
+        "rank": options.rank,
+        "rounds": options.rounds,
+        "local-steps": options.steps,
+        "exchange": options.exchange,
+    }
     with loopback(folder / "home", CLIENTS) as deployment:
         log = deployment.run(APP, run_config, options.limit_s)
         kept = {n: _bytes_in(folder / "home" / f"state-{n}") for n in range(CLIENTS)}
@@ -72,7 +78,7 @@ def report(played: dict[str, Any], shapes: list[tuple[int, int]], options: argpa
                     "client": client,
                     "steps": moved["steps"],
                     "bytes_down": moved["down"],
-                    "whole_bytes": whole_bytes(shapes, options.rank, number - 1),
+                    "whole_bytes": whole_bytes(shapes, options.rank, number - 1) if client == "0" else None,
                     "round_s": record["seconds"]["fit"],
                 }
             )
@@ -98,7 +104,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     lines = [
         [
             str(row["round"]), row["client"], str(row["steps"]), format_bytes(row["bytes_down"]),
-            format_bytes(row["whole_bytes"]), f"{row['round_s']:.0f}",
+            "-" if row["whole_bytes"] is None else format_bytes(row["whole_bytes"]), f"{row['round_s']:.0f}",
         ]
         for row in rows
     ]  # fmt: skip
@@ -111,7 +117,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--blocks", type=int, default=5, help="of a head")
     parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--rank", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=420)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--exchange", choices=("grpc", "messages"), default="grpc")
