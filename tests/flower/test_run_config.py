@@ -220,6 +220,8 @@ def test_what_is_auto_is_left_to_the_plan() -> None:
         ({"update-codec": "int8"}, "Expected update_codec as one of .*run config: update-codec"),
         ({"update-rank": -1}, "Expected update_rank .*run config: update-rank"),
         ({"start-gate-s": 0}, "Expected start_gate_s > 0 s, found 0.0"),
+        ({"exchange": "post"}, r"Expected exchange as one of \('grpc', 'messages'\), found 'post'"),
+        ({"message-limit-s": 0}, "Expected message_limit_s > 0 s, found 0.0 .run config: message-limit-s"),
         ({"cuts": "1,x"}, "Expected cuts as integers with commas, such as '2,4,6', found '1,x'"),
         ({"cuts": "1,2,3"}, "Expected cuts and ranks for the same clients"),
         ({"cuts": "0,2"}, "Expected a cut >= 1"),
@@ -229,6 +231,22 @@ def test_what_is_auto_is_left_to_the_plan() -> None:
 def test_bad_values_name_what_is_expected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_settings({**SMALLEST, **change}, HERE)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("tail-address", "tail-certificate", "tail-private-key", "tail-root-certificates"),
+        *("tail-client-root-certificates", "tail-client-certificate", "tail-client-private-key"),
+    ],
+)
+def test_an_exchange_over_messages_has_no_connection_to_set(key: str) -> None:
+    """Who sets TLS files would believe that they protect something."""
+    settings = read_settings({**SMALLEST, "exchange": "messages", "max-frame-mib": 3, "message-limit-s": 7}, HERE)
+    assert settings.service == ServiceConfig(bind="messages://", max_frame_bytes=3 << 20)
+    assert settings.strategy.message_limit_s == 7.0
+    with pytest.raises(ConfigError, match=rf'Expected no {key} with exchange = "messages", found \'x\''):
+        read_settings({**SMALLEST, "exchange": "messages", key: "x"}, HERE)
 
 
 def test_a_missing_table_is_named() -> None:
