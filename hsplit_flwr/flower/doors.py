@@ -12,7 +12,9 @@ from hsplit_flwr.federation.door import Door
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_config import RoundOptions
 from hsplit_flwr.federation.round_server import RoundServer
+from hsplit_flwr.planning.exchange_choice import AUTO
 from hsplit_flwr.planning.plans import Plans
+from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.tail import SharedTail
@@ -37,7 +39,7 @@ def flower_rounds(
     """The rounds of a strategy, whose heads reach the tail over `service` (raises as `RoundServer`)."""
     given, limits = service or ServiceConfig(), options.get("limits") or BarrierLimits()
     if in_turns(given.bind):
-        _check_turns(training)
+        _check_turns(training, plans)
         limits = options["limits"] = replace(limits, reconnect_grace_s=0.0)  # no connection can break
     config = replace(
         given,
@@ -59,14 +61,15 @@ def flower_rounds(
     return RoundServer(model, plans, training, open_door, max_frame_bytes=config.max_frame_bytes, **options)
 
 
-def _check_turns(training: TrainingConfig) -> None:
+def _check_turns(training: TrainingConfig, plans: Plans) -> None:
     """Refuse what has no sense in an exchange over messages: a message carries a whole batch.
 
     Raises:
         ConfigError: naming the key.
     """
+    chosen = plans.chosen if isinstance(plans, AdaptivePlanning) else ()
     for key, found, expected in (
-        ("micro-batches", training.micro_batches, 1),
+        ("micro-batches", AUTO if "micro_batches" in chosen else training.micro_batches, 1),
         ("micro-steps", training.micro_steps, False),
     ):
         if found != expected:

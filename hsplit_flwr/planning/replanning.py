@@ -103,6 +103,11 @@ class AdaptivePlanning:
         """the budgets it was made for"""
 
     @property
+    def chosen(self) -> tuple[str, ...]:
+        """Fields of `TrainingConfig` that the plan chooses."""
+        return tuple(self._planner.choose)
+
+    @property
     def costs(self) -> ModelCosts:
         """Costs under the exchange of the plan in force; before the first plan, as they are stated."""
         if self.in_force:

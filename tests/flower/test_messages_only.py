@@ -34,6 +34,7 @@ from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
+from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
@@ -49,6 +50,8 @@ PLANS = {"0": ClientPlan(1, LoraSpec(1, 2.0)), "1": ClientPlan(2, LoraSpec(2, 3.
 DATA = {c: ClientData(random_batches(3, seed=int(c), rows=2 + int(c)), random_batches(3, 10 + int(c))) for c in CLIENTS}
 LIMITS = BarrierLimits(start_gate_s=30.0, straggler_limit_s=20.0, step_limit_s=40.0, reconnect_grace_s=0.0)
 MODEL = str(tiny_checkpoint())
+SERVER = Budget(memory_bytes=8 << 30, flops_per_s=1e12, uplink_bytes_per_s=1e8, downlink_bytes_per_s=1e8, latency_s=0.0)
+COSTS = ModelCosts(ModelFiles.resolve(MODEL).config, Workload(batch_size=4, sequence_length=10, local_steps=3))
 GRPC, MESSAGES = ServiceConfig(), ServiceConfig(bind="messages://")
 
 
@@ -277,15 +280,17 @@ def test_parts_of_a_batch_are_refused(setting: dict[str, Any], line: str) -> Non
         message_run(MESSAGES, replace(TRAINING, **setting))
 
 
+def test_parts_that_the_plan_would_choose_are_refused() -> None:
+    planning = AdaptivePlanning(COSTS, SERVER, PlannerConfig(choose=("micro_batches",)))
+    with pytest.raises(ConfigError, match=r"micro-batches = 1 .*found 'auto'"):
+        HSplitLoRAMessageStrategy(GlobalModel(ModelFiles.resolve(MODEL)), planning, TRAINING, service=MESSAGES)
+
+
 def test_a_link_that_nobody_states_cannot_be_measured(caplog: pytest.LogCaptureFixture) -> None:
     """Its figures are the node's to state; who states them is planned for as over gRPC."""
-    server = Budget(
-        memory_bytes=8 << 30, flops_per_s=1e12, uplink_bytes_per_s=1e8, downlink_bytes_per_s=1e8, latency_s=0.0
-    )
-    costs = ModelCosts(ModelFiles.resolve(MODEL).config, Workload(batch_size=4, sequence_length=10, local_steps=3))
     model = GlobalModel(ModelFiles.resolve(MODEL))
     strategy = HSplitLoRAMessageStrategy(
-        model, AdaptivePlanning(costs, server), replace(TRAINING, rounds=1), service=MESSAGES, **options()
+        model, AdaptivePlanning(COSTS, SERVER), replace(TRAINING, rounds=1), service=MESSAGES, **options()
     )
     stated = {"memory-mb": 160, "gflops": 1.0, "uplink-mbps": 8.0, "downlink-mbps": 8.0, "latency-ms": 10.0}
     strategy.start(ThreadGrid({100: app_of("0"), 101: app_of("1", **stated)}))
