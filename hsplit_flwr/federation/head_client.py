@@ -159,20 +159,19 @@ class HeadClient:
             if turns and turns.version is not None:
                 turns.expect_version(replica.version)
             else:
-                version = _fetch(tail, replica, shapes)
-                if turns:
-                    turns.version = version
+                _fetch(tail, replica, shapes)
             merge_delta(head, self._files, replica.total, replica.total.names())
+        if turns:
+            turns.fetched(replica.version)
 
 
-def _fetch(tail: RemoteTail, replica: DeltaReplica, shapes: Shapes) -> int:
-    """Bring `replica` to the server's version, which is returned."""
+def _fetch(tail: RemoteTail, replica: DeltaReplica, shapes: Shapes) -> None:
+    """Bring `replica` to the server's version."""
     have = replica.version or 0
     own = replica.own.round_number if replica.own else 0
     version, whole, tensors = tail.fetch_delta(have, replica.total.place.aside, own)
     base = None if whole else have
     replica.apply(DeltaUpdate.from_tensors(tensors, shapes, base=base, version=version), shapes)
-    return version
 
 
 def _anew(training: HeadTraining) -> None:

@@ -75,6 +75,8 @@ class RoundInTurns:
         self._task = task
         self._turn = turn
         self._kept = KeptRound.begun(task, time.time()) if turn.number == 1 else self._recalled()
+        self._is_repeated = self._kept.turn == turn.number
+        """the message was sent again: its answer was lost on the way, or with the process that was to give it"""
         self._training: HeadTraining | None = None
         self._scores = dict(self._kept.work)
         self.version = self._kept.version
@@ -95,6 +97,12 @@ class RoundInTurns:
         """
         if version != self.version:
             raise _lost(f"the weight delta at version {self.version}", f"version {version}")
+
+    def fetched(self, version: int | None) -> None:
+        """Note that the client's copy of the weight delta is at `version`: from now on, this turn goes on there."""
+        if self.version != version:
+            self.version = version
+            self.keep()
 
     def begin(self, training: HeadTraining) -> None:
         """Let `training` go on where the last turn ended; what becomes of it is kept."""
@@ -147,11 +155,6 @@ class RoundInTurns:
         with self._opened() as folder:
             folder.save(kept)
             folder.forget_heard()
-
-    @property
-    def _is_repeated(self) -> bool:
-        """The message was sent again: its answer was lost on the way, or with the process that was to give it."""
-        return self._kept.turn == self._turn.number
 
     def _recalled(self) -> KeptRound:
         with self._opened() as folder:

@@ -79,18 +79,18 @@ class WatchedGrid(Grid):
         while (waiting or going_on) and time.monotonic() < give_up:
             arrived = list(self._grid.pull_messages(list(waiting))) if waiting else []
             done = [(waiting.pop(reply.metadata.reply_to_message_id), reply) for reply in arrived]
-            lost = []
+            to_send = []
             for sent, reply in done:
                 if self._turns and self._turns.goes_on(sent.message, reply):
                     going_on.append(sent.message)
                     continue
                 self._on_reply(sent.message, reply)
                 if _lost_actor(reply) and time.monotonic() + RETRY_S < give_up:
-                    lost.append(_Sent(sent.message, _again(sent.newest), sent.first_failure or reply))
+                    to_send.append(_Sent(sent.message, _again(sent.newest), sent.first_failure or reply))
                 else:
                     self._over(sent.message)
                     replies.append(sent.first_failure or reply if reply.has_error() else reply)
-            if lost:
+            if to_send:
                 time.sleep(RETRY_S)
             due = list(self._turns.due()) if self._turns and going_on else []
             for message, following in due:
@@ -99,11 +99,11 @@ class WatchedGrid(Grid):
                     self._over(message)
                     self._on_reply(message, None)
                 else:
-                    lost.append(_Sent(message, following))
-            for sent in lost:
+                    to_send.append(_Sent(message, following))
+            for sent in to_send:
                 self._send(sent, waiting)
             poll_s = SHORTEST_POLL_S if arrived or due else min(LONGEST_POLL_S, poll_s * POLL_GROWTH)
-            if (waiting or going_on) and not lost:
+            if (waiting or going_on) and not to_send:
                 time.sleep(poll_s)
         return replies
 
