@@ -205,6 +205,7 @@ def test_the_shown_plan_is_what_the_command_prints(
     printed = capsys.readouterr().out
     if not arguments:
         assert fenced(document, "output: plan").strip() in printed
+        assert fenced(document, "output: delta").strip() in printed
     seconds = re.search(r"a round takes ([\d.]+ s)", printed)
     assert seconds
     assert seconds[1] in DOCUMENTS[document]

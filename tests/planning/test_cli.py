@@ -14,6 +14,7 @@ from hsplit_flwr.cli import main
 from hsplit_flwr.cli.plan import UNIFORM, read_config, read_importance
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.assets import tiny_checkpoint
+from hsplit_flwr.planning.costs.delta_costs import update_ranks
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.training.config import TrainingConfig
@@ -39,6 +40,7 @@ count = 2
 device = "phone"
 memory_mb = 0.01
 """
+DELTA = "The weight delta (after "
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -60,9 +62,8 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def table_row(output: str, first_cell: str) -> list[str]:
-    (row,) = [
-        line.split() for line in output.splitlines() if line.split()[:1] == [first_cell] and len(line.split()) > 8
-    ]
+    plan, _, _ = output.partition(DELTA)
+    (row,) = [line.split() for line in plan.splitlines() if line.split()[:1] == [first_cell] and len(line.split()) > 8]
     return row
 
 
@@ -99,6 +100,27 @@ def test_the_files_say_what_the_table_says(run: Run, tmp_path: Path) -> None:
     assert content["workload"]["sequence_length"] == 64
     for picture in ("importance.png", "budgets.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_says_what_the_weight_delta_takes(run: Run, tmp_path: Path) -> None:
+    """Of each client that takes part and of the server, as the cost model predicts it for the ranks of the plan."""
+    code, output, _ = run("--rounds", 7, "--output", tmp_path / "out")
+    assert code == 0
+    told = output[output.index(DELTA) :].splitlines()
+    assert told[0] == f"{DELTA}7 rounds, float32, in files, and 2 checkpoints):"
+    assert [line.split()[0] for line in told[4:8]] == ["0", "1", "2", "tail"]
+
+    written = saved(tmp_path / "out")
+    costs = ModelCosts(read_config(str(tiny_checkpoint())), Workload(**written["workload"]))
+    clients, tail = written["plan"]["clients"], written["plan"]["tail"]["ranks"]
+    stacked = update_ranks([(c["cut"], c["ranks"]) for c in clients.values()], tail, costs.matrices)
+    for client, planned in clients.items():
+        disk = costs.deltas.client_disk(planned["cut"], stacked, planned["ranks"], 7)
+        memory = costs.deltas.client_loading(planned["cut"], stacked)
+        assert written["delta"][client] == {**asdict(disk), "memory_bytes": memory}
+    server = costs.deltas.server_disk(stacked, tail, 7, keep_checkpoints=2)
+    assert written["delta"]["tail"] == {**asdict(server), "memory_bytes": costs.deltas.server_merging(stacked)}
+    assert written["delta"]["rounds"] == 7
 
 
 def test_the_predicted_memory_is_the_cost_models(run: Run, tmp_path: Path) -> None:
