@@ -18,16 +18,18 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from filelock import FileLock, Timeout
 
 from hsplit_flwr.common.tables import format_bytes
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.delta_folder import DeltaFolder, Stamp
-from hsplit_flwr.federation.kept_round import RoundFolder
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
+
+if TYPE_CHECKING:
+    from hsplit_flwr.federation.kept_round import RoundFolder
 
 LIMIT_BYTES = 64 << 30
 LOCK_LIMIT_S = 10.0
@@ -97,11 +99,13 @@ class FileStore:
                 DeltaFolder(path, run, client).save_own(own)
 
     @contextmanager
-    def open_round(self, run: str, client: str) -> Iterator[RoundFolder]:
+    def open_round(self, run: str, client: str) -> Iterator["RoundFolder"]:
         """See `RoundStore`."""
         path = self._folder_of(run, client)
         if (lock := self._lock(path)) is None:
             raise self._no_room("this process cannot use it")
+        from hsplit_flwr.federation.kept_round import RoundFolder  # over a connection nobody needs it
+
         with lock:
             try:
                 yield RoundFolder(path, self._limit_bytes)

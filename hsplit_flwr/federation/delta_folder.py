@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hsplit_flwr.federation.kept_round import PREFIX as KEPT_ROUND
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 from hsplit_flwr.lora.deltas import SEPARATOR, MatrixDelta, WeightDelta
@@ -36,6 +35,8 @@ from hsplit_flwr.lora.places import (
     write_tensors,
 )
 
+KEPT_ROUND = "round-"
+"""how the names of files begin that are of the client's round, not of its delta"""
 _OWN = "own-"
 FORMAT = 1
 """of the files; another one counts as nothing held"""

@@ -26,10 +26,9 @@ from hsplit_flwr.common.tables import format_bytes
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.turns import digest
+from hsplit_flwr.federation.delta_folder import KEPT_ROUND
 
-PREFIX = "round-"
-"""of all these files; whoever cleans the folder leaves them"""
-_HEARD = f"{PREFIX}heard-"
+_HEARD = f"{KEPT_ROUND}heard-"
 _VALUES = "hsplit"
 _log = logging.getLogger("hsplit_flwr")
 
@@ -83,12 +82,12 @@ class RoundFolder:
             OSError: a full disk, or a folder that cannot be written.
         """
         former = self._states()
-        beside = self._path / f".{PREFIX}unfinished"
+        beside = self._path / f".{KEPT_ROUND}unfinished"
         tensors: dict[str, Any] = {}
         values = json.dumps(without_tensors({**asdict(replace(kept, work={})), "said": [*kept.said]}, {}))
         work = json.dumps(without_tensors(kept.work, tensors))
         save_tensors(tensors, beside, {_VALUES: values, "work": work})
-        path = self._path / f"{PREFIX}{_digest_of(beside)}.safetensors"
+        path = self._path / f"{KEPT_ROUND}{_digest_of(beside)}.safetensors"
         beside.replace(path)
         for old in former:
             if old != path:
@@ -107,7 +106,7 @@ class RoundFolder:
                 f"Expected at most {format_bytes(self._limit_bytes)} of one client's state, found "
                 f"{format_bytes(used)} with what the server sends. Raise state-limit-gb."
             )
-        beside = self._path / f".{PREFIX}unfinished"
+        beside = self._path / f".{KEPT_ROUND}unfinished"
         for number, frame in enumerate(frames):
             beside.write_bytes(frame)
             beside.replace(self._path / f"{_HEARD}{turn:06d}-{number:06d}-{digest(frame)}")
@@ -126,7 +125,7 @@ class RoundFolder:
             path.unlink(missing_ok=True)
 
     def _states(self) -> list[Path]:
-        return list(self._path.glob(f"{PREFIX}*.safetensors"))
+        return list(self._path.glob(f"{KEPT_ROUND}*.safetensors"))
 
 
 class RoundStore(Protocol):
@@ -142,7 +141,7 @@ class RoundStore(Protocol):
 
 def _read(path: Path) -> KeptRound | None:
     try:
-        if _digest_of(path) != path.stem.removeprefix(PREFIX):
+        if _digest_of(path) != path.stem.removeprefix(KEPT_ROUND):
             raise ValueError("other content than was written")
         with safe_open(path, "pt") as file:
             told = file.metadata()

@@ -188,7 +188,7 @@ def test_an_address_of_elsewhere_is_a_clear_error(bind: str, cause: str) -> None
 
 def test_an_unknown_transport_is_a_clear_error() -> None:
     for refused in (lambda: transport.transport_of("tcp://h:1"), lambda: transport.connect("tcp://h:1", "t", 1.0, 1)):
-        with pytest.raises(ConfigError, match=r"begins with one of \['grpc://'\], found 'tcp://h:1'"):
+        with pytest.raises(ConfigError, match=r"begins with one of \['grpc://', 'messages://'\], found 'tcp://h:1'"):
             refused()
 
 
