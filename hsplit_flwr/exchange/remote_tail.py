@@ -164,7 +164,7 @@ class RemoteTail(TailSession):
 
     def await_score(self, step: int) -> None:
         """Batch `step` was sent by another process of this client's, and has no answer yet."""
-        self._unanswered.append(_Unanswered(BatchPart(step), b"", torch.empty(0), 0))
+        self._unanswered.append(_Unanswered(BatchPart(step), b"", torch.empty(0), 0, None))
 
     def _received_delta(self, hello: bytes, aside: Callable[[Tensor], Tensor]) -> DeltaTensors:
         self._send(hello)

@@ -62,18 +62,20 @@ def flower_rounds(
 
 
 def _check_turns(training: TrainingConfig, plans: Plans) -> None:
-    """Refuse what has no sense in an exchange over messages: a message carries a whole batch.
+    """Refuse what an exchange over messages does not do.
 
     Raises:
         ConfigError: naming the key.
     """
     chosen = plans.chosen if isinstance(plans, AdaptivePlanning) else ()
-    for key, found, expected in (
-        ("micro-batches", AUTO if "micro_batches" in chosen else training.micro_batches, 1),
-        ("micro-steps", training.micro_steps, False),
+    parts = "each message carries a whole batch"
+    for key, found, expected, why in (
+        ("micro-batches", AUTO if "micro_batches" in chosen else training.micro_batches, 1, parts),
+        ("micro-steps", training.micro_steps, False, parts),
+        ("activation-cache-mib", training.activation_cache_mib, 0, "a client is not told what the tail keeps"),
     ):
         if found != expected:
             raise ConfigError(
-                f'Expected {key} = {expected!r} with exchange = "messages", where each message carries a whole batch, '
-                f'found {found!r}. Leave it out, or use exchange = "grpc".'
+                f'Expected {key} = {expected!r} with exchange = "messages", where {why}, found {found!r}. '
+                'Leave it out, or use exchange = "grpc".'
             )

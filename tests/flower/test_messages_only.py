@@ -322,9 +322,10 @@ def test_a_client_whose_state_is_lost_or_changed_within_a_round_is_told(tmp_path
     [
         ({"micro_batches": 2}, "micro-batches = 1 .*found 2"),
         ({"micro_steps": True}, "micro-steps = False .*found True"),
+        ({"activation_cache_mib": 8}, "activation-cache-mib = 0 .*found 8"),
     ],
 )
-def test_parts_of_a_batch_are_refused(setting: dict[str, Any], line: str) -> None:
+def test_what_messages_do_not_carry_is_refused(setting: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError, match=rf'Expected {line}.*exchange = "grpc"'):
         message_run(MESSAGES, replace(TRAINING, **setting))
 
