@@ -33,3 +33,4 @@ bench:  ## the tables of docs/costs.md, docs/planning.md and docs/exchange.md
 	$(PYTHON) simulations/benchmarks/planner.py --json results/planner.json
 	$(PYTHON) simulations/benchmarks/planned_ranks.py --json results/planned_ranks.json
 	$(PYTHON) simulations/benchmarks/state_memory.py --json results/state_memory.json
+	$(PYTHON) simulations/benchmarks/increments.py --json results/increments.json
