@@ -136,6 +136,11 @@ def saved(folder: Path) -> list[Path]:
     return sorted((path for path in found if (path / ABOUT).is_file()), key=_round_of)
 
 
+def rounds_of(folder: Path) -> list[int]:
+    """The rounds after which the run in `folder` can be resumed."""
+    return [_round_of(path) for path in saved(folder)]
+
+
 # --- writing ---
 
 

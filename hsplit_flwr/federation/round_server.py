@@ -34,6 +34,7 @@ from hsplit_flwr.models.segments import block_of, linear_shapes
 from hsplit_flwr.planning.plans import Plans, plans_in_force
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.report import plan_table
+from hsplit_flwr.reports.best_round import why_enough
 from hsplit_flwr.reports.health.aggregation import measure_aggregation
 from hsplit_flwr.reports.health.steps import StepNotes
 from hsplit_flwr.reports.records import Journal, RoundRecord
@@ -82,6 +83,12 @@ class RoundServer:
                 f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
                 f"{self.config.round_limit_s}: a round must not end at its gate. Lower start_gate_s."
             )
+        scored = options.get("eval_batches") is not None or self.config.federated_evaluation
+        if self.config.patience and not scored:
+            raise ConfigError(
+                f"Expected held-out data where a run may end early, found patience = {self.config.patience} without "
+                "any. Give the server eval_batches, turn on federated-evaluation, or set patience = 0."
+            )
         self.resumed_after = 0
         """the last round of the run that this one goes on from; 0: it is a run of its own"""
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
@@ -117,8 +124,13 @@ class RoundServer:
 
     @property
     def rounds_left(self) -> int:
-        """How many rounds this server plays, unless it is told otherwise."""
-        return self.training.rounds - self.resumed_after
+        """How many rounds this server plays at most, unless it is told otherwise."""
+        return 0 if self.enough else self.training.rounds - self.resumed_after
+
+    @property
+    def enough(self) -> str:
+        """Why no more rounds are to be played, though some are left; empty: there is no reason (see `why_enough`)."""
+        return why_enough(self.history, self.config.patience) if self._round_number < self.training.rounds else ""
 
     def probe_task(self, node: str) -> RoundTask | None:
         """How `node` measures its link to the tail; None where plans do not depend on budgets.

@@ -12,7 +12,8 @@ from flwr.server import ServerAppComponents
 from hsplit_flwr.common.device import describe_device
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.run_output import RunOutput, Sample
+from hsplit_flwr.federation.run_output import RunOutput
+from hsplit_flwr.federation.sample_texts import Sample
 from hsplit_flwr.flower.flower_log import log_through_flower
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
 from hsplit_flwr.flower.run_config import INDECISIVE, Settings
@@ -118,6 +119,7 @@ def _output(side: ServerSide, model: GlobalModel) -> RunOutput:
         prompts=side.prompts,
         adapter_rank=side.settings.adapter_rank,
         keep_checkpoints=side.settings.keep_checkpoints,
+        keep_best=side.settings.keep_best,
         log_samples=side.settings.log_samples,
         resume=side.settings.resume,
         decisive={key: value for key, value in side.run_config.items() if key not in INDECISIVE},

@@ -25,7 +25,7 @@ from hsplit_flwr.training.workload import Workload
 
 INDECISIVE = frozenset(
     (
-        *("output-dir", "keep-checkpoints", "resume", "adapter-rank", "server-threads"),
+        *("output-dir", "keep-checkpoints", "keep-best", "resume", "adapter-rank", "server-threads", "patience"),
         *("tail-bind", "tail-address", *TAIL, TAIL_ROOTS, CLIENT_ROOTS, *CLIENT, "log-samples"),
         *("min-nodes", "wait-for-nodes-s", "round-limit-s", "start-gate-s", "straggler-limit-s", "step-limit-s"),
         *("max-frame-mib", "reconnect-grace-s"),
@@ -57,6 +57,8 @@ class Settings:
     output_dir: Path
     adapter_rank: int | None
     keep_checkpoints: int
+    keep_best: bool
+    """whether the adapter of the best round so far is written"""
     log_samples: bool
     """whether held-out prompts and the model's texts for them are logged"""
     resume: str
@@ -117,6 +119,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         output_dir=Path(get(run_config, "output-dir", "results")).resolve(),
         adapter_rank=adapter_rank or None,
         keep_checkpoints=keep_checkpoints,
+        keep_best=get(run_config, "keep-best", True),
         log_samples=get(run_config, "log-samples", False),
         resume=get(run_config, "resume", ""),
     )

@@ -7,7 +7,7 @@ from finetune.task import EMBEDDED, FOLDER, model_name, server_data
 from hsplit_flwr.data.forms import Example
 from hsplit_flwr.data.own_data import OwnData
 from hsplit_flwr.data.row_batches import spread
-from hsplit_flwr.federation.run_output import MAX_NEW_TOKENS, Sample
+from hsplit_flwr.federation.sample_texts import MAX_NEW_TOKENS, Sample
 from hsplit_flwr.flower.apps import ServerSide, message_strategy
 from hsplit_flwr.flower.client_settings import RunConfig, count_clients, get
 from hsplit_flwr.flower.run_config import read_settings
