@@ -88,5 +88,7 @@ class RoundOptions(TypedDict, total=False):
     """waiting times of the step barrier"""
     eval_batches: Iterable[Batch] | None
     """server-side held-out batches; none: no central evaluation"""
+    metrics_bind: str
+    """where metrics and health are served, see `tail_metrics.py`; empty, the default: nowhere"""
     on_step: Callable[[StepReport], None] | None
     """called after every tail step; default: a line of progress in the log now and then"""

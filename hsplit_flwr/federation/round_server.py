@@ -14,17 +14,20 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from hsplit_flwr.common.dataclass_state import to_state
+from hsplit_flwr.common.log_lines import about
 from hsplit_flwr.common.progress import describe_participants
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, ExchangeError, RunFailedError
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.traffic import TrafficFigures
 from hsplit_flwr.federation.acceptance import Accepted, Expected, Replies, accept, tokens_of
 from hsplit_flwr.federation.bounds import balanced_importance, bound_updates, bounded_shares
 from hsplit_flwr.federation.door import Door, OpenDoor
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.roster import Present
 from hsplit_flwr.federation.round_config import WAITING, RoundOptions, StrategyConfig
+from hsplit_flwr.federation.tail_metrics import TailMetrics
 from hsplit_flwr.federation.tail_rounds import TailRounds
 from hsplit_flwr.lora.aggregation import STACKING, Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
@@ -38,7 +41,7 @@ from hsplit_flwr.reports.best_round import why_enough
 from hsplit_flwr.reports.health.aggregation import measure_aggregation
 from hsplit_flwr.reports.health.steps import StepNotes
 from hsplit_flwr.reports.records import Journal, RoundRecord
-from hsplit_flwr.reports.step_log import log_progress
+from hsplit_flwr.reports.step_log import log_progress, log_round
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.loss import Score
@@ -106,6 +109,20 @@ class RoundServer:
         self._round_number = 0
         self._round_plans: dict[str, ClientPlan] = {}
         self._phase_started = time.perf_counter()
+        bind = options.get("metrics_bind") or ""
+        self._metrics = TailMetrics(self, bind, limits.step_limit_s) if bind else None
+        if self._metrics:
+            _log.info("metrics and health are served on http://%s", self._metrics.address)
+
+    @property
+    def round_number(self) -> int:
+        """The round under way, or the last one; 0: before the first."""
+        return self._round_number
+
+    @property
+    def traffic(self) -> TrafficFigures | None:
+        """What went through the tail's door so far; None before it was opened."""
+        return self._door.traffic.figures() if self._door else None
 
     @property
     def training(self) -> TrainingConfig:
@@ -154,6 +171,13 @@ class RoundServer:
         tasks = self._open_round(round_number, "train", present)
         if round_number == self.resumed_after + 1:
             _log.info("%s take part", describe_participants(len(tasks), present.count_nodes(tasks)))
+        _log.info(
+            "round %d of %d: %d clients are asked to train",
+            round_number,
+            self.training.rounds,
+            len(tasks),
+            extra=about("round_opened", round=round_number, clients=sorted(tasks)),
+        )
         self.tail_rounds.open(round_number, tasks, present.concurrency(tasks))
         self._journal.phase(round_number, "configure", started)
         self._phase_started = time.perf_counter()
@@ -180,7 +204,8 @@ class RoundServer:
         self._observe_budgets(replies)
         shares = self._shares(accepted)
         if not shares:
-            _log.warning("round %d: no client finished, the weights stay as they are", number)
+            told = about("round_lost", round=number)
+            _log.warning("round %d: no client finished, the weights stay as they are", number, extra=told)
             self._tail.undo_training()
             return self._journal.record(number)
         contributions = [Contribution(shares[c], a.ticket.cut, a.trained.factors, c) for c, a in accepted.items()]
@@ -189,7 +214,9 @@ class RoundServer:
         self._learn_importance(accepted, shares)
         self._journal.phase(number, "aggregate", started)
         self._measure_health(contributions, tail_factors)
-        return self._journal.record(number)
+        record = self._journal.record(number)
+        log_round(record)
+        return record
 
     def score(self, round_number: int) -> Score | None:
         """Loss of the whole model on the server's held-out batches (round 0: before training); None without any."""
@@ -202,7 +229,8 @@ class RoundServer:
         else:
             self._journal.note(round_number, central_perplexity=score.perplexity)
             self._journal.phase(round_number, "evaluate", started)
-        _log.info("round %d: central perplexity %.3f", round_number, score.perplexity)
+        told = about("scored", round=round_number, measured_on="central", perplexity=score.perplexity)
+        _log.info("round %d: central perplexity %.3f", round_number, score.perplexity, extra=told)
         return score
 
     def open_scoring(self, round_number: int, present: Present) -> dict[str, RoundTask]:
@@ -292,6 +320,8 @@ class RoundServer:
             self._tail.close_training()
         except ExchangeError as error:  # a step that does not end must not keep the results from being written
             _log.error("the tail's last step is still under way: %s", error)
+        if self._metrics:
+            self._metrics.stop()
 
     def _settle_plans(self, round_number: int, present: Present) -> None:
         """The plan in force, or a new one for heads and tail."""

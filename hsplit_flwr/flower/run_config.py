@@ -28,7 +28,7 @@ INDECISIVE = frozenset(
         *("output-dir", "keep-checkpoints", "keep-best", "resume", "adapter-rank", "server-threads", "patience"),
         *("tail-bind", "tail-address", *TAIL, TAIL_ROOTS, CLIENT_ROOTS, *CLIENT, "log-samples"),
         *("min-nodes", "wait-for-nodes-s", "round-limit-s", "start-gate-s", "straggler-limit-s", "step-limit-s"),
-        *("max-frame-mib", "reconnect-grace-s"),
+        *("max-frame-mib", "reconnect-grace-s", "metrics-bind", "log-format"),
     )
 )
 """keys that a run which is resumed may have otherwise: they say where and how long, not what is computed"""
@@ -52,6 +52,8 @@ class Settings:
     strategy: StrategyConfig
     service: ServiceConfig
     limits: BarrierLimits
+    metrics_bind: str
+    """where metrics and health are served; empty: nowhere"""
     server_threads: int
     """torch threads of the server's process; 0: torch's default"""
     output_dir: Path
@@ -115,6 +117,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         ),
         service=_service(run_config),
         limits=BarrierLimits(**of_fields(run_config, BarrierLimits)),
+        metrics_bind=get(run_config, "metrics-bind", ""),
         server_threads=get(run_config, "server-threads", 0),
         output_dir=Path(get(run_config, "output-dir", "results")).resolve(),
         adapter_rank=adapter_rank or None,

@@ -15,6 +15,8 @@ from hsplit_flwr.reports.records import RoundRecord, json_value
 ROUNDS = "rounds.jsonl"
 FIGURES = ("central_perplexity", "federated_perplexity", "train_loss", "tokens", "clients", "failures", "seconds")
 """of a `RoundRecord`, as they stand in its line"""
+KEYS = frozenset(("round", "time", "best_round", *FIGURES))
+"""that every line has"""
 
 
 def append_round(folder: Path, history: Sequence[RoundRecord]) -> None:
@@ -33,7 +35,7 @@ def append_round(folder: Path, history: Sequence[RoundRecord]) -> None:
         **{name: json_value(getattr(record, name)) for name in FIGURES},
     }
     with (folder / ROUNDS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
+        file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def forget_rounds_after(folder: Path, round_number: int) -> None:
@@ -46,7 +48,7 @@ def forget_rounds_after(folder: Path, round_number: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_rounds(folder) if line["round"] <= round_number]
-    text = "".join(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n" for line in kept)
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
     unfinished = path.with_name(f".{ROUNDS}.unfinished")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
@@ -69,6 +71,6 @@ def read_rounds(folder: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and isinstance(line.get("round"), int):
+        if isinstance(line, dict) and line.keys() >= KEYS:
             found.append(line)
     return found

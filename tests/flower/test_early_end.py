@@ -57,7 +57,8 @@ def perplexity(adapter: Path) -> float:
 
 
 def tensors(adapter: Path) -> dict[str, Tensor]:
-    return load_file(adapter / "adapter_model.safetensors")
+    found: dict[str, Tensor] = load_file(adapter / "adapter_model.safetensors")
+    return found
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

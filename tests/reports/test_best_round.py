@@ -10,9 +10,10 @@ from tests.reports.examples import client
 
 
 def rounds(*perplexities: float | None, central: bool = True) -> list[RoundRecord]:
-    name = "central_perplexity" if central else "federated_perplexity"
     trained = (client(0, 1),)
-    return [replace(RoundRecord(i, clients=trained), **{name: one}) for i, one in enumerate(perplexities, 1)]
+    if central:
+        return [RoundRecord(i, central_perplexity=one, clients=trained) for i, one in enumerate(perplexities, 1)]
+    return [RoundRecord(i, federated_perplexity=one, clients=trained) for i, one in enumerate(perplexities, 1)]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def main(grid: Grid, context: Context) -> None:
         ServerSide(
             app="simulations/e2e_nlg",
             run_config=run_config,
+            run_id=context.run_id,
             settings=read_settings(run_config, FOLDER),
             model_name=name,
             files=ModelFiles.resolve(name),

@@ -23,6 +23,7 @@ def server_side(context: Context) -> ServerSide:
     return ServerSide(
         app="simulations/quickstart",
         run_config=run_config,
+        run_id=context.run_id,
         settings=read_settings(run_config, FOLDER),
         model_name=MODEL,
         files=ModelFiles.resolve(MODEL),
