@@ -14,7 +14,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.run_output import RunOutput
 from hsplit_flwr.federation.sample_texts import Sample
-from hsplit_flwr.flower.flower_log import log_as_configured, log_through_flower
+from hsplit_flwr.flower.flower_log import log_as, log_through_flower
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
 from hsplit_flwr.flower.run_config import INDECISIVE, Settings
 from hsplit_flwr.flower.server import server_components
@@ -79,9 +79,9 @@ def message_strategy(side: ServerSide) -> HSplitLoRAMessageStrategy:
 
 def _prepared(side: ServerSide) -> tuple[GlobalModel, Any, dict[str, Any]]:
     """Model, plans and the strategy's options."""
-    log_as_configured(side.run_config, side.run_id)
-    log_through_flower()
     settings = side.settings
+    log_as(settings.log_format, side.run_id)
+    log_through_flower()
     _check_rows(settings, side.files)
     side.check_data()
     if settings.server_threads:

@@ -6,7 +6,6 @@ from typing import Any
 
 from hsplit_flwr.common.log_lines import JsonLines
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.flower.client_settings import RunConfig, get
 
 TEXT, JSON = "text", "json"
 OURS, FLOWER = "hsplit_flwr", "flwr"
@@ -21,15 +20,14 @@ def log_through_flower() -> None:
             ours.addHandler(handler)
 
 
-def log_as_configured(run_config: RunConfig, run: int) -> None:
-    """With ``log-format = "json"``, let Flower and us log one JSON object a line, which names the `run`.
+def log_as(log_format: str, run: int) -> None:
+    """With `log_format` ``json``, let Flower and us log one JSON object a line, which names the `run`.
 
     The lines go where Flower's console lines went, `flwr run --stream` and `flwr log` included. For a whole process.
 
     Raises:
         ConfigError: another ``log-format``.
     """
-    log_format = get(run_config, "log-format", TEXT)
     if log_format not in (TEXT, JSON):
         raise ConfigError(f'Expected log-format = "{TEXT}" or "{JSON}", found {log_format!r}.')
     if log_format == JSON:

@@ -12,6 +12,7 @@ from hsplit_flwr.exchange.tls_files import CLIENT, CLIENT_ROOTS, TAIL, TAIL_ROOT
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.run_output import KEEP_CHECKPOINTS
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
+from hsplit_flwr.flower.flower_log import TEXT
 from hsplit_flwr.lora.module_choice import from_words
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
@@ -52,6 +53,8 @@ class Settings:
     strategy: StrategyConfig
     service: ServiceConfig
     limits: BarrierLimits
+    log_format: str
+    """of the server's lines and the clients', see `flower_log.py`"""
     metrics_bind: str
     """where metrics and health are served; empty: nowhere"""
     server_threads: int
@@ -117,6 +120,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         ),
         service=_service(run_config),
         limits=BarrierLimits(**of_fields(run_config, BarrierLimits)),
+        log_format=get(run_config, "log-format", TEXT),
         metrics_bind=get(run_config, "metrics-bind", ""),
         server_threads=get(run_config, "server-threads", 0),
         output_dir=Path(get(run_config, "output-dir", "results")).resolve(),

@@ -63,9 +63,9 @@ def test_an_exception_is_in_its_line() -> None:
 PROGRAM = """
 import logging
 from flwr.common.logger import log
-from hsplit_flwr.flower.flower_log import log_as_configured, log_through_flower
+from hsplit_flwr.flower.flower_log import log_as, log_through_flower
 for _ in range(2):  # a server's app is made anew in tests and simulations
-    log_as_configured({"log-format": "FORMAT"}, 42)
+    log_as("FORMAT", 42)
     log_through_flower()
 log(logging.INFO, "")
 log(logging.INFO, "[ROUND %s]", 1)

@@ -62,7 +62,7 @@ def strategy(caplog: pytest.LogCaptureFixture) -> Iterator[HSplitLoRAStrategy]:
 
 
 def port_of(strategy: HSplitLoRAStrategy, caplog: pytest.LogCaptureFixture) -> str:
-    (line,) = [record.getMessage() for record in caplog.records if "metrics and health" in record.getMessage()]
+    (line,) = [one.getMessage() for one in caplog.get_records("setup") if "metrics and health" in one.getMessage()]
     return line.rpartition(" ")[2]
 
 
