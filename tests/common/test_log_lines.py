@@ -11,17 +11,24 @@ import pytest
 from hsplit_flwr.common.log_lines import JsonLines, about
 
 
+class Caught(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 def line_of(message: str, *arguments: object, **options: Any) -> dict[str, Any]:
-    caught: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = caught.append  # type: ignore[method-assign]
+    handler = Caught()
     logger = logging.getLogger("tests.log_lines")
     logger.addHandler(handler)
     try:
         logger.warning(message, *arguments, **options)
     finally:
         logger.removeHandler(handler)
-    text = JsonLines(run="7").format(caught[0])
+    text = JsonLines(run="7").format(handler.records[0])
     assert "\n" not in text
     found: dict[str, Any] = json.loads(text)
     return found
@@ -44,7 +51,7 @@ def test_a_line_says_what_the_call_was_about() -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ['"quotes" and \\', "two\nlines\r\n", "\x1b[92mcolour\x1b[0m", "\u2028 \x00 \ud83d\ude00", "%", ""]
+    "said", ['"quotes" and \\', "two\nlines\r\n", "\x1b[92mcolour\x1b[0m", "\u2028 \x00 \ud800", "%", ""]
 )
 def test_whatever_is_said_stays_one_line(said: str) -> None:
     line = line_of("%s", said)
