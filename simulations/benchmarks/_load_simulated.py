@@ -33,10 +33,7 @@ def simulate(supernodes: int, per_round: int, rounds: int) -> dict[str, Any]:
         folder = Path(name)
         _write_texts(folder / "texts.jsonl", supernodes * ROWS_PER_CLIENT)
         config = _run_config(folder, supernodes, per_round, rounds)
-        federation = (
-            f"num-supernodes={supernodes} client-resources-num-cpus=1 init-args-num-cpus={ACTORS} "
-            "init-args-include-dashboard=false"
-        )
+        federation = f"num-supernodes={supernodes} client-resources-num-cpus=1 init-args-num-cpus={ACTORS}"
         log = folder / "log"
         started = time.monotonic()
         with log.open("wb") as output:

@@ -25,6 +25,7 @@ Rows say how busy the machine was with other things (``others``, in cores): comp
 import argparse
 import json
 import os
+import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -197,6 +198,7 @@ def asked() -> argparse.Namespace:
 def main() -> None:
     """Measure, print the tables, write the JSON."""
     arguments = asked()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that its processes go with it, too
     load_before = os.getloadavg()
     rows = []
     for row in rows_of(arguments.clients, arguments.batches, arguments.processes):
