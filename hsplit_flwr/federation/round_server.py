@@ -41,7 +41,7 @@ from hsplit_flwr.reports.best_round import why_enough
 from hsplit_flwr.reports.health.aggregation import measure_aggregation
 from hsplit_flwr.reports.health.steps import StepNotes
 from hsplit_flwr.reports.records import Journal, RoundRecord
-from hsplit_flwr.reports.step_log import log_progress, log_round
+from hsplit_flwr.reports.step_log import log_incidents, log_progress, log_round
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.loss import Score
@@ -246,12 +246,15 @@ class RoundServer:
         tickets = self._opened_door().close_round()
         failed = tuple(f"evaluate: {line}" for line in failures)
         self._journal.note(number, failures=(*self._journal.record(number).failures, *failed))
+        log_incidents(number, failed)
         scored = [ticket for client, ticket in tickets.items() if client in finished and ticket.tokens]
         self._journal.phase(number, "federated", self._phase_started)
         if not scored:
             return None
         score = Score(sum(ticket.nll for ticket in scored), sum(ticket.tokens for ticket in scored))
         self._journal.note(number, federated_perplexity=score.perplexity)
+        told = about("scored", round=number, measured_on="federated", perplexity=score.perplexity)
+        _log.info("round %d: federated perplexity %.3f", number, score.perplexity, extra=told)
         return score
 
     def require_trained(self) -> None:
@@ -388,10 +391,12 @@ class RoundServer:
         )
         accepted, beyond = bound_updates(accepted, self.config)
         late = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
+        incidents = (*failures, *refused, *beyond, *late)
+        log_incidents(self._round_number, incidents)
         self._journal.note(
             self._round_number,
             clients=tuple(done.record() for done in accepted.values()),
-            failures=(*failures, *refused, *beyond, *late),
+            failures=incidents,
             steps=self._steps.take(),
         )
         return accepted

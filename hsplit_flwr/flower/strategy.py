@@ -39,7 +39,7 @@ class HSplitLoRAStrategy(Strategy):
             adapters, or one plan for all.
         training: shared by heads and tail.
         service: address, TLS and limits of the tail's gRPC service.
-        options: tail_lora, workload, config, limits, eval_batches, on_step: see `RoundOptions`.
+        options: tail_lora, workload, config, limits, eval_batches, metrics_bind, on_step: see `RoundOptions`.
 
     Raises:
         ConfigError: a plan's cut is not in 1..L-1, or a value is out of range.

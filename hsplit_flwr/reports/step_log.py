@@ -1,7 +1,7 @@
 """Lines on how the training goes: now and then from the tail's steps, and of every round."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from hsplit_flwr.common.log_lines import about
 from hsplit_flwr.common.progress import Progress
@@ -35,7 +35,7 @@ def log_progress(training: TrainingConfig, interval_s: float = 5.0) -> Callable[
 
 
 def log_round(record: RoundRecord) -> None:
-    """Log who finished the round and with what loss, and a warning for each incident."""
+    """Log how many finished the round and with what loss."""
     _log.info(
         "round %d: %d clients finished, training loss %s",
         record.round,
@@ -49,6 +49,10 @@ def log_round(record: RoundRecord) -> None:
             tokens=record.tokens,
         ),
     )
-    for line in record.failures:
-        told = about("incident", round=record.round, client=client_of(line))
-        _log.warning("round %d: %s", record.round, line, extra=told)
+
+
+def log_incidents(round_number: int, lines: Iterable[str]) -> None:
+    """Log a warning for each client that a round was without, or had otherwise than it wanted."""
+    for line in lines:
+        told = about("incident", round=round_number, client=client_of(line))
+        _log.warning("round %d: %s", round_number, line, extra=told)
