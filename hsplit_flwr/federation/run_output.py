@@ -104,6 +104,9 @@ class RunOutput:
         self._started -= state["seconds"]
         self._attempt("the rounds so far", lambda: forget_rounds_after(self.folder, server.resumed_after))
         self._attempt("the best adapters alone", lambda: self._prune_best(server))
+        best = self._best.named(server.history)
+        if self._keep_best and best and not best.adapter:
+            _log.warning("round %d is the best so far, and its adapter is not in %s", best.round, self.folder)
         _log.info("resumed from %s: %d rounds are left", self._resumed, server.rounds_left)
 
     def after_round(self, server: RoundServer) -> None:
@@ -144,8 +147,8 @@ class RunOutput:
         checkpoint.save(self.folder, round_number, self._settings(server), state, self._keep_checkpoints)
 
     def _save_best(self, server: RoundServer) -> None:
-        delta = server.tail_rounds.evaluated_delta()
-        self._best.keep(server.history, lambda folder: self._export(delta, folder))
+        tail_rounds = server.tail_rounds
+        self._best.keep(server.history, lambda folder: self._export(tail_rounds.evaluated_delta(), folder))
 
     def _prune_best(self, server: RoundServer) -> None:
         self._best.prune(server.history, checkpoint.rounds_of(self.folder))

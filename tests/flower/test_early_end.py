@@ -135,6 +135,18 @@ def test_a_run_that_ended_early_goes_on_with_more_patience(face: str, folder: Pa
     assert summary_of(out)["reason"] == ""
 
 
+def test_a_best_adapter_that_is_gone_is_missed(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No summary names an adapter that is not there, or that of another round."""
+    uninterrupted("legacy", folder)
+    out = tmp_path / "out"
+    shutil.copytree(folder / "legacy", out)
+    shutil.rmtree(out / "best")
+    run("legacy", out, resume="latest")
+    assert f"round {BEST} is the best so far, and its adapter is not in {out}" in caplog.text
+    best = summary_of(out)["best"]
+    assert (best["round"], best["adapter"]) == (BEST, "")
+
+
 def test_flower_returns_the_rounds_that_were_played(tmp_path: Path) -> None:
     federation = Federation("messages", False, patience=PATIENCE)
     model = GlobalModel(ModelFiles.resolve(MODEL))
