@@ -1,8 +1,8 @@
-"""The command ``hsplit-flwr``: a plan before anyone trains (``plan``), a result tried, scored, uploaded afterwards."""
+"""The command ``hsplit-flwr``: a plan before anyone trains, how a run goes, a result tried, scored and uploaded."""
 
 from collections.abc import Sequence
 
-from hsplit_flwr.cli import plan, push, results
+from hsplit_flwr.cli import plan, push, results, status
 from hsplit_flwr.cli.parsing import PROGRAM, USER_ERROR, OneLineParser, fail
 from hsplit_flwr.errors import HSplitError
 
@@ -16,6 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.declare(commands)
     results.declare(commands)
     push.declare(commands)
+    status.declare(commands)
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)

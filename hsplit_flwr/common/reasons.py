@@ -13,3 +13,9 @@ def describe_failure(client: str, reason: str) -> str:
     if len(text) > start + end:
         text = f"{text[:start]} ... {text[-end:]}"
     return f"client {client}: {text}"
+
+
+def client_of(line: str) -> str | None:
+    """The client that a line of `describe_failure` names, whatever stands before it; None: nobody."""
+    named = re.search(r"\bclient (.+?): ", line)
+    return named[1] if named else None

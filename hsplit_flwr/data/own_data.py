@@ -71,6 +71,8 @@ class OwnData:
     def __init__(self, settings: DataSettings, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.settings = settings
         self._tokenizer = tokenizer
+        self._divided: dict[int, list[list[Example]]] = {}
+        """parts that were asked for last, by their number"""
         self.form, examples = self._read(settings.source, settings.split)
         if settings.held_out_source:
             split = settings.held_out_split or settings.split
@@ -95,7 +97,9 @@ class OwnData:
 
     def part(self, number: int, parts: int) -> list[Example]:
         """The training examples of client `number` of `parts` (raises as `divide`)."""
-        return divide(self.train, parts, self.settings.partition)[number]
+        if parts not in self._divided:  # a simulation's process is many clients, one after another
+            self._divided = {parts: divide(self.train, parts, self.settings.partition)}
+        return self._divided[parts][number]
 
     def training_batches(self, examples: Sequence[Example]) -> RowBatches:
         """Shuffled batches, packed where the settings say so.

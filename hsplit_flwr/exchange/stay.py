@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from hsplit_flwr.common.log_lines import about
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.kept_rows import UNKNOWN_ROWS
 from hsplit_flwr.training.session import TailSession
@@ -81,7 +82,7 @@ class Stay:
             if self._timer:
                 self._timer.cancel()
                 self._timer = None
-                _log.info("tail: %s is back", self._client)
+                _log.info("tail: %s is back", self._client, extra=about("client_back", client=self._client))
             self._changed.notify_all()
             return self._stream
 
@@ -148,7 +149,8 @@ class Stay:
             self._timer = threading.Timer(grace_s, self._give_up, (stream, grace_s))
             self._timer.daemon = True
             self._timer.start()
-        _log.info("tail: the connection of %s broke; it has %g s to come back", self._client, grace_s)
+        told = about("client_away", client=self._client, grace_s=grace_s)
+        _log.info("tail: the connection of %s broke; it has %g s to come back", self._client, grace_s, extra=told)
 
     def leave(self, stream: int, error: ExchangeError | None = None) -> None:
         """The client leaves the round by its will, or was refused; of a stream that was replaced nothing follows."""
@@ -174,7 +176,8 @@ class Stay:
             if stream != self._stream or self._timer is None:
                 return
             session = self._finish(error)
-        _log.warning("tail: %s did not come back within %g s, its round is lost", self._client, grace_s)
+        told = about("client_lost", client=self._client, grace_s=grace_s)
+        _log.warning("tail: %s did not come back within %g s, its round is lost", self._client, grace_s, extra=told)
         if session:
             session.close()
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from hsplit_flwr.common.log_lines import about
 from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.admission import Admission, Ticket
 from hsplit_flwr.exchange.batches import check_batch, gradient_tensors
@@ -24,6 +25,7 @@ from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.read_ahead import read_ahead
 from hsplit_flwr.exchange.stay import StreamReplacedError
 from hsplit_flwr.exchange.task import Mode
+from hsplit_flwr.exchange.traffic import Traffic
 from hsplit_flwr.exchange.transport import Caller, transport_of
 from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.training.config import TrainingConfig
@@ -284,6 +286,7 @@ class TailService:
             kept_answers=1 + config.frames_ahead if config.reconnect_grace_s > 0 else 0,
             kept_rows=self._cache.of,
         )
+        self.traffic = Traffic()
         self._frames_ahead = config.frames_ahead
         self._grace_s = config.reconnect_grace_s
         self._admission = Admission(returns=config.reconnect_grace_s > 0)
@@ -345,13 +348,21 @@ class TailService:
     def _serve(self, caller: Caller, frames: Iterator[bytes]) -> Iterator[bytes]:
         ticket: Ticket | None = None
         try:
-            with self._admission.admit(caller) as ticket:
+            with self._admission.admit(caller) as ticket, self.traffic.stream():
                 on_gone = partial(self._on_gone, caller)
-                yield from self._protocol.serve(read_ahead(frames, self._frames_ahead), ticket, on_gone)
+                received = read_ahead(self.traffic.received(frames), self._frames_ahead)
+                yield from self.traffic.sent(self._protocol.serve(received, ticket, on_gone))
         except ExchangeError as error:
+            self.traffic.refuse(error.code)
             if ticket:
                 ticket.errors.append(str(error))
-            _log.warning("tail: refused %s: %s", ticket.client if ticket else "an unknown client", error)
+            who = {"client": ticket.client, "round": ticket.round} if ticket else {}
+            _log.warning(
+                "tail: refused %s: %s",
+                who.get("client", "an unknown client"),
+                error,
+                extra=about("refused", code=error.code, **who),
+            )
             raise
 
     def _on_gone(self, caller: Caller, leave: Callable[[float], None]) -> None:

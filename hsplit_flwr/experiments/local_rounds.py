@@ -12,6 +12,7 @@ from hsplit_flwr.exchange.codecs import codec_named
 from hsplit_flwr.exchange.frames import Header, rounding_seed
 from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.traffic import Traffic
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession
@@ -94,6 +95,11 @@ class LocalDoor:
         return _WireSession(session, ticket, self._wire)
 
     holds_clients = True
+
+    @property
+    def traffic(self) -> Traffic:
+        """Nothing: there is no wire here."""
+        return Traffic()
 
     def answered(self, client: str) -> None:
         """Nobody's connection breaks here."""

@@ -1,6 +1,5 @@
 """Which trained heads a round takes: those of clients that did all their steps and sent what they were asked for."""
 
-import logging
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ LARGEST_LOSS = 1e6
 """nats per token: who knows nothing loses the logarithm of the vocabulary, about 12"""
 MOST_TOKENS = 10**12
 """of a client in a round"""
-_log = logging.getLogger("hsplit_flwr")
 Replies = Mapping[str, HeadReply | Refusal]
 """client id -> what it sent back"""
 
@@ -67,7 +65,6 @@ def accept(
             )
         except Exception as error:  # whatever a client sends must not stop the run
             refused.append(describe_failure(client, f"{type(error).__name__}: {error}"))
-            _log.warning("left out %s", refused[-1])
     return dict(sorted(accepted.items())), refused
 
 

@@ -70,7 +70,6 @@ def bound_updates(accepted: Mapping[str, Accepted], config: StrategyConfig) -> t
             bounded[client] = done._replace(trained=replace(done.trained, factors=_scaled(done, limit / size)))
             what = "scaled down to it"
         lines.append(describe_failure(client, f"Expected an update of size <= {limit:.4g}, found {size:.4g}: {what}."))
-        _log.warning("%s", lines[-1])
     return dict(sorted(bounded.items())), lines
 
 

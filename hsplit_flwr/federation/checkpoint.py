@@ -13,9 +13,7 @@ Nothing is ever pickled. What the state is made of, its owners know (`common/sta
 import hashlib
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from torch import Tensor
 from hsplit_flwr.common.provenance import versions
 from hsplit_flwr.common.state import State
 from hsplit_flwr.common.state_files import save_tensors, with_tensors, without_tensors
+from hsplit_flwr.common.whole_folder import discard, remove_leftovers, whole_folder
 from hsplit_flwr.errors import ConfigError
 
 FORMAT = 2
@@ -55,10 +54,7 @@ def save(folder: Path, round_number: int, settings: Mapping[str, Any], state: St
         ConfigError: a state that is not made as `State` says.
     """
     target = folder / CHECKPOINTS / f"round-{round_number:04d}"
-    unfinished = _hidden(target, "unfinished")
-    _remove(unfinished)  # of a process that was killed while it wrote
-    try:
-        unfinished.mkdir(parents=True)
+    with whole_folder(target) as unfinished:
         tensors: dict[str, Tensor] = {}
         values = without_tensors(state, tensors)
         (unfinished / VALUES).write_text(json.dumps(values, allow_nan=False), encoding="utf-8")
@@ -72,12 +68,6 @@ def save(folder: Path, round_number: int, settings: Mapping[str, Any], state: St
         }
         about["sha256"] = _digest(about)
         (unfinished / ABOUT).write_text(json.dumps(about, indent=1, allow_nan=False), encoding="utf-8")
-        for name in (VALUES, TENSORS, ABOUT):
-            _flush(unfinished / name)
-        _discard(target)
-        unfinished.rename(target)
-    finally:
-        _remove(unfinished)
     _prune(folder, round_number, keep)
     return target
 
@@ -145,6 +135,11 @@ def saved(folder: Path) -> list[Path]:
     return sorted((path for path in found if (path / ABOUT).is_file()), key=_round_of)
 
 
+def rounds_of(folder: Path) -> list[int]:
+    """The rounds after which the run in `folder` can be resumed."""
+    return [_round_of(path) for path in saved(folder)]
+
+
 # --- writing ---
 
 
@@ -157,36 +152,12 @@ def _digest(about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """To the disk itself: a rename that outlives a power cut must not name an empty file."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _prune(folder: Path, round_number: int, keep: int) -> None:
     kept = [path for path in saved(folder) if _round_of(path) <= round_number][-keep:]
     for path in saved(folder):
         if path not in kept:
-            _discard(path)
-    for left in (folder / CHECKPOINTS).glob(".round-*"):
-        _remove(left)
-
-
-def _discard(checkpoint: Path) -> None:
-    """Remove a checkpoint; at no time does half of it look like one."""
-    if checkpoint.exists():
-        gone = _hidden(checkpoint, "gone")
-        _remove(gone)
-        checkpoint.rename(gone)
-        _remove(gone)
-
-
-def _hidden(checkpoint: Path, why: str) -> Path:
-    return checkpoint.with_name(f".{checkpoint.name}.{why}")
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+            discard(path)
+    remove_leftovers(folder / CHECKPOINTS, "round-*")
 
 
 # --- reading ---

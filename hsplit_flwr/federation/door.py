@@ -5,6 +5,7 @@ from typing import Protocol
 
 from hsplit_flwr.exchange.admission import Ticket
 from hsplit_flwr.exchange.task import Mode
+from hsplit_flwr.exchange.traffic import Traffic
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.tail import SharedTail
@@ -17,6 +18,10 @@ class Door(Protocol):
     @property
     def address(self) -> str:
         """Address that clients are told."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """What went through it so far."""
 
     def exchange_by(self, training: TrainingConfig) -> None:
         """Take and send frames by these settings' codecs and parts in flight, in the rounds that open from now on."""

@@ -18,7 +18,7 @@ from hsplit_flwr.training.workload import Workload
 UPDATE_EXCESS = ("clip", "refuse")
 
 
-WAITING = ("min_nodes", "round_limit_s", "message_limit_s", "wait_for_nodes_s")
+WAITING = ("min_nodes", "round_limit_s", "message_limit_s", "wait_for_nodes_s", "patience")
 """fields of `StrategyConfig` that say how long is waited, not what is computed"""
 
 
@@ -39,6 +39,8 @@ class StrategyConfig:
     message_limit_s: float = 300.0
     """how long a client may take to answer a message, where the exchange goes over Flower's messages"""
     wait_for_nodes_s: float = 300.0
+    patience: int = 0
+    """a run ends after so many scored rounds in a row without a lower held-out perplexity; 0: after its last round"""
     max_share: float = 1.0
     """largest share p_i of a client in a round's aggregation; what is cut off goes to the others. 1: its share of the
     tokens, whatever that is"""
@@ -62,6 +64,7 @@ class StrategyConfig:
         if not 0 < self.fraction_clients <= 1:
             raise ConfigError(f"Expected 0 < fraction_clients <= 1, found {self.fraction_clients}.")
         require_whole("min_nodes", self.min_nodes, 1)
+        require_whole("patience", self.patience, 0)
         limited = is_above(self.round_limit_s, 0) and self.round_limit_s <= LONGEST_S
         require(limited, "round_limit_s", f"> 0 s and at most {LONGEST_S:.0f} s", self.round_limit_s)
         require(is_above(self.message_limit_s, 0), "message_limit_s", "> 0 s", self.message_limit_s)
@@ -88,5 +91,7 @@ class RoundOptions(TypedDict, total=False):
     """waiting times of the step barrier"""
     eval_batches: Iterable[Batch] | None
     """server-side held-out batches; none: no central evaluation"""
+    metrics_bind: str
+    """where metrics and health are served, see `tail_metrics.py`; empty, the default: nowhere"""
     on_step: Callable[[StepReport], None] | None
     """called after every tail step; default: a line of progress in the log now and then"""

@@ -14,17 +14,20 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from hsplit_flwr.common.dataclass_state import to_state
+from hsplit_flwr.common.log_lines import about
 from hsplit_flwr.common.progress import describe_participants
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, ExchangeError, RunFailedError
 from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.traffic import TrafficFigures
 from hsplit_flwr.federation.acceptance import Accepted, Expected, Replies, accept, tokens_of
 from hsplit_flwr.federation.bounds import balanced_importance, bound_updates, bounded_shares
 from hsplit_flwr.federation.door import Door, OpenDoor
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.roster import Present
 from hsplit_flwr.federation.round_config import WAITING, RoundOptions, StrategyConfig
+from hsplit_flwr.federation.tail_metrics import TailMetrics
 from hsplit_flwr.federation.tail_rounds import TailRounds
 from hsplit_flwr.lora.aggregation import STACKING, Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
@@ -34,10 +37,11 @@ from hsplit_flwr.models.segments import block_of, linear_shapes
 from hsplit_flwr.planning.plans import Plans, plans_in_force
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.planning.report import plan_table
+from hsplit_flwr.reports.best_round import why_enough
 from hsplit_flwr.reports.health.aggregation import measure_aggregation
 from hsplit_flwr.reports.health.steps import StepNotes
 from hsplit_flwr.reports.records import Journal, RoundRecord
-from hsplit_flwr.reports.step_log import log_progress
+from hsplit_flwr.reports.step_log import log_incidents, log_progress, log_round
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.loss import Score
@@ -82,6 +86,12 @@ class RoundServer:
                 f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
                 f"{self.config.round_limit_s}: a round must not end at its gate. Lower start_gate_s."
             )
+        scored = options.get("eval_batches") is not None or self.config.federated_evaluation
+        if self.config.patience and not scored:
+            raise ConfigError(
+                f"Expected held-out data where a run may end early, found patience = {self.config.patience} without "
+                "any. Give the server eval_batches, turn on federated-evaluation, or set patience = 0."
+            )
         self.resumed_after = 0
         """the last round of the run that this one goes on from; 0: it is a run of its own"""
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
@@ -99,6 +109,20 @@ class RoundServer:
         self._round_number = 0
         self._round_plans: dict[str, ClientPlan] = {}
         self._phase_started = time.perf_counter()
+        bind = options.get("metrics_bind") or ""
+        self._metrics = TailMetrics(self, bind, limits.step_limit_s) if bind else None
+        if self._metrics:
+            _log.info("metrics and health are served on http://%s", self._metrics.address)
+
+    @property
+    def round_number(self) -> int:
+        """The round under way, or the last one; 0: before the first."""
+        return self._round_number
+
+    @property
+    def traffic(self) -> TrafficFigures | None:
+        """What went through the tail's door so far; None before it was opened."""
+        return self._door.traffic.figures() if self._door else None
 
     @property
     def training(self) -> TrainingConfig:
@@ -117,8 +141,13 @@ class RoundServer:
 
     @property
     def rounds_left(self) -> int:
-        """How many rounds this server plays, unless it is told otherwise."""
-        return self.training.rounds - self.resumed_after
+        """How many rounds this server plays at most, unless it is told otherwise."""
+        return 0 if self.enough else self.training.rounds - self.resumed_after
+
+    @property
+    def enough(self) -> str:
+        """Why no more rounds are to be played, though some are left; empty: there is no reason (see `why_enough`)."""
+        return why_enough(self.history, self.config.patience) if self._round_number < self.training.rounds else ""
 
     def probe_task(self, node: str) -> RoundTask | None:
         """How `node` measures its link to the tail; None where plans do not depend on budgets.
@@ -142,6 +171,13 @@ class RoundServer:
         tasks = self._open_round(round_number, "train", present)
         if round_number == self.resumed_after + 1:
             _log.info("%s take part", describe_participants(len(tasks), present.count_nodes(tasks)))
+        _log.info(
+            "round %d of %d: %d clients are asked to train",
+            round_number,
+            self.training.rounds,
+            len(tasks),
+            extra=about("round_opened", round=round_number, clients=sorted(tasks)),
+        )
         together = present.concurrency(tasks) if self._opened_door().holds_clients else len(tasks)
         self.tail_rounds.open(round_number, tasks, together)
         self._journal.phase(round_number, "configure", started)
@@ -169,7 +205,8 @@ class RoundServer:
         self._observe_budgets(replies)
         shares = self._shares(accepted)
         if not shares:
-            _log.warning("round %d: no client finished, the weights stay as they are", number)
+            told = about("round_lost", round=number)
+            _log.warning("round %d: no client finished, the weights stay as they are", number, extra=told)
             self._tail.undo_training()
             return self._journal.record(number)
         contributions = [Contribution(shares[c], a.ticket.cut, a.trained.factors, c) for c, a in accepted.items()]
@@ -178,7 +215,9 @@ class RoundServer:
         self._learn_importance(accepted, shares)
         self._journal.phase(number, "aggregate", started)
         self._measure_health(contributions, tail_factors)
-        return self._journal.record(number)
+        record = self._journal.record(number)
+        log_round(record)
+        return record
 
     def score(self, round_number: int) -> Score | None:
         """Loss of the whole model on the server's held-out batches (round 0: before training); None without any."""
@@ -191,7 +230,8 @@ class RoundServer:
         else:
             self._journal.note(round_number, central_perplexity=score.perplexity)
             self._journal.phase(round_number, "evaluate", started)
-        _log.info("round %d: central perplexity %.3f", round_number, score.perplexity)
+        told = about("scored", round=round_number, measured_on="central", perplexity=score.perplexity)
+        _log.info("round %d: central perplexity %.3f", round_number, score.perplexity, extra=told)
         return score
 
     def open_scoring(self, round_number: int, present: Present) -> dict[str, RoundTask]:
@@ -207,12 +247,15 @@ class RoundServer:
         tickets = self._opened_door().close_round()
         failed = tuple(f"evaluate: {line}" for line in failures)
         self._journal.note(number, failures=(*self._journal.record(number).failures, *failed))
+        log_incidents(number, failed)
         scored = [ticket for client, ticket in tickets.items() if client in finished and ticket.tokens]
         self._journal.phase(number, "federated", self._phase_started)
         if not scored:
             return None
         score = Score(sum(ticket.nll for ticket in scored), sum(ticket.tokens for ticket in scored))
         self._journal.note(number, federated_perplexity=score.perplexity)
+        told = about("scored", round=number, measured_on="federated", perplexity=score.perplexity)
+        _log.info("round %d: federated perplexity %.3f", number, score.perplexity, extra=told)
         return score
 
     def require_trained(self) -> None:
@@ -281,6 +324,8 @@ class RoundServer:
             self._tail.close_training()
         except ExchangeError as error:  # a step that does not end must not keep the results from being written
             _log.error("the tail's last step is still under way: %s", error)
+        if self._metrics:
+            self._metrics.stop()
 
     def _settle_plans(self, round_number: int, present: Present) -> None:
         """The plan in force, or a new one for heads and tail."""
@@ -347,10 +392,12 @@ class RoundServer:
         )
         accepted, beyond = bound_updates(accepted, self.config)
         late = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
+        incidents = (*failures, *refused, *beyond, *late)
+        log_incidents(self._round_number, incidents)
         self._journal.note(
             self._round_number,
             clients=tuple(done.record() for done in accepted.values()),
-            failures=(*failures, *refused, *beyond, *late),
+            failures=incidents,
             steps=self._steps.take(),
         )
         return accepted

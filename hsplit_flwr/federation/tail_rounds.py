@@ -15,7 +15,9 @@ from hsplit_flwr.common.seeds import tail_seed
 from hsplit_flwr.common.state import State
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate, stacked_parts
+from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.places import MEMORY
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, block_of, segment_from_model
 from hsplit_flwr.planning.plans import PlansInForce
@@ -106,6 +108,14 @@ class TailRounds:
             ConfigError: see `score_segment`.
         """
         return score_segment(self._segment, batches)
+
+    def evaluated_delta(self) -> WeightDelta:
+        """What the model that `score` scores has learnt, merged or not: a snapshot that shares its tensors."""
+        total = self._model.log.total
+        learnt = total.restricted(total.names())
+        learnt.place = MEMORY
+        learnt.add(self.unmerged())
+        return learnt
 
     def evaluated_model(self) -> PreTrainedModel:
         """The model that `score` scores, to generate with. The next round changes it."""

@@ -12,8 +12,9 @@ from flwr.server import ServerAppComponents
 from hsplit_flwr.common.device import describe_device
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.run_output import RunOutput, Sample
-from hsplit_flwr.flower.flower_log import log_through_flower
+from hsplit_flwr.federation.run_output import RunOutput
+from hsplit_flwr.federation.sample_texts import Sample
+from hsplit_flwr.flower.flower_log import log_as, log_through_flower
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
 from hsplit_flwr.flower.run_config import INDECISIVE, Settings
 from hsplit_flwr.flower.server import server_components
@@ -41,6 +42,8 @@ class ServerSide:
     """the app's folder, for the command in the results"""
     run_config: Mapping[str, Any]
     """Flower's, recorded with the results"""
+    run_id: int = 0
+    """Flower's, by which `flwr list` names the run; for lines of the log"""
     settings: Settings
     """what `read_settings` made of it"""
     model_name: str
@@ -76,8 +79,9 @@ def message_strategy(side: ServerSide) -> HSplitLoRAMessageStrategy:
 
 def _prepared(side: ServerSide) -> tuple[GlobalModel, Any, dict[str, Any]]:
     """Model, plans and the strategy's options."""
-    log_through_flower()
     settings = side.settings
+    log_as(settings.log_format, side.run_id)
+    log_through_flower()
     _check_rows(settings, side.files)
     side.check_data()
     if settings.server_threads:
@@ -93,6 +97,7 @@ def _prepared(side: ServerSide) -> tuple[GlobalModel, Any, dict[str, Any]]:
         "service": settings.service,
         "limits": settings.limits,
         "eval_batches": side.eval_batches,
+        "metrics_bind": settings.metrics_bind,
     }
     return model, plans, options
 
@@ -118,6 +123,7 @@ def _output(side: ServerSide, model: GlobalModel) -> RunOutput:
         prompts=side.prompts,
         adapter_rank=side.settings.adapter_rank,
         keep_checkpoints=side.settings.keep_checkpoints,
+        keep_best=side.settings.keep_best,
         log_samples=side.settings.log_samples,
         resume=side.settings.resume,
         decisive={key: value for key, value in side.run_config.items() if key not in INDECISIVE},

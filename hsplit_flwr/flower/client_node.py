@@ -18,8 +18,9 @@ from hsplit_flwr.exchange.turns import Said, in_turns
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.roster import NodeAnswer
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
-from hsplit_flwr.flower.client_settings import read_tls
+from hsplit_flwr.flower.client_settings import get, read_tls
 from hsplit_flwr.flower.client_state import KeptBudget, delta_store
+from hsplit_flwr.flower.flower_log import TEXT, log_as
 from hsplit_flwr.flower.messages import PROBE_KEY, TASK_KEY, unpack_turn
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -79,6 +80,7 @@ class ClientNode:
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"Expected dtype in {sorted(DTYPES)}, found {dtype!r}.")
+        log_as(get(context.run_config, "log-format", TEXT), context.run_id)
         return_freed_tensors()
         self._client_ids = [default_client_id(context)] if client_ids is None else list(client_ids)
         self._device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -21,6 +21,7 @@ from hsplit_flwr.federation.round_config import RoundOptions
 from hsplit_flwr.federation.run_output import RunOutput, run_rounds
 from hsplit_flwr.federation.trained_head import HeadReply, Refusal
 from hsplit_flwr.flower.doors import flower_rounds
+from hsplit_flwr.flower.early_end import EnoughRoundsError, end_if_enough
 from hsplit_flwr.flower.flower_log import log_through_flower
 from hsplit_flwr.flower.grid_nodes import GridNodes
 from hsplit_flwr.flower.message_client import ARRAYS, CONFIG, config_of
@@ -68,6 +69,8 @@ class HSplitLoRAMessageStrategy(Strategy):
         self._resent: dict[str, str] = {}
         """id of a message that was sent again -> the client that it is for"""
         self._talks = Talks(self.rounds.config.message_limit_s)
+        self._so_far = Result()
+        """what the hooks returned: Flower loses its own result where a run ends before its last round"""
         if output:
             output.resume(self.rounds)
 
@@ -103,23 +106,30 @@ class HSplitLoRAMessageStrategy(Strategy):
             score = None if scored else self.rounds.score(round_number)
             metrics: dict[str, Any] = dict(_metrics(score) or {})
             metrics |= dict((evaluate_fn(round_number, arrays) if evaluate_fn else None) or {})
-            if self._output and server_round:
-                self._output.after_round(self.rounds)
-            return MetricRecord(metrics) if metrics else None
+            record = MetricRecord(metrics) if metrics else None
+            if record:
+                self._so_far.evaluate_metrics_serverapp[server_round] = record
+            if server_round:
+                if self._output:
+                    self._output.after_round(self.rounds)
+                end_if_enough(self.rounds)
+            return record
 
-        return run_rounds(
-            self.rounds,
-            self._output,
-            lambda: super(HSplitLoRAMessageStrategy, self).start(
-                WatchedGrid(grid, self._on_reply, self._talks),
-                initial_arrays or ArrayRecord(),
-                self.rounds.rounds_left if num_rounds is None else num_rounds,
-                timeout or self.rounds.config.round_limit_s,
-                train_config,
-                evaluate_config,
-                evaluated,
-            ),
-        )
+        def play() -> Result:
+            try:
+                return super(HSplitLoRAMessageStrategy, self).start(
+                    WatchedGrid(grid, self._on_reply, self._talks),
+                    initial_arrays or ArrayRecord(),
+                    self.rounds.rounds_left if num_rounds is None else num_rounds,
+                    timeout or self.rounds.config.round_limit_s,
+                    train_config,
+                    evaluate_config,
+                    evaluated,
+                )
+            except EnoughRoundsError:
+                return self._so_far
+
+        return run_rounds(self.rounds, self._output, play)
 
     @property
     def history(self) -> list[RoundRecord]:
@@ -163,7 +173,8 @@ class HSplitLoRAMessageStrategy(Strategy):
             "tokens": record.tokens,
             "clients": len(record.clients),
         }
-        return None, MetricRecord(figures)
+        metrics = self._so_far.train_metrics_clientapp[server_round] = MetricRecord(figures)
+        return None, metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -179,7 +190,10 @@ class HSplitLoRAMessageStrategy(Strategy):
         if not self.rounds.config.federated_evaluation:
             return None
         good, failures = self._sorted_out(replies)
-        return _metrics(self.rounds.close_scoring(good.keys(), failures))
+        metrics = _metrics(self.rounds.close_scoring(good.keys(), failures))
+        if metrics:
+            self._so_far.evaluate_metrics_clientapp[server_round] = metrics
+        return metrics
 
     def _messages(
         self, message_type: str, server_round: int, tasks: Mapping[str, RoundTask], config: ConfigRecord

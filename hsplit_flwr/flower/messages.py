@@ -132,7 +132,6 @@ def unpack_each(
             unpacked[client] = unpack(raw)
         except Exception as error:
             failures.append(describe_failure(client, f"{type(error).__name__}: {error}"))
-            _log.warning("left out %s", failures[-1])
     return unpacked, failures
 
 

@@ -13,6 +13,7 @@ from hsplit_flwr.exchange.turns import SCHEME
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.run_output import KEEP_CHECKPOINTS
 from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fleet
+from hsplit_flwr.flower.flower_log import TEXT
 from hsplit_flwr.lora.module_choice import from_words
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
@@ -28,10 +29,10 @@ EXCHANGES = GRPC, MESSAGES = "grpc", "messages"
 """how steps travel: over a connection of the tail's own, or inside Flower's messages"""
 INDECISIVE = frozenset(
     (
-        *("output-dir", "keep-checkpoints", "resume", "adapter-rank", "server-threads"),
+        *("output-dir", "keep-checkpoints", "keep-best", "resume", "adapter-rank", "server-threads", "patience"),
         *("tail-bind", "tail-address", *TAIL, TAIL_ROOTS, CLIENT_ROOTS, *CLIENT, "log-samples"),
         *("min-nodes", "wait-for-nodes-s", "round-limit-s", "start-gate-s", "straggler-limit-s", "step-limit-s"),
-        *("exchange", "message-limit-s", "max-frame-mib", "reconnect-grace-s"),
+        *("exchange", "message-limit-s", "max-frame-mib", "reconnect-grace-s", "metrics-bind", "log-format"),
     )
 )
 """keys that a run which is resumed may have otherwise: they say where and how long, not what is computed"""
@@ -55,11 +56,17 @@ class Settings:
     strategy: StrategyConfig
     service: ServiceConfig
     limits: BarrierLimits
+    log_format: str
+    """of the server's lines and the clients', see `flower_log.py`"""
+    metrics_bind: str
+    """where metrics and health are served; empty: nowhere"""
     server_threads: int
     """torch threads of the server's process; 0: torch's default"""
     output_dir: Path
     adapter_rank: int | None
     keep_checkpoints: int
+    keep_best: bool
+    """whether the adapter of the best round so far is written"""
     log_samples: bool
     """whether held-out prompts and the model's texts for them are logged"""
     resume: str
@@ -116,10 +123,13 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         ),
         service=_service(run_config),
         limits=BarrierLimits(**of_fields(run_config, BarrierLimits)),
+        log_format=get(run_config, "log-format", TEXT),
+        metrics_bind=get(run_config, "metrics-bind", ""),
         server_threads=get(run_config, "server-threads", 0),
         output_dir=Path(get(run_config, "output-dir", "results")).resolve(),
         adapter_rank=adapter_rank or None,
         keep_checkpoints=keep_checkpoints,
+        keep_best=get(run_config, "keep-best", True),
         log_samples=get(run_config, "log-samples", False),
         resume=get(run_config, "resume", ""),
     )

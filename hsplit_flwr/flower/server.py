@@ -1,11 +1,13 @@
 """Flower's own legacy server, with a worker for every client, results after every round, and an end that is true."""
 
+import time
 from typing import Any
 
 from flwr.server import Server, ServerAppComponents, ServerConfig, SimpleClientManager
 from flwr.server.history import History
 
 from hsplit_flwr.federation.run_output import RunOutput, run_rounds
+from hsplit_flwr.flower.early_end import EnoughRoundsError, end_if_enough
 from hsplit_flwr.flower.flower_log import log_through_flower
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 
@@ -32,6 +34,7 @@ class HSplitLoRAServer(Server):
         super().__init__(client_manager=SimpleClientManager(), strategy=strategy)
         self.set_max_workers(MOST_CLIENTS)
         self._rounds = strategy.rounds
+        self._so_far = strategy.so_far
         self._output = output
         if output:
             output.resume(self._rounds)
@@ -42,16 +45,22 @@ class HSplitLoRAServer(Server):
         Raises:
             RunFailedError: no client finished any round.
         """
-        history, seconds = run_rounds(
-            self._rounds, self._output, lambda: super(HSplitLoRAServer, self).fit(num_rounds, timeout)
-        )
+        history, seconds = run_rounds(self._rounds, self._output, lambda: self._play(num_rounds, timeout))
         return _RunHistory(history, self._output), seconds
 
+    def _play(self, num_rounds: int, timeout: float | None) -> tuple[History, float]:
+        started = time.perf_counter()
+        try:
+            return super().fit(num_rounds, timeout)
+        except EnoughRoundsError:
+            return self._so_far, time.perf_counter() - started
+
     def evaluate_round(self, server_round: int, timeout: float | None) -> Any:
-        """Flower's, the last of a round; then the results so far are written."""
+        """Flower's, the last of a round; then the results so far are written, and the run may end."""
         evaluated = super().evaluate_round(server_round, timeout)
         if self._output:
             self._output.after_round(self._rounds)
+        end_if_enough(self._rounds)
         return evaluated
 
 

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from flwr.common import EvaluateIns, EvaluateRes, FitIns, FitRes, Parameters, Scalar, parameters_to_ndarrays
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.history import History
 from flwr.server.strategy import Strategy
 
 from hsplit_flwr.common.reasons import describe_failure
@@ -41,7 +42,7 @@ class HSplitLoRAStrategy(Strategy):
             adapters, or one plan for all.
         training: shared by heads and tail.
         service: address, TLS and limits of the tail's gRPC service.
-        options: tail_lora, workload, config, limits, eval_batches, on_step: see `RoundOptions`.
+        options: tail_lora, workload, config, limits, eval_batches, metrics_bind, on_step: see `RoundOptions`.
 
     Raises:
         ConfigError: a plan's cut is not in 1..L-1, or a value is out of range.
@@ -59,6 +60,8 @@ class HSplitLoRAStrategy(Strategy):
         super().__init__()
         self.rounds = flower_rounds(model, plans, training, service, **options)
         self.nodes = ConnectedNodes(self.rounds)
+        self.so_far = History()
+        """what the hooks returned: Flower loses its own history where a run ends before its last round"""
 
     @property
     def history(self) -> list[RoundRecord]:
@@ -92,7 +95,13 @@ class HSplitLoRAStrategy(Strategy):
         record = self.rounds.close_training(replies, [*map(_reason, failures), *unreadable])
         if record.train_loss is None:
             return None, {}
-        return None, {"train_loss": record.train_loss, "tokens": record.tokens, "clients": len(record.clients)}
+        metrics: dict[str, Scalar] = {
+            "train_loss": record.train_loss,
+            "tokens": record.tokens,
+            "clients": len(record.clients),
+        }
+        self.so_far.add_metrics_distributed_fit(server_round, metrics)
+        return None, metrics
 
     def evaluate(self, server_round: int, parameters: Parameters) -> tuple[float, dict[str, Scalar]] | None:
         """Central loss and perplexity on the server's held-out batches (round 0: before training)."""
@@ -100,7 +109,11 @@ class HSplitLoRAStrategy(Strategy):
         if server_round == 0 and resumed_after:
             return None  # scored when the run began
         score = self.rounds.score(resumed_after + server_round)
-        return None if score is None else (score.loss, {"perplexity": score.perplexity})
+        if score is None:
+            return None
+        self.so_far.add_loss_centralized(server_round, score.loss)
+        self.so_far.add_metrics_centralized(server_round, {"perplexity": score.perplexity})
+        return score.loss, {"perplexity": score.perplexity}
 
     def configure_evaluate(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
@@ -123,7 +136,10 @@ class HSplitLoRAStrategy(Strategy):
         score = self.rounds.close_scoring(finished, [_reason(failure) for failure in failures])
         if score is None:
             return None, {}
-        return score.loss, {"perplexity": score.perplexity, "clients": len(finished)}
+        metrics: dict[str, Scalar] = {"perplexity": score.perplexity, "clients": len(finished)}
+        self.so_far.add_loss_distributed(server_round, score.loss)
+        self.so_far.add_metrics_distributed(server_round, metrics)
+        return score.loss, metrics
 
     def _proxy(self, client: str, task: RoundTask, on_answer: Callable[[str], None] = lambda client: None) -> TaskProxy:
         limit_s = self.rounds.config.message_limit_s

@@ -16,6 +16,8 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.reports.health.records import AggregationHealth, Finding, TailSteps
 
+SUMMARY = "summary.json"
+"""name of a summary's file in the run's folder"""
 CLIENT_PHASES = ("load", "compute", "exchange")
 """Where a client's time goes: bringing its head up to date, its own passes, waiting for the tail's answers."""
 ROUND_PHASES = ("configure", "fit", "aggregate", "evaluate", "federated")
@@ -134,6 +136,18 @@ class Journal:
 
 
 @dataclass(frozen=True)
+class BestRound:
+    """The round after which the global model had its lowest perplexity; the first of equals."""
+
+    round: int
+    perplexity: float
+    measured_on: str
+    """whose held-out data, in words; the same in all rounds of a run"""
+    adapter: str = ""
+    """its PEFT adapter, relative to the run's folder; empty: none is kept"""
+
+
+@dataclass(frozen=True)
 class RunSummary:
     """A run, over or under way: what it reached, what it cost and what is needed to repeat it."""
 
@@ -157,7 +171,9 @@ class RunSummary:
     """``before`` and ``after`` training -> slots that texts for held-out prompts get right; None: not measured"""
     status: RunStatus = "completed"
     reason: str = ""
-    """why it failed"""
+    """why it failed, or was completed before its last round"""
+    best: BestRound | None = None
+    """of the rounds so far; None where no round was scored"""
 
     @property
     def final_perplexity(self) -> float | None:
@@ -178,8 +194,9 @@ class RunSummary:
             "rounds": len(self.history),
             "status": values.pop("status"),
             "reason": values.pop("reason"),
+            "best": values.pop("best"),
         }
-        content: dict[str, Any] = _json_value({**head, **values})
+        content: dict[str, Any] = json_value({**head, **values})
         return content
 
     def save(self, path: str | Path) -> None:
@@ -195,7 +212,7 @@ class RunSummary:
             unfinished.unlink(missing_ok=True)
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """`value` out of what JSON knows: NaN and infinity become None, NumPy scalars plain numbers."""
     if value is None or isinstance(value, str | bool):
         return value
@@ -204,11 +221,11 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, Real):
         return float(value) if math.isfinite(value) else None
     if is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: _json_value(getattr(value, entry.name)) for entry in fields(value)}
+        return {entry.name: json_value(getattr(value, entry.name)) for entry in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _json_value(item) for key, item in value.items()}
+        return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(item) for item in value]
+        return [json_value(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     raise ConfigError(

@@ -80,6 +80,9 @@ def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
         ["incidents", str(sum(len(record.failures) for record in summary.history))],
         ["wall time", format_duration(summary.wall_seconds)],
     ]
+    if best := summary.best:
+        scored = f"{best.round} (perplexity {format_number(best.perplexity)} on {best.measured_on})"
+        rows.append(["best round", f"{scored}, in {best.adapter}" if best.adapter else scored])
     if summary.slots:
         rows.append(["slots right", " -> ".join(_slots(score) for score in summary.slots.values())])
     if summary.adapter is not None:
@@ -97,7 +100,7 @@ def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
 def run_report(summary: RunSummary, *, markdown: bool = False) -> str:
     """The three tables of a run under headings, its health, and one line for each client that failed.
 
-    A run that is not completed says so first.
+    A run that is not completed, or was before its last round, says so first.
     """
     failures = [f"round {record.round}: {text}" for record in summary.history for text in record.failures]
     sections = {
@@ -118,6 +121,8 @@ def _status_lines(summary: RunSummary) -> list[str]:
     rounds = f"after {len(summary.history)} round{'' if len(summary.history) == 1 else 's'}"
     if summary.status == "failed":
         return [f"THE RUN FAILED {rounds}: {summary.reason or 'no reason given'}"]
+    if summary.status == "completed" and summary.reason:
+        return [f"The run ended early, {rounds}: {summary.reason}."]
     return [f"The run is under way: these are its results {rounds}."] if summary.status == "running" else []
 
 

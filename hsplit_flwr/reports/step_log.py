@@ -1,9 +1,13 @@
-"""A line on how the training goes, now and then, from the tail's steps."""
+"""Lines on how the training goes: now and then from the tail's steps, and of every round."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+from hsplit_flwr.common.log_lines import about
 from hsplit_flwr.common.progress import Progress
+from hsplit_flwr.common.reasons import client_of
+from hsplit_flwr.common.tables import format_number
+from hsplit_flwr.reports.records import RoundRecord
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.step import StepReport
 
@@ -24,6 +28,31 @@ def log_progress(training: TrainingConfig, interval_s: float = 5.0) -> Callable[
         step = 1 + report.step % training.local_steps
         line = progress.step(step, len(report.clients), report.loss, report.tokens)
         if line:
-            _log.info("%s", line)
+            told = about("step", round=number, step=step, loss=report.loss, tokens=report.tokens)
+            _log.info("%s", line, extra=told)
 
     return on_step
+
+
+def log_round(record: RoundRecord) -> None:
+    """Log how many finished the round and with what loss."""
+    _log.info(
+        "round %d: %d clients finished, training loss %s",
+        record.round,
+        len(record.clients),
+        format_number(record.train_loss),
+        extra=about(
+            "round_closed",
+            round=record.round,
+            clients=[client.client_id for client in record.clients],
+            train_loss=record.train_loss,
+            tokens=record.tokens,
+        ),
+    )
+
+
+def log_incidents(round_number: int, lines: Iterable[str]) -> None:
+    """Log a warning for each client that a round was without, or had otherwise than it wanted."""
+    for line in lines:
+        told = about("incident", round=round_number, client=client_of(line))
+        _log.warning("round %d: %s", round_number, line, extra=told)

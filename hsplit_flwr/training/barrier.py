@@ -17,6 +17,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from hsplit_flwr.common.checks import is_at_least, require
 from hsplit_flwr.errors import ExchangeError
+from hsplit_flwr.training.activity import Standing
 
 Request = TypeVar("Request")
 _POLL_S = 1.0
@@ -163,6 +164,11 @@ class StepBarrier(Generic[Request]):
             self._pending.clear()
             self._changed.notify_all()
             return left
+
+    def standing(self) -> Standing:
+        """How many are still to come, take part, and wait for their turn."""
+        with self._changed:
+            return Standing(len(self._to_come - self._withdrawn), len(self._members), len(self._pending))
 
     def _require_open(self) -> None:
         if why := self._closed:

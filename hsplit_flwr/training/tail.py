@@ -16,6 +16,7 @@ from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment
+from hsplit_flwr.training.activity import ActivityLog, Standing, TailActivity
 from hsplit_flwr.training.barrier import BarrierLimits, StepBarrier, Turn
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.local_session import Asked, LocalSession, refuse
@@ -57,6 +58,7 @@ class SharedTail:
         self._barrier: StepBarrier[Asked] | None = None
         self._worker: threading.Thread | None = None
         self._round_clients = 0
+        self._activity = ActivityLog()
 
     @property
     def segment(self) -> Segment:
@@ -96,6 +98,7 @@ class SharedTail:
         self._trainer.open_round(adapter_seed, keep)
         members = list(clients)
         self._round_clients = len(members)
+        self._activity.fail("")
         self._barrier = StepBarrier(members, concurrency, self._limits, together=self._config.joint_steps)
         self._worker = threading.Thread(target=self._run_steps, args=(self._barrier,), name="tail-steps", daemon=True)
         self._worker.start()
@@ -156,6 +159,11 @@ class SharedTail:
             score=self.score,
         )
 
+    def activity(self) -> TailActivity:
+        """What the tail has done so far and is doing; from any thread, at any time."""
+        barrier = self._barrier
+        return self._activity.now(barrier.standing() if barrier else Standing())
+
     def withdraw(self, client: str) -> None:
         """`client` failed before it joined: the start gate no longer waits for it. It may still join."""
         if barrier := self._barrier:
@@ -188,18 +196,24 @@ class SharedTail:
     def _run_steps(self, barrier: StepBarrier[Asked]) -> None:
         turn: Turn[Asked] | None = None
         taken: list[tuple[TrainedBatch, bool]] = []
+        self._activity.begin("waiting")
         try:
             while (turn := barrier.take()) is not None:
+                self._activity.begin("computing")
                 taken.append((self._train(turn), turn.ends_step))
                 if turn.ends_step:
                     self._end_step([(batch, ends) for batch, ends in taken if batch.requests])
                     taken = []
+                self._activity.begin("waiting")
         except BaseException as error:  # whatever ends this thread, no client may wait for it, and people must hear why
+            self._activity.fail(repr(error))
             _log.error("the tail's worker ended, the round cannot go on: %r", error, exc_info=error)
             refusal = ExchangeError(
                 "tail_failed", f"Expected the tail to take steps, found its worker ended by {error!r}. See its log."
             )
             refuse([*(turn.requests if turn else []), *barrier.close(refusal)], refusal)
+        finally:
+            self._activity.begin("idle")
 
     def _train(self, turn: Turn[Asked]) -> TrainedBatch:
         """Train on a turn; every client of it has its answer."""
@@ -210,6 +224,7 @@ class SharedTail:
             waiting[client].set_exception(failure)
         for client, reply in batch.replies.items():
             waiting[client].set_result(reply)
+        self._activity.count(len(batch.replies), batch.tokens, ends_step=turn.ends_step)
         return batch
 
     def _end_step(self, trained: list[tuple[TrainedBatch, bool]]) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from hsplit_flwr.data import own_data as own_data_module
 from hsplit_flwr.data.fitting import Fit
 from hsplit_flwr.data.forms import Example, Text
 from hsplit_flwr.data.own_data import DataSettings, OwnData, hold_out
-from hsplit_flwr.data.partitions import Partition
+from hsplit_flwr.data.partitions import Partition, divide
 from hsplit_flwr.data.row_batches import RowBatches
 from hsplit_flwr.data.token_row import IGNORE
 from hsplit_flwr.errors import ConfigError
@@ -86,6 +87,24 @@ def test_one_example_trains_and_nothing_is_held_out(tmp_path: Path) -> None:
     assert (len(data.train), data.held_out) == (1, [])
     assert next(data.training_batches(data.train).stream(5))["input_ids"].shape[0] == 1
     assert data.scoring_batches(data.held_out) == ()
+
+
+def test_examples_are_divided_once_for_all_clients_of_a_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 1,000 clients a simulation's process spent 0.6 s on each of them, dividing the examples anew."""
+    data = own_data(write_lines(tmp_path / "own.jsonl", [{"text": f"number {n}"} for n in range(12)]))
+    expected = {parts: divide(data.train, parts, Partition()) for parts in (3, 4)}
+    divisions: list[int] = []
+
+    def noted(examples: Any, parts: int, partition: Partition) -> Any:
+        divisions.append(parts)
+        return divide(examples, parts, partition)
+
+    monkeypatch.setattr(own_data_module, "divide", noted)
+    for parts in (4, 3):
+        assert [data.part(number, parts) for number in range(parts)] == expected[parts]
+    assert divisions == [4, 3]
 
 
 def test_what_is_held_out_is_scored_in_rows_of_its_own_and_in_order(tmp_path: Path) -> None:

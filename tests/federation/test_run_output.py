@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.federation import run_output
+from hsplit_flwr.federation import result_files, run_output, sample_texts
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.federation.run_output import MAX_NEW_TOKENS, RunOutput, Sample
+from hsplit_flwr.federation.run_output import RunOutput
+from hsplit_flwr.federation.sample_texts import MAX_NEW_TOKENS, Sample
 from hsplit_flwr.flower.server import HSplitLoRAServer
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.spec import LoraSpec
@@ -98,9 +99,11 @@ def test_the_files(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = trained
     assert {path.name for path in folder.iterdir()} == {
         "adapter",
+        "best",
         "checkpoints",
         "merged_model",
         "report.txt",
+        "rounds.jsonl",
         "run.png",
         "spectrum.png",
         "summary.json",
@@ -203,7 +206,15 @@ def test_a_second_run_gets_a_folder_of_its_own(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run-2" / "summary.json").read_text())["rounds"] == 2
 
 
-@pytest.mark.parametrize("broken", ["save_peft_adapter", "save_merged", "plot_run", "generate_texts"])
+WRITERS = {
+    "save_peft_adapter": result_files,
+    "save_merged": run_output,
+    "plot_run": result_files,
+    "generate_texts": sample_texts,
+}
+
+
+@pytest.mark.parametrize("broken", WRITERS)
 def test_what_cannot_be_written_costs_nothing_of_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
@@ -217,7 +228,7 @@ def test_what_cannot_be_written_costs_nothing_of_the_rest(
             return generate_texts(*arguments, **options)  # before the run
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_output, broken, full_disk)
+    monkeypatch.setattr(WRITERS[broken], broken, full_disk)
     summary = run(tmp_path, rounds=1)
     assert summary["rounds"] == 1
     assert f"could not be written to {tmp_path}" in caplog.text

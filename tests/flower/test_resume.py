@@ -21,7 +21,8 @@ from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.round_server import RoundServer
-from hsplit_flwr.federation.run_output import RunOutput, Sample
+from hsplit_flwr.federation.run_output import RunOutput
+from hsplit_flwr.federation.sample_texts import Sample
 from hsplit_flwr.flower.apps import ServerSide, legacy_components, message_strategy
 from hsplit_flwr.flower.client_node import ClientNode
 from hsplit_flwr.flower.client_state import ContextNotes, delta_store

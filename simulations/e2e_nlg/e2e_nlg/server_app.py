@@ -7,7 +7,7 @@ from e2e_nlg.task import FOLDER, batches, check_data, model_name
 from hsplit_flwr.data.e2e import validation_examples
 from hsplit_flwr.data.row_batches import spread
 from hsplit_flwr.data.text_batches import prompt_text
-from hsplit_flwr.federation.run_output import Sample
+from hsplit_flwr.federation.sample_texts import Sample
 from hsplit_flwr.flower.apps import ServerSide, message_strategy
 from hsplit_flwr.flower.client_settings import get
 from hsplit_flwr.flower.run_config import read_settings
@@ -29,6 +29,7 @@ def main(grid: Grid, context: Context) -> None:
         ServerSide(
             app="simulations/e2e_nlg",
             run_config=run_config,
+            run_id=context.run_id,
             settings=read_settings(run_config, FOLDER),
             model_name=name,
             files=ModelFiles.resolve(name),

@@ -7,7 +7,7 @@ from finetune.task import EMBEDDED, FOLDER, model_name, server_data
 from hsplit_flwr.data.forms import Example
 from hsplit_flwr.data.own_data import OwnData
 from hsplit_flwr.data.row_batches import spread
-from hsplit_flwr.federation.run_output import MAX_NEW_TOKENS, Sample
+from hsplit_flwr.federation.sample_texts import MAX_NEW_TOKENS, Sample
 from hsplit_flwr.flower.apps import ServerSide, message_strategy
 from hsplit_flwr.flower.client_settings import RunConfig, count_clients, get
 from hsplit_flwr.flower.run_config import read_settings
@@ -21,11 +21,11 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """The run that the run config describes."""
-    message_strategy(server_side(context.run_config)).start(grid)
+    message_strategy(server_side(context.run_config, context.run_id)).start(grid)
 
 
-def server_side(run_config: RunConfig) -> ServerSide:
-    """Model, data and settings that the run config names."""
+def server_side(run_config: RunConfig, run_id: int = 0) -> ServerSide:
+    """Model, data and settings that the run config names; `run_id` is Flower's."""
     name = model_name(run_config)
     files = ModelFiles.resolve(name)
     data = server_data(run_config)
@@ -33,6 +33,7 @@ def server_side(run_config: RunConfig) -> ServerSide:
     return ServerSide(
         app="simulations/finetune",
         run_config=run_config,
+        run_id=run_id,
         settings=read_settings(run_config, FOLDER),
         # What is converted from GGUF goes by the converted folder, so that PEFT finds the base of the adapter.
         model_name=str(files.folder) if name.endswith(".gguf") else name,

@@ -6,7 +6,7 @@ from flwr.server import ServerApp, ServerAppComponents
 from hsplit_flwr.data.restaurants import restaurant_examples
 from hsplit_flwr.data.row_batches import spread
 from hsplit_flwr.data.text_batches import prompt_text
-from hsplit_flwr.federation.run_output import Sample
+from hsplit_flwr.federation.sample_texts import Sample
 from hsplit_flwr.flower.apps import ServerSide, legacy_components
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.models.files import ModelFiles
@@ -23,6 +23,7 @@ def server_side(context: Context) -> ServerSide:
     return ServerSide(
         app="simulations/quickstart",
         run_config=run_config,
+        run_id=context.run_id,
         settings=read_settings(run_config, FOLDER),
         model_name=MODEL,
         files=ModelFiles.resolve(MODEL),
