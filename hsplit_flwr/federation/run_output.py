@@ -21,11 +21,16 @@ from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.export import AdapterExport, save_merged
 from hsplit_flwr.lora.places import ScratchFolder
 from hsplit_flwr.reports.health.diagnosis import RunSettings, diagnose
+from hsplit_flwr.reports.model_card import Kind, write_card
 from hsplit_flwr.reports.records import RunStatus, RunSummary
 from hsplit_flwr.reports.rounds_file import append_round, forget_rounds_after
+from hsplit_flwr.reports.trackers import Trackers
 
 _log = logging.getLogger("hsplit_flwr")
 KEEP_CHECKPOINTS = 2
+ADAPTER, MERGED = "adapter", "merged_model"
+PROJECT = "hsplit_flwr"
+"""what trackers file runs under"""
 Result = TypeVar("Result")
 
 
@@ -45,11 +50,13 @@ class RunOutput:
         log_samples: show `samples` in the log, too. Logs travel: to whoever streams a run, and into Flower's own files.
         keep_checkpoints: how many checkpoints stay, the last ones; 0: none is written.
         keep_best: write the adapter of the best round so far as soon as there is a better one (`best_adapter.py`).
+        trackers: where else the run is followed, see `reports.trackers`.
         resume: the run to go on with, in its own folder: see `checkpoint.find`; empty: begin one.
         decisive: what of `config` decides the results: a run that resumes this one must have it alike.
 
     Raises:
-        ConfigError: the folder cannot be created, there is no run to resume, or `adapter_rank` is no rank.
+        ConfigError: the folder cannot be created, there is no run to resume, `adapter_rank` is no rank, or a tracker is
+            not there.
     """
 
     def __init__(
@@ -66,6 +73,7 @@ class RunOutput:
         log_samples: bool = False,
         keep_checkpoints: int = KEEP_CHECKPOINTS,
         keep_best: bool = True,
+        trackers: Sequence[str] = (),
         resume: str = "",
         decisive: Mapping[str, Any] | None = None,
     ) -> None:
@@ -82,6 +90,7 @@ class RunOutput:
         self._model_name = model_name
         self._command = command or this_command()
         self._config = dict(config or {})
+        self._trackers = Trackers(trackers, self.folder, PROJECT, self._config)
         self._log_samples = log_samples
         self._adapter_rank = adapter_rank
         self._adapter: AdapterExport | None = None
@@ -112,6 +121,8 @@ class RunOutput:
     def after_round(self, server: RoundServer) -> None:
         """Write the round, the best adapter, summary, report and checkpoint as they are so far."""
         self._attempt("the round", lambda: append_round(self.folder, server.history))
+        if server.history:
+            self._trackers.log_round(server.history[-1], server.training.local_steps)
         if self._keep_best:
             self._attempt("the best adapter", lambda: self._save_best(server))
         self._attempt("the summary", lambda: write_tables(self._summary(server, "running"), server, self.folder))
@@ -136,7 +147,9 @@ class RunOutput:
             self._attempt("the merged model", self._save_merged)
         summary = self._summary(server, status, reason)
         report = self._attempt("the summary", lambda: write_tables(summary, server, self.folder))
+        self._attempt("the model cards", lambda: self._write_cards(summary))
         self._attempt("the pictures", lambda: draw(summary, server, self.folder))
+        self._trackers.close()
         samples = self._texts.lines() if self._log_samples else []
         _log.info("%s", "\n".join(["", report or "", "", *samples]))
         _log.info("Results: %s", self.folder)
@@ -154,7 +167,7 @@ class RunOutput:
         self._best.prune(server.history, checkpoint.rounds_of(self.folder))
 
     def _export_last(self) -> AdapterExport:
-        return self._export(self._model.log.total, self.folder / "adapter")
+        return self._export(self._model.log.total, self.folder / ADAPTER)
 
     def _export(self, delta: WeightDelta, folder: Path) -> AdapterExport:
         return export_adapter(delta, self._model, self._model_name, folder, self._adapter_rank)
@@ -192,8 +205,14 @@ class RunOutput:
             best=self._best.named(server.history),
         )
 
+    def _write_cards(self, summary: RunSummary) -> None:
+        kinds: dict[str, Kind] = {ADAPTER: "adapter", MERGED: "merged model"}
+        for name, kind in kinds.items():
+            if (self.folder / name).is_dir():
+                write_card(self.folder / name, kind, self._model_name, summary)
+
     def _save_merged(self) -> None:
-        save_merged(self._model.segment.model, self._model.files.tokenizer(), self.folder / "merged_model")
+        save_merged(self._model.segment.model, self._model.files.tokenizer(), self.folder / MERGED)
 
 
 def run_rounds(server: RoundServer, output: RunOutput | None, play: Callable[[], Result]) -> Result:

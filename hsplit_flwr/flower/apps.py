@@ -124,6 +124,7 @@ def _output(side: ServerSide, model: GlobalModel) -> RunOutput:
         adapter_rank=side.settings.adapter_rank,
         keep_checkpoints=side.settings.keep_checkpoints,
         keep_best=side.settings.keep_best,
+        trackers=side.settings.trackers,
         log_samples=side.settings.log_samples,
         resume=side.settings.resume,
         decisive={key: value for key, value in side.run_config.items() if key not in INDECISIVE},

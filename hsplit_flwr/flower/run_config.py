@@ -29,7 +29,16 @@ EXCHANGES = GRPC, MESSAGES = "grpc", "messages"
 """how steps travel: over a connection of the tail's own, or inside Flower's messages"""
 INDECISIVE = frozenset(
     (
-        *("output-dir", "keep-checkpoints", "keep-best", "resume", "adapter-rank", "server-threads", "patience"),
+        *(
+            "output-dir",
+            "keep-checkpoints",
+            "keep-best",
+            "trackers",
+            "resume",
+            "adapter-rank",
+            "server-threads",
+            "patience",
+        ),
         *("tail-bind", "tail-address", *TAIL, TAIL_ROOTS, CLIENT_ROOTS, *CLIENT, "log-samples"),
         *("min-nodes", "wait-for-nodes-s", "round-limit-s", "start-gate-s", "straggler-limit-s", "step-limit-s"),
         *("exchange", "message-limit-s", "max-frame-mib", "reconnect-grace-s", "metrics-bind", "log-format"),
@@ -67,6 +76,8 @@ class Settings:
     keep_checkpoints: int
     keep_best: bool
     """whether the adapter of the best round so far is written"""
+    trackers: tuple[str, ...]
+    """where else the run is followed, see `reports.trackers`"""
     log_samples: bool
     """whether held-out prompts and the model's texts for them are logged"""
     resume: str
@@ -130,6 +141,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         adapter_rank=adapter_rank or None,
         keep_checkpoints=keep_checkpoints,
         keep_best=get(run_config, "keep-best", True),
+        trackers=tuple(get(run_config, "trackers", "").split()),
         log_samples=get(run_config, "log-samples", False),
         resume=get(run_config, "resume", ""),
     )
