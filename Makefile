@@ -35,3 +35,5 @@ bench:  ## the tables of docs/costs.md, docs/planning.md, docs/exchange.md and d
 	$(PYTHON) simulations/benchmarks/state_memory.py --json results/state_memory.json
 	$(PYTHON) simulations/benchmarks/increments.py --json results/increments.json
 	$(PYTHON) simulations/benchmarks/load.py --json results/load.json --simulated
+	$(PYTHON) simulations/benchmarks/hostile.py --json results/hostile.json
+	$(PYTHON) simulations/benchmarks/faults.py --json results/faults.json
