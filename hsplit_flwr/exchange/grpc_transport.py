@@ -20,7 +20,6 @@ import grpc
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.exchange.addresses import listening_address, why_not_bound
-from hsplit_flwr.exchange.open_files import allow_connections
 from hsplit_flwr.exchange.tls_files import CLIENT_ROOTS, ClientTls, read_certificates, read_pair
 from hsplit_flwr.exchange.transport import Serve
 from hsplit_flwr.exchange.unreachable import described, is_final
@@ -106,6 +105,8 @@ class GrpcListener:
     holds_clients = True
 
     def __init__(self, serve: Serve, config: ServiceConfig, max_streams: int = MAX_STREAMS) -> None:
+        from hsplit_flwr.exchange.open_files import allow_connections  # a client does not listen
+
         allow_connections()
         self._serve = serve
         handler = grpc.stream_stream_rpc_method_handler(self._exchange)

@@ -11,6 +11,7 @@ from flwr.app import Context
 from quickstart.task import FOLDER, MODEL, client_data
 
 from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.exchange.turns import Said
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.trained_head import Refusal, TrainedHead
 from hsplit_flwr.flower.client_node import ClientNode, Config, Scored
@@ -39,7 +40,7 @@ class MarkedNode(ClientNode):
     local_steps: int
     round_number = 0
 
-    def train(self, config: Config) -> TrainedHead | Refusal:
+    def train(self, config: Config) -> TrainedHead | Refusal | Said:
         """See `ClientNode.train`."""
         task = RoundTask.from_json(str(config[TASK_KEY]))
         reach("load", task.client, task.round)
@@ -47,7 +48,7 @@ class MarkedNode(ClientNode):
         reach("upload", task.client, task.round)
         return trained
 
-    def score(self, config: Config) -> Scored:
+    def score(self, config: Config) -> Scored | Said:
         """See `ClientNode.score`."""
         self.round_number = RoundTask.from_json(str(config[TASK_KEY])).round
         return super().score(config)
