@@ -4,7 +4,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -39,21 +39,34 @@ root-certificates = "{authority}"
 class Deployment:
     """A SuperLink that admits registered SuperNodes only, and `nodes` of these; `home` runs apps on it."""
 
+    node_config = ""
+    """further entries of every SuperNode's"""
+
     def __init__(self, home: FlowerHome, nodes: int) -> None:
         self.home = home
         self._nodes = nodes
         self.certificates = Certificates.make(home.folder / "tls")
         self._supernodes: dict[int, subprocess.Popen[bytes]] = {}
-        self._port = free_port()
-        authority, certificate, key = self.certificates
-        config = CONNECTION.format(name=NAME, port=self._port, authority=authority)
+        self.port = free_port()
+        """the SuperLink's"""
+        config = CONNECTION.format(name=NAME, port=self.port, authority=self.certificates.authority)
         (home.folder / "config.toml").write_text(config)
-        superlink, log = home.start(
+        self.start_superlink()
+
+    def start_superlink(self) -> None:
+        """Start the SuperLink, or start it again: it knows the registered SuperNodes from its database."""
+        authority, certificate, key = self.certificates
+        self._superlink, log = self.home.start(
             "flower-superlink",
             *("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key), "--ssl-ca-certfile", str(authority)),
-            *("--host", "127.0.0.1", "--port", str(self._port), "--enable-supernode-auth"),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--enable-supernode-auth"),
+            *("--database", str(self.home.folder / "state.db")),
         )
-        wait_for_port(self._port, superlink, log, START_S)
+        wait_for_port(self.port, self._superlink, log, START_S)
+
+    def superlink_address(self, node: int) -> str:
+        """What SuperNode `node` is told to connect to."""
+        return f"127.0.0.1:{self.port}"
 
     def _private_key(self, node: int) -> Path:
         return self.home.folder / f"node-{node}"
@@ -84,9 +97,9 @@ class Deployment:
         config = f"partition-id={node} num-partitions={self._nodes}"
         process, log = self.home.start(
             "flower-supernode",
-            *("--superlink", f"127.0.0.1:{self._port}", "--root-certificates", str(self.certificates.authority)),
+            *("--superlink", self.superlink_address(node), "--root-certificates", str(self.certificates.authority)),
             *("--auth-supernode-private-key", str(self._private_key(node)), "--port", str(free_port())),
-            *("--node-config", f"{config} tail-root-certificates='{self.certificates.authority}'"),
+            *("--node-config", f"{config} tail-root-certificates='{self.certificates.authority}' {self.node_config}"),
         )
         self._supernodes[node] = process
         wait_for(
@@ -96,11 +109,15 @@ class Deployment:
 
     def kill_supernode(self, node: int) -> None:
         """End all processes of a SuperNode without a farewell."""
-        process = psutil.Process(self._supernodes[node].pid)
-        family = [process, *process.children(recursive=True)]
-        for member in family:
-            member.kill()
-        psutil.wait_procs(family, START_S)
+        end_all(self.supernode(node))
+
+    def kill_superlink(self) -> None:
+        """End all processes of the SuperLink without a farewell, those of its runs included."""
+        end_all(family(self._superlink.pid))
+
+    def supernode(self, node: int) -> list[psutil.Process]:
+        """All processes of a SuperNode, itself first."""
+        return family(self._supernodes[node].pid)
 
     def start(self, app: Path, run_config: Values) -> tuple["subprocess.Popen[bytes]", Path]:
         """``flwr run APP --stream``, under way; returns its process and log."""
@@ -120,6 +137,23 @@ class Deployment:
     def apps(self, kind: str) -> list[psutil.Process]:
         """Processes of runs: of their ``serverapp`` or their ``clientapp``."""
         return [process for process in self.home.processes() if f"flwr-{kind}" in " ".join(_words(process)[:3])]
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all that it started, itself first; nothing of one that is gone."""
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end_all(processes: list[psutil.Process]) -> None:
+    """SIGKILL, and wait until they are gone."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, START_S)
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""The quickstart with clients that say where they are."""
