@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.helpers.certificates import Certificates
 from tests.helpers.flower import (
+    POLL_S,
     FlowerHome,
     Values,
     flower_home,
@@ -149,11 +150,21 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def end_all(processes: list[psutil.Process]) -> None:
-    """SIGKILL, and wait until they are gone."""
+    """SIGKILL, and wait until they have ended, be it as zombies of a parent that does not care."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(processes, START_S)
+    deadline = time.monotonic() + START_S
+    while any(map(_lives, processes)):
+        assert time.monotonic() < deadline, processes
+        time.sleep(POLL_S)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager
