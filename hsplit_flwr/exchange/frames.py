@@ -43,6 +43,7 @@ from hsplit_flwr.errors import ExchangeError
 from hsplit_flwr.exchange.task import PROTOCOL_VERSION
 
 KINDS = ("hello", "delta", "kept", "resume", "leave", "train", "gradient", "evaluate", "score", "probe")
+WITHOUT_TENSORS = frozenset(("hello", "resume", "leave", "score"))
 MAX_HEADER_BYTES = 1 << 20
 HEADER_CHARACTERS = 512
 """headers are padded to it with spaces, so that the digits of a loss do not change a frame's size"""
@@ -91,7 +92,8 @@ def decode(frame: bytes, max_bytes: int) -> Frame:
     """The frame in `frame`, checked for size and form, not yet for content (`exchange/batches.py`).
 
     Raises:
-        ExchangeError: ``frame_too_large``, ``malformed_frame`` or ``protocol_version``.
+        ExchangeError: ``frame_too_large``, ``malformed_frame``, ``protocol_version``, or ``wrong_tensors`` of a kind
+            that has none.
     """
     if len(frame) > max_bytes:
         raise ExchangeError(
@@ -101,9 +103,14 @@ def decode(frame: bytes, max_bytes: int) -> Frame:
         )
     try:
         header = _header(frame)
-        return Frame(header, load_tensors(frame))
+        tensors = load_tensors(frame)
     except (SafetensorError, struct.error, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ExchangeError("malformed_frame", f"Expected a frame of hsplit_flwr, found {short(error)}.") from error
+    if tensors and header.kind in WITHOUT_TENSORS:
+        raise ExchangeError(
+            "wrong_tensors", f"Expected no tensors in a frame of kind {header.kind!r}, found {short(sorted(tensors))}."
+        )
+    return Frame(header, tensors)
 
 
 def _header(frame: bytes) -> Header:

@@ -361,6 +361,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "other cut": (encode(header(cut=CUT + 1), tensors()), "wrong_cut"),
     "step of the future": (encode(header(step=1), tensors()), "wrong_step"),
     "no tensors": (encode(header()), "wrong_tensors"),
+    "a farewell with tensors": (encode(header(kind="leave"), tensors()), "wrong_tensors"),
     "one tensor more": (encode(header(), tensors(extra=torch.zeros(1))), "wrong_tensors"),
     "dtype": (encode(header(), tensors(activations=WIDE[..., 1:].bfloat16())), "wrong_dtype"),
     "hidden size": (encode(header(), tensors(activations=WIDE)), "wrong_shape"),
@@ -395,11 +396,21 @@ def test_a_bad_frame_ends_its_sender_alone(alone: State, frame: bytes, code: str
         assert any(f"[{code}]" in error for error in tickets["bad"].errors)
 
 
-def test_a_bad_hello_never_joins(alone: State) -> None:
+@pytest.mark.parametrize(
+    ("hello", "code"),
+    [
+        (encode(header(kind="hello", round=7)), "wrong_round"),
+        (encode(header(kind="hello"), {"extra": torch.zeros(0, dtype=torch.uint8)}), "wrong_tensors"),
+        (encode(header(kind="resume"), tensors()), "wrong_tensors"),
+    ],
+    ids=["other round", "hello with a tensor", "resume with tensors"],
+)
+def test_a_bad_hello_never_joins(alone: State, hello: bytes, code: str) -> None:
+    """Greetings with tensors, which they do not have, were taken (found by `simulations/benchmarks/hostile.py`)."""
     with serving("bad", "good") as served:
         good = served.ready("good")
         with Intruder(served.task("bad"), MAX_FRAME) as bad:
-            refused(lambda: bad.send_raw(encode(header(kind="hello", round=7))), "wrong_round")
+            refused(lambda: bad.send_raw(hello), code)
         train(good, "good", range(STEPS))
         assert_same(learned(served.tail), alone)
 
