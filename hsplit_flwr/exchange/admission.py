@@ -17,6 +17,9 @@ from hsplit_flwr.exchange.task_limits import LONGEST_S
 from hsplit_flwr.exchange.transport import Caller
 from hsplit_flwr.training.workload import Workload
 
+MOST_ERRORS = 10
+"""that are kept of a client"""
+
 
 @dataclass(kw_only=True)
 class Ticket:
@@ -49,6 +52,7 @@ class Ticket:
     held_s: float = 0.0
     """seconds that the tail had its batches: it computed, or others had their turn"""
     errors: list[str] = field(default_factory=list)
+    """why it was refused, the first times"""
     key: str = field(default="", repr=False, compare=False)
     """what its owner added to the token; empty: it does not come back"""
     stay: Stay = field(init=False, repr=False, compare=False)
@@ -56,6 +60,11 @@ class Ticket:
 
     def __post_init__(self) -> None:
         self.stay = Stay(self.client)
+
+    def note_refusal(self, error: str) -> None:
+        """Note why a stream of the client's was refused; it may come again as often as it likes."""
+        if len(self.errors) < MOST_ERRORS:
+            self.errors.append(error)
 
     def count(self, nll: float, tokens: int, *, ends_step: bool = True) -> None:
         """Note a step that was answered, or a part of it."""

@@ -4,7 +4,6 @@ One stream per client and round, and another one where its connection breaks (`S
 one-time token that the server sent it inside its Flower task. What the frames say: `exchange/frames.py`.
 """
 
-import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
@@ -22,6 +21,7 @@ from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.exchange.kept_rows import MOST_ROWS, UNKNOWN_ROWS, ActivationCache, KeptRows
 from hsplit_flwr.exchange.positions import traveling
 from hsplit_flwr.exchange.read_ahead import read_ahead
+from hsplit_flwr.exchange.refusal_log import RefusalLog
 from hsplit_flwr.exchange.stay import StreamReplacedError
 from hsplit_flwr.exchange.task import Mode
 from hsplit_flwr.exchange.transport import Caller, transport_of
@@ -33,7 +33,6 @@ from hsplit_flwr.training.workload import Workload
 MAX_PROBES, MAX_PROBE_BYTES = 64, 16 << 20
 BYTES_PER_TOLD_ROW = 64
 """of the largest frame, for each row that a client is told of: all must fit in one"""
-_log = logging.getLogger("hsplit_flwr")
 
 DeltaSource = Callable[[int, int, OwnRound | None], tuple[int, bool, dict[str, Tensor]]]
 """(version the client holds, its cut, what it holds of its own training) -> (version it gets to, whether that is the
@@ -286,6 +285,7 @@ class TailService:
         )
         self._frames_ahead = config.frames_ahead
         self._grace_s = config.reconnect_grace_s
+        self._refusals = RefusalLog()
         self._admission = Admission(returns=config.reconnect_grace_s > 0)
         self._listener = transport_of(config.bind).listen(self._serve, config)
         self._listener.start()
@@ -345,8 +345,8 @@ class TailService:
                 yield from self._protocol.serve(read_ahead(frames, self._frames_ahead), ticket, on_gone)
         except ExchangeError as error:
             if ticket:
-                ticket.errors.append(str(error))
-            _log.warning("tail: refused %s: %s", ticket.client if ticket else "an unknown client", error)
+                ticket.note_refusal(str(error))
+            self._refusals.note(ticket.client if ticket else "an unknown client", error)
             raise
 
     def _on_gone(self, caller: Caller, leave: Callable[[float], None]) -> None:

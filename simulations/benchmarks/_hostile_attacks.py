@@ -27,6 +27,7 @@ Attack = Callable[[str, Tokens, Tally, int], None]
 THREADS = 4
 CONNECTIONS = 2000
 MUTE_STREAMS = 400
+RETURNS = 1000
 HELD_S = 6.0
 """how long floods last"""
 DRIP_BYTES_PER_S = 200.0
@@ -131,6 +132,15 @@ def oversized(address: str, tokens: Tokens, tally: Tally, seed: int) -> None:
             tally.note(f"{make.__name__}", attacker.say(tokens[client], [hello(client), *make(client)], 1))
 
 
+def refused_again(address: str, tokens: Tokens, tally: Tally, seed: int) -> None:
+    """Clients that were refused, and come back with their keys as often as they can."""
+    with Attacker(address) as attacker:
+        for client, token in tokens.items():
+            own = f"{token}.{'k' * 43}"
+            for _ in range(RETURNS):
+                tally.note("back again", attacker.say(own, [hello(client), train_frame(client, STEPS)], 1))
+
+
 def too_many_steps(address: str, tokens: Tokens, tally: Tally, seed: int) -> None:
     """A step of a number beyond the round's, as the first."""
     with Attacker(address) as attacker:
@@ -163,5 +173,6 @@ def attacks(honest_token: str) -> Mapping[str, tuple[Attack, int]]:
         "slow frames": (slow_frames, 20),
         "oversized work": (oversized, 200),
         "steps beyond the round": (too_many_steps, 200),
+        "refused, and back": (refused_again, 5),
         "identity theft": (partial(stolen_names, honest_token=honest_token), 200),
     }
