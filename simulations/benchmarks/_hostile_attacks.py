@@ -165,14 +165,34 @@ def stolen_names(address: str, tokens: Tokens, tally: Tally, seed: int, *, hones
             tally.note(f"theft {number % 4}", said)
 
 
-def attacks(honest_token: str) -> Mapping[str, tuple[Attack, int]]:
-    """Name -> an attack, and how many clients of the attacker's are admitted for it."""
+def peace(address: str, tokens: Tokens, tally: Tally, seed: int) -> None:
+    """Nobody attacks."""
+
+
+MUTATED = "mutated frames"
+CLIENTS: Mapping[str, int] = {
+    "connections": 0,
+    "mute streams": MUTE_STREAMS // 2,
+    "slow frames": 20,
+    "oversized work": 200,
+    "steps beyond the round": 200,
+    "refused, and back": 5,
+    "identity theft": 200,
+}
+"""attack -> clients of the attacker's that are admitted for it"""
+NEED_A_VICTIM = ("identity theft",)
+"""attacks on a client that is there"""
+
+
+def attacks(honest_token: str) -> Mapping[str, Attack]:
+    """All of them by name."""
     return {
-        "connections": (connections, 0),
-        "mute streams": (mute_streams, MUTE_STREAMS // 2),
-        "slow frames": (slow_frames, 20),
-        "oversized work": (oversized, 200),
-        "steps beyond the round": (too_many_steps, 200),
-        "refused, and back": (refused_again, 5),
-        "identity theft": (partial(stolen_names, honest_token=honest_token), 200),
+        MUTATED: mutated,
+        "connections": connections,
+        "mute streams": mute_streams,
+        "slow frames": slow_frames,
+        "oversized work": oversized,
+        "steps beyond the round": too_many_steps,
+        "refused, and back": refused_again,
+        "identity theft": partial(stolen_names, honest_token=honest_token),
     }

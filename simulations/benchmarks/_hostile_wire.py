@@ -3,14 +3,13 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import torch
-from _hostile_server import CUT, HONEST, LORA, MAX_FRAME_BYTES, ROWS, RUN, STEPS, TRAINING, WIDTH
+from _hostile_server import CUT, HONEST, LORA, MAX_FRAME_BYTES, ROWS, RUN, TRAINING, WIDTH
 from torch import Tensor
 
 from hsplit_flwr.exchange.batches import batch_tensors
@@ -143,14 +142,3 @@ class Honest:
         started = time.monotonic()
         action()
         self.longest_s = max(self.longest_s, time.monotonic() - started)
-
-
-@contextmanager
-def honest_round(honest: Honest) -> Iterator[None]:
-    """All steps of the honest client: joined before the attack, a step in the middle of it, the rest after it."""
-    honest.join()
-    honest.step(0)
-    yield
-    for number in range(1, STEPS):
-        honest.step(number)
-    honest.leave()

@@ -14,16 +14,17 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import _repository  # noqa: F401
 from _child import Child
-from _hostile_attacks import Attack, attacks, mutated
+from _hostile_attacks import CLIENTS, MUTATED, NEED_A_VICTIM, Attack, attacks, peace
 from _hostile_rounds import LIES, Rounds
-from _hostile_server import HONEST
-from _hostile_wire import HONEST_LIMIT_S, Honest, Tally, honest_round
+from _hostile_server import HONEST, STEPS
+from _hostile_wire import HONEST_LIMIT_S, Honest, Tally
 from _provenance import provenance
 
 SEED = 0
@@ -31,6 +32,8 @@ FRAMES = 100_000
 FRAMES_A_ROUND = 1000
 NORMAL_ROUNDS = 3
 ANSWER_LIMIT_S = 120.0
+UNDER_WAY_S = 0.5
+"""after which an attack is under way, and the honest client joins"""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 Row = dict[str, Any]
 
@@ -74,21 +77,27 @@ class Wire:
         address, tokens = opened["address"], opened["tokens"]
         honest_token = tokens.pop(HONEST)
         honest = Honest(address, honest_token)
-        with honest_round(honest):
-            if name:
-                attack: Attack = mutated if name == MUTATED else attacks(honest_token)[name][0]
-                attack(address, tokens, tally, seed)
+        if name in NEED_A_VICTIM:
+            honest.join()
+        with ThreadPoolExecutor(1) as pool:
+            attack: Attack = attacks(honest_token)[name] if name else peace
+            attacking = pool.submit(attack, address, tokens, tally, seed)
+            if name not in NEED_A_VICTIM:
+                time.sleep(UNDER_WAY_S)
+                honest.join()
+            for number in range(STEPS - 1):
+                honest.step(number)
+            attacking.result()
+        honest.step(STEPS - 1)
+        honest.leave()
         return self._server.ask({"do": "close"}, ANSWER_LIMIT_S), honest.longest_s
-
-
-MUTATED = "mutated frames"
 
 
 def rows(frames: int) -> Iterator[Row]:
     """All rows, one after the other."""
     with closing(Child("_hostile_server.py", {}, (), ENVIRONMENT)) as server:
         wire = Wire(server)
-        for name, (_, clients) in attacks("").items():
+        for name, clients in CLIENTS.items():
             yield wire.row(name, 1, clients)
         full, rest = divmod(frames, FRAMES_A_ROUND)
         yield wire.row(MUTATED, full, FRAMES_A_ROUND) if full else wire.row(MUTATED, 1, rest)
