@@ -77,7 +77,7 @@ def mute_streams(address: str, tokens: Tokens, tally: Tally, seed: int) -> None:
             answers = list(attacker.stream(token, nothing()))
             tally.note("", "accepted" if answers else "ended")
         except grpc.RpcError as error:
-            tally.note("", str(error.details())[1:].split("]")[0][:40])  # type: ignore[attr-defined]
+            tally.note("", str(error.details())[1:].split("]")[0][:40])
 
     with Attacker(address) as attacker, ThreadPoolExecutor(MUTE_STREAMS) as pool:
         held = [*tokens.values(), *("x" * 43 for _ in tokens)]
@@ -112,9 +112,8 @@ def oversized(address: str, tokens: Tokens, tally: Tally, seed: int) -> None:
         return [encode(header("train", client), batch_tensors(activations, mask, labels, CODECS["fp32"]))]
 
     def wide(client: str) -> list[bytes]:
-        activations, mask, labels = batch(client, 0)
-        doubled = (torch.cat([tensor, tensor], 1) for tensor in (activations, mask, labels))
-        return [encode(header("train", client), batch_tensors(*doubled, CODECS["fp32"]))]
+        activations, mask, labels = (torch.cat([tensor, tensor], 1) for tensor in batch(client, 0))
+        return [encode(header("train", client), batch_tensors(activations, mask, labels, CODECS["fp32"]))]
 
     def large(client: str) -> list[bytes]:
         return [train_frame(client, activations=torch.zeros(2 * MAX_FRAME_BYTES // (4 * HIDDEN_SIZE), HIDDEN_SIZE))]

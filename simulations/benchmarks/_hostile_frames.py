@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 ITEM_BYTES = {"F32": 4, "I32": 4, "U8": 1}
-NUMPY = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
+NUMPY: dict[str, Any] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 WHOSE = ("kind", "run", "round", "client", "cut", "protocol")
 WHICH = (*WHOSE, "step", "part", "parts")
 """header fields that must be as in the right frame: of every kind, and of a batch; what it does not use may be any"""

@@ -86,7 +86,7 @@ def figures(**values: Any) -> Callable[[FitRes], None]:
     return edit
 
 
-def factors_b(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[FitRes], None]:  # type: ignore[type-arg]
+def factors_b(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[FitRes], None]:
     """Every B of the update changed."""
 
     def edit(res: FitRes) -> None:
