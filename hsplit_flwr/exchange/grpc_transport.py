@@ -20,6 +20,7 @@ import grpc
 
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.exchange.addresses import listening_address, why_not_bound
+from hsplit_flwr.exchange.open_files import allow_connections
 from hsplit_flwr.exchange.tls_files import CLIENT_ROOTS, ClientTls, read_certificates, read_pair
 from hsplit_flwr.exchange.transport import Serve
 from hsplit_flwr.exchange.unreachable import described, is_final
@@ -33,6 +34,8 @@ PATIENCE_S = 3.0
 """after a first failure to connect, for a server that is just coming up or a link that was cut for a moment"""
 FAREWELL_S = 2.0
 """for the tail to take in what a client sent last"""
+GREETING_S, IDLE_S = 20.0, 60.0
+"""after which a connection is closed that has not said that it speaks HTTP/2, or on which there is no stream"""
 _BACK_OFF = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 2_000)]
 _KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 20_000)]
 _SERVER_OPTIONS = [
@@ -101,12 +104,18 @@ class GrpcListener:
     """
 
     def __init__(self, serve: Serve, config: ServiceConfig, max_streams: int = MAX_STREAMS) -> None:
+        allow_connections()
         self._serve = serve
         handler = grpc.stream_stream_rpc_method_handler(self._exchange)
         self._server = grpc.server(
             ThreadPoolExecutor(max_streams, thread_name_prefix="tail-stream"),
             handlers=[grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler})],
-            options=[*_SERVER_OPTIONS, ("grpc.max_receive_message_length", config.max_frame_bytes)],
+            options=[
+                *_SERVER_OPTIONS,
+                ("grpc.max_receive_message_length", config.max_frame_bytes),
+                ("grpc.server_handshake_timeout_ms", round(1e3 * GREETING_S)),
+                ("grpc.max_connection_idle_ms", round(1e3 * IDLE_S)),
+            ],
             maximum_concurrent_rpcs=max_streams,
         )
         self.address = _bind(self._server, config)

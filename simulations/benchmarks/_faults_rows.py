@@ -49,22 +49,14 @@ class Finished:
     seconds: float
     hangs: bool
     log: Path
+    summary: dict[str, Any]
+    """what it wrote last; empty where there is none"""
     struck_s: float | None = None
     """when the fault came, from the start on"""
 
     @property
-    def summary(self) -> dict[str, Any]:
-        """What it wrote last; empty where there is none."""
-        try:
-            found: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
-        except (OSError, ValueError):
-            return {}
-        return found
-
-    @property
     def is_complete(self) -> bool:
         """It has all that a run leaves."""
-        summary = self.summary
         is_there = all((self.folder / name).exists() for name in RESULTS)
         return (
             not self.hangs and summary.get("status") == "completed" and len(summary["history"]) == ROUNDS and is_there
@@ -73,11 +65,10 @@ class Finished:
     @property
     def said(self) -> str:
         """How it ended, in a few words."""
-        summary = self.summary
-        failures = [line for record in summary.get("history", ()) for line in record["failures"]]
+        failures = [line for record in self.summary.get("history", ()) for line in record["failures"]]
         hit = "" if self.struck_s is None else f", hit at {self.struck_s:.0f} s"
-        status = f"{summary.get('status', 'no summary')} after {self.seconds:.0f} s{hit}"
-        words = [status, summary.get("reason", ""), *failures, "hangs" if self.hangs else ""]
+        status = f"{self.summary.get('status', 'no summary')} after {self.seconds:.0f} s{hit}"
+        words = [status, self.summary.get("reason", ""), *failures, "hangs" if self.hangs else ""]
         return "; ".join(word for word in words if word)
 
 
@@ -171,7 +162,7 @@ class Rows:
             hangs = not _ends(process, started + RUN_LIMIT_S)
             seconds = time.monotonic() - started
             struck = striking.result() - started if striking else None
-        return Finished(folder, seconds, hangs, log, struck)
+        return Finished(folder, seconds, hangs, log, _summary(folder), struck)
 
     def _strike(self, fault: Fault, mark: Path, process: "subprocess.Popen[bytes]", log: Path) -> float:
         """Wait for the phase and do it; returns when it began."""
@@ -189,9 +180,16 @@ def _named(name: str, evaluates: bool) -> str:
     return name if evaluates else f"{name}-plain"
 
 
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
 def _scores(folder: Path) -> list[Any]:
-    history = json.loads((folder / "summary.json").read_text())["history"]
-    return [(record["central_perplexity"], record["federated_perplexity"]) for record in history]
+    return [(record["central_perplexity"], record["federated_perplexity"]) for record in _summary(folder)["history"]]
 
 
 def _ends(process: "subprocess.Popen[bytes]", deadline: float) -> bool:

@@ -23,6 +23,8 @@ pytestmark = pytest.mark.timeout(60)
 
 SOON_S = 10.0
 LIMIT = 1 << 20
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""the preface and empty settings"""
 
 
 def echo(caller: Caller, frames: Iterator[bytes]) -> Iterator[bytes]:
@@ -147,6 +149,55 @@ def came_in(address: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------- where it listens
+
+
+CROWD = 400
+LOCKED_OUT = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+import sys
+from hsplit_flwr.exchange.grpc_transport import GrpcListener, ServiceConfig
+listener = GrpcListener(lambda caller, frames: iter([b"welcome"]), ServiceConfig())
+listener.start()
+print(listener.address, flush=True)
+sys.stdin.read()
+listener.stop()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of open files")
+def test_a_crowd_that_says_nothing_keeps_nobody_out() -> None:
+    """At the soft limit of open files, 1024 on most systems, the tail took no further connection at all."""
+    with subprocess.Popen([sys.executable, "-c", LOCKED_OUT], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tail:
+        assert tail.stdin
+        assert tail.stdout
+        address = tail.stdout.readline().decode().strip()
+        host, _, port = address.rpartition(":")
+        crowd = [socket.create_connection((host, int(port)), SOON_S) for _ in range(CROWD)]
+        try:
+            with closing(opened(address)) as stream:
+                assert stream.receive() == b"welcome"
+        finally:
+            for connection in crowd:
+                connection.close()
+            tail.stdin.close()
+
+
+def test_who_says_nothing_is_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections without a word of HTTP/2 stayed for two minutes, such without a stream for ever."""
+    monkeypatch.setattr(grpc_transport, "GREETING_S", 0.5)
+    monkeypatch.setattr(grpc_transport, "IDLE_S", 1.0)
+    with listening() as listener:
+        host, _, port = listener.address.rpartition(":")
+        for greeting in (b"", HTTP2_GREETING):
+            with socket.create_connection((host, int(port)), SOON_S) as connection:
+                connection.sendall(greeting)
+                while connection.recv(1 << 16):  # TimeoutError after SOON_S
+                    pass
+        with closing(opened(listener.address)) as stream:  # a stream is no idle connection, however quiet
+            time.sleep(2.0)
+            stream.send(b"x")
+            assert stream.receive() == b"tx"
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", "127.0.0.1:-1"])

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,8 +29,9 @@ def left(folder: Path, rows: ModuleType, *, adapter: bytes = b"a", status: str =
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(content)
     scores = {"central_perplexity": 3.0, "federated_perplexity": 4.0, "clients": ["0", "1"], "failures": [], **record}
-    (folder / "summary.json").write_text(json.dumps({"status": status, "history": [scores] * rows.ROUNDS}))
-    return rows.Finished(folder, seconds=10.0, hangs=False, log=folder / "log")
+    summary = {"status": status, "history": [scores] * rows.ROUNDS}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return rows.Finished(folder, seconds=10.0, hangs=False, log=folder / "log", summary=summary)
 
 
 def test_what_becomes_of_a_run(rows: ModuleType, tmp_path: Path) -> None:
@@ -39,8 +41,8 @@ def test_what_becomes_of_a_run(rows: ModuleType, tmp_path: Path) -> None:
     scored_otherwise = left(tmp_path / "scores", rows, federated_perplexity=4.0000001)
     nobody = left(tmp_path / "nobody", rows, adapter=b"b", clients=[])
     broken = left(tmp_path / "broken", rows, status="running")
-    hung = rows.Finished(same.folder, seconds=10.0, hangs=True, log=same.log)
-    gone = rows.Finished(tmp_path / "gone", seconds=10.0, hangs=False, log=same.log)
+    hung = replace(same, hangs=True)
+    gone = replace(same, folder=tmp_path / "gone", summary={})
     outcomes = [
         ([same], "survived_exact"),
         ([one_bit], "survived_reweighted"),
