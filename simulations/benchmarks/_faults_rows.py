@@ -58,9 +58,8 @@ class Finished:
     def is_complete(self) -> bool:
         """It has all that a run leaves."""
         is_there = all((self.folder / name).exists() for name in RESULTS)
-        return (
-            not self.hangs and summary.get("status") == "completed" and len(summary["history"]) == ROUNDS and is_there
-        )
+        is_over = self.summary.get("status") == "completed" and len(self.summary["history"]) == ROUNDS
+        return is_over and is_there and not self.hangs
 
     @property
     def said(self) -> str:
