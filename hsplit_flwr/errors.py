@@ -18,7 +18,7 @@ class AggregationError(HSplitError, ValueError):
 
 
 class RunFailedError(HSplitError):
-    """A run came to nothing: the message says what the clients said."""
+    """A run came to nothing, or cannot go on: the message says why."""
 
 
 class ExchangeError(HSplitError):

@@ -160,6 +160,9 @@ class RoundServer:
         Args:
             replies: of the clients that answered.
             failures: a line for each one that did not.
+
+        Raises:
+            RunFailedError: nobody finished, and that is the tail's own failure: further rounds would fare no better.
         """
         number = self._round_number
         self._journal.phase(number, "fit", self._phase_started)
@@ -170,6 +173,11 @@ class RoundServer:
         if not shares:
             _log.warning("round %d: no client finished, the weights stay as they are", number)
             self._tail.undo_training()
+            if failure := self._tail.failure:
+                raise RunFailedError(
+                    f"Expected a tail that takes steps, found in round {number} that it cannot: {failure!r:.500}. "
+                    'Give the server what it lacks, such as memory, and go on after the last round (resume = "latest").'
+                ) from failure
             return self._journal.record(number)
         contributions = [Contribution(shares[c], a.ticket.cut, a.trained.factors, c) for c, a in accepted.items()]
         tail_factors = self._tail.adapters.factors()

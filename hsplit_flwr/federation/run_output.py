@@ -156,7 +156,7 @@ class RunOutput:
     def _attempt(self, what: str, write: Callable[[], Result]) -> Result | None:
         try:
             return write()
-        except (OSError, HSplitError, RuntimeError, ValueError) as error:
+        except (OSError, HSplitError, RuntimeError, ValueError, MemoryError) as error:
             _log.error("%s of this run could not be written to %s: %r", what, self.folder, error)
             return None
 

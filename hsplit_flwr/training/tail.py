@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hsplit_flwr.common.optional_work import OptionalWork
+from hsplit_flwr.common.out_of_memory import is_out_of_memory
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, ExchangeError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
@@ -57,6 +58,7 @@ class SharedTail:
         self._barrier: StepBarrier[Asked] | None = None
         self._worker: threading.Thread | None = None
         self._round_clients = 0
+        self._failure: BaseException | None = None
 
     @property
     def segment(self) -> Segment:
@@ -93,6 +95,7 @@ class SharedTail:
             keep: modules whose adapters and optimizer state stay as they are.
         """
         self.close_training()
+        self._failure = None
         self._trainer.open_round(adapter_seed, keep)
         members = list(clients)
         self._round_clients = len(members)
@@ -122,6 +125,11 @@ class SharedTail:
         self._progress.close()
         self._trainer.close_round()
         return dropped
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What kept the tail itself from a step of the round, nothing being wrong with the batch; None: nothing."""
+        return self._failure
 
     def undo_training(self) -> None:
         """See `TailTrainer.undo_round`; of the round that `close_training` ended."""
@@ -195,6 +203,7 @@ class SharedTail:
                     self._end_step([(batch, ends) for batch, ends in taken if batch.requests])
                     taken = []
         except BaseException as error:  # whatever ends this thread, no client may wait for it, and people must hear why
+            self._failure = error
             _log.error("the tail's worker ended, the round cannot go on: %r", error, exc_info=error)
             refusal = ExchangeError(
                 "tail_failed", f"Expected the tail to take steps, found its worker ended by {error!r}. See its log."
@@ -207,6 +216,8 @@ class SharedTail:
             batch = self._trainer.train([asked.request for asked in turn.requests], ends_step=turn.ends_step)
         waiting = {asked.request.client: asked.reply for asked in turn.requests}
         for client, failure in batch.refused.items():
+            if is_out_of_memory(failure):
+                self._failure = failure
             waiting[client].set_exception(failure)
         for client, reply in batch.replies.items():
             waiting[client].set_result(reply)

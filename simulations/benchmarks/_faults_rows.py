@@ -17,7 +17,7 @@ Outcome = Literal["survived_exact", "survived_reweighted", "resumed_exact", "los
 PHASES = ("load", "first-step", "mid-round", "upload", "evaluation")
 ROUNDS = 2
 HIT_ROUND = 2
-RUN_LIMIT_S = 300.0
+RUN_LIMIT_S = 600.0
 """longest a run may take that is hit, or resumed; who takes longer hangs"""
 RESTARTS = 2
 RESULTS = ("adapter/adapter_model.safetensors", "merged_model/model.safetensors")

@@ -15,6 +15,7 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,13 @@ SEED = 0
 
 
 def chosen(patterns: str) -> list[tuple[str, str]]:
-    """The rows that `fault/phase` patterns, with commas between them, choose."""
+    """The rows that `fault/phase` patterns, with commas between them, choose, in the order of the patterns."""
     every = [(fault, phase) for phase in PHASES for fault in FAULTS]
     wanted = [pattern if "/" in pattern else f"{pattern}/*" for pattern in patterns.split(",")]
-    return [row for row in every if any(fnmatch("/".join(row), pattern) for pattern in wanted)]
+    return list(dict.fromkeys(row for pattern in wanted for row in every if fnmatch("/".join(row), pattern)))
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Fault by phase: outcome and seconds lost."""
     found = {(row.fault, row.phase): f"{row.outcome} {row.seconds_lost:+.0f} s" for row in rows}
     faults = list(dict.fromkeys(row.fault for row in rows))
@@ -45,9 +46,8 @@ def table(rows: list[Row]) -> str:
     return format_table(["fault", *PHASES], cells, markdown=False, left_aligned=1 + len(PHASES))
 
 
-def measure(wanted: list[tuple[str, str]], folder: Path, report: dict[str, Any]) -> list[Row]:
-    """Play the reference and all rows; what is found goes to `report` after each."""
-    rows: list[Row] = []
+def measure(wanted: list[tuple[str, str]], folder: Path, report: dict[str, Any]) -> Iterator[Row]:
+    """Play runs without a fault and all rows, one after the other; what else is found out goes to `report`."""
     with faulty_deployment(folder) as deployment:
         runs = Rows(deployment, folder)
         for evaluates in sorted({phase == "evaluation" for _, phase in wanted}):
@@ -55,18 +55,18 @@ def measure(wanted: list[tuple[str, str]], folder: Path, report: dict[str, Any])
             kind = "with evaluation" if evaluates else "without evaluation"
             report["without_fault"][kind] = {"whole_s": whole.seconds, "from_round_2_s": unhit.seconds}
             print(f"no fault, {kind}: {whole.seconds:.1f} s, from round 2 {unhit.seconds:.1f} s", flush=True)
-        for number, (fault, phase) in enumerate(wanted, 1):
+        for fault, phase in wanted:
             if reason := FAULTS[fault].why_not():
                 report["skipped"].append({"fault": fault, "phase": phase, "reason": reason})
-                print(f"{number}/{len(wanted)}  {fault}/{phase}  skipped: {reason}", flush=True)
-                continue
-            row = runs.play(FAULTS[fault], phase)
-            rows.append(row)
-            report["rows"].append(row.to_dict())
-            said = f"{row.outcome}  {row.seconds_lost:+.1f} s  ({row.detail})"
-            print(f"{time.strftime('%H:%M:%S')}  {number}/{len(wanted)}  {fault}/{phase}  {said}", flush=True)
-            report["lost"] += row.outcome == "lost"
-    return rows
+                print(f"{fault}/{phase}  skipped: {reason}", flush=True)
+            else:
+                yield runs.play(FAULTS[fault], phase)
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The figures of all rows, and the rows."""
+    outcomes = Counter(row.outcome for row in rows)
+    return {"lost": outcomes["lost"], "outcomes": dict(outcomes), "rows": [row.to_dict() for row in rows]}
 
 
 def main() -> None:
@@ -80,17 +80,20 @@ def main() -> None:
     if not wanted:
         parser.error(f"Expected --only among {', '.join(FAULTS)} / {', '.join(PHASES)}, found {arguments.only}.")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the deployment goes with it, too
-    report: dict[str, Any] = {"lost": 0, "rows": [], "skipped": [], "without_fault": {}}
+    report: dict[str, Any] = {"skipped": [], "without_fault": {}, "rounds": ROUNDS, "nodes": NODES}
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
-        try:
-            rows = measure(wanted, arguments.folder or Path(scratch, "faults"), report)
-        finally:
-            outcomes = dict(Counter(row["outcome"] for row in report["rows"]))
-            setting = {"rounds": ROUNDS, "nodes": NODES, "outcomes": outcomes}
-            arguments.json.write_text(json.dumps({**report, **setting, **provenance(SEED)}, indent=2) + "\n")
+        for row in measure(wanted, arguments.folder or Path(scratch, "faults"), report):
+            rows.append(row)
+            said = f"{row.outcome}  {row.seconds_lost:+.1f} s  ({row.detail})"
+            print(
+                f"{time.strftime('%H:%M:%S')}  {len(rows)}/{len(wanted)}  {row.fault}/{row.phase}  {said}", flush=True
+            )
+            # after each row: who is interrupted keeps those
+            arguments.json.write_text(json.dumps({**summary(rows), **report, **provenance(SEED)}, indent=2) + "\n")
     print(table(rows))
-    print(json.dumps({"lost": report["lost"], **outcomes}))
+    print(json.dumps({key: value for key, value in summary(rows).items() if key != "rows"}))
 
 
 if __name__ == "__main__":

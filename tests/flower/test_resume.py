@@ -15,7 +15,7 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.errors import ConfigError, RunFailedError
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
@@ -42,6 +42,7 @@ from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning
+from hsplit_flwr.training import tail_step
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
@@ -314,6 +315,34 @@ def in_memory(delta: WeightDelta, shapes: dict[str, tuple[int, int]]) -> WeightD
     """What is left of `delta` when its files are another version's."""
     tensors = {key: tensor.clone() for key, tensor in delta.to_tensors().items()}
     return WeightDelta.from_tensors(tensors, shapes)
+
+
+# --- a server that cannot go on ---
+
+
+@FACES
+def test_a_tail_without_memory_ends_the_run_which_goes_on_with_more(
+    face: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refused everybody's batches as if they were wrong, and the run "completed" with rounds that taught nothing."""
+    expected, reference = uninterrupted(face, False, folder / f"{face}-False")
+    federation, losses = Federation(face, False), tail_step.token_losses
+
+    out = tmp_path / "out"
+
+    def without_memory(logits: Tensor, labels: Tensor) -> Tensor:
+        is_first_round_saved = (out / "checkpoints" / "round-0001").exists()
+        return torch.empty(1 << 50) if is_first_round_saved else losses(logits, labels)
+
+    monkeypatch.setattr(tail_step, "token_losses", without_memory)
+    with pytest.raises(RunFailedError, match=r"round 2 that it cannot: .*memory.* \(resume = "):
+        federation.run(out)
+    assert json.loads((out / "summary.json").read_text())["status"] == "failed"
+    monkeypatch.undo()
+    build_one_at_a_time(monkeypatch, "load_segment", "SegmentAdapters")
+    found = federation.run(out, resume="latest")
+    assert found.resumed_after == 1
+    assert_same_run(found, out, expected, reference)
 
 
 # --- what cannot be resumed, and what costs a checkpoint only ---
