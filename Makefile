@@ -20,7 +20,7 @@ test-fast:  ## unit tests only, offline
 tree:  ## the file tree of ARCHITECTURE.md
 	$(PYTHON) -m tests.helpers.file_tree
 
-bench:  ## the tables of docs/costs.md, docs/planning.md and docs/exchange.md
+bench:  ## the tables of docs/costs.md, docs/planning.md, docs/exchange.md and docs/deployment.md
 	mkdir -p results
 	$(PYTHON) simulations/benchmarks/split_overhead.py --json results/split_overhead.json
 	$(PYTHON) simulations/benchmarks/exchange.py --json results/exchange.json
@@ -33,3 +33,5 @@ bench:  ## the tables of docs/costs.md, docs/planning.md and docs/exchange.md
 	$(PYTHON) simulations/benchmarks/planner.py --json results/planner.json
 	$(PYTHON) simulations/benchmarks/planned_ranks.py --json results/planned_ranks.json
 	$(PYTHON) simulations/benchmarks/state_memory.py --json results/state_memory.json
+	$(PYTHON) simulations/benchmarks/hostile.py --json results/hostile.json
+	$(PYTHON) simulations/benchmarks/faults.py --json results/faults.json
