@@ -45,6 +45,7 @@ from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training import tail_step
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
+from hsplit_flwr.training.loss import token_losses
 from hsplit_flwr.training.workload import Workload
 from tests.helpers.federation import Node, build_one_at_a_time, random_batches, weights_of
 from tests.helpers.grid import ThreadGrid
@@ -326,13 +327,13 @@ def test_a_tail_without_memory_ends_the_run_which_goes_on_with_more(
 ) -> None:
     """It refused everybody's batches as if they were wrong, and the run "completed" with rounds that taught nothing."""
     expected, reference = uninterrupted(face, False, folder / f"{face}-False")
-    federation, losses = Federation(face, False), tail_step.token_losses
+    federation = Federation(face, False)
 
     out = tmp_path / "out"
 
     def without_memory(logits: Tensor, labels: Tensor) -> Tensor:
         is_first_round_saved = (out / "checkpoints" / "round-0001").exists()
-        return torch.empty(1 << 50) if is_first_round_saved else losses(logits, labels)
+        return torch.empty(1 << 50) if is_first_round_saved else token_losses(logits, labels)
 
     monkeypatch.setattr(tail_step, "token_losses", without_memory)
     with pytest.raises(RunFailedError, match=r"round 2 that it cannot: .*memory.* \(resume = "):
