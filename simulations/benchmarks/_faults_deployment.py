@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ APP = Path(__file__).parent / "_faults_app"
 NODES = 2
 VICTIM = 0
 DISK_BYTES = 256 << 20
+SUPERVISOR_S = 1.0
 _COMMAND_LIMIT_S = 20.0
 
 
@@ -103,6 +105,25 @@ class FaultyDeployment(Deployment):
         mine = self.supernode(node)
         return [process for process in self.apps("clientapp") if process in mine]
 
+    @contextmanager
+    def supervised(self) -> Iterator[None]:
+        """SuperNodes that end are started again, as docs/deployment.md says."""
+        is_over = threading.Event()
+
+        def supervise() -> None:
+            while not is_over.wait(SUPERVISOR_S):
+                for node in range(NODES):
+                    if not self.supernode(node):
+                        self.start_supernode(node)
+
+        supervisor = threading.Thread(target=supervise, name="supervisor", daemon=True)
+        supervisor.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            supervisor.join(_COMMAND_LIMIT_S)
+
     def end_apps(self) -> None:
         """SIGKILL what a run has left behind, so that the next one is not its victim."""
         end_all([*self.apps("serverapp"), *self.apps("clientapp")])
@@ -131,7 +152,8 @@ def faulty_deployment(folder: Path) -> Iterator[FaultyDeployment]:
         for node in range(NODES):
             deployment.register(node)
             deployment.start_supernode(node)
-        yield deployment
+        with deployment.supervised():
+            yield deployment
 
 
 def why_no_disk() -> str | None:

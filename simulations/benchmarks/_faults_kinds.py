@@ -33,7 +33,7 @@ class Fault:
 
     name: str
     strike: Callable[[FaultyDeployment, str], None]
-    """does it, to the deployment and the run of that id; ends once it is over, or those whom it hit are up again"""
+    """does it, to the deployment and the run of that id"""
     mend: Callable[[FaultyDeployment], None] = _nothing
     """what people do before they start a run again"""
     why_not: Callable[[], str | None] = _possible
@@ -43,7 +43,6 @@ class Fault:
 def kill_supernode(deployment: FaultyDeployment, run: str) -> None:
     """A machine that loses its power, and comes back."""
     deployment.kill_supernode(VICTIM)
-    deployment.start_supernode(VICTIM)
 
 
 def kill_clientapp(deployment: FaultyDeployment, run: str) -> None:

@@ -16,6 +16,7 @@ CHUNK_BYTES = 4096
 BUFFER_BYTES = 65536
 """of the proxy's sockets: what a link may hold that is not there yet"""
 CONNECT_S = 10.0
+_POLL_S = 0.05
 Connection = tuple[socket.socket, socket.socket]
 
 
@@ -34,6 +35,7 @@ class Links:
         self._lock = threading.Lock()
         self._open: dict[Connection, int] = {}
         self._down: set[int] = set()
+        self._is_over = False
         self._bytes_per_s: dict[int, float] = {}
         self._busy = {(node, way): threading.Lock() for node in range(nodes) for way in ("up", "down")}
         self._superlink = [_listener() for _ in range(nodes)]
@@ -59,6 +61,7 @@ class Links:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_over = True
         for listener in (*self._superlink, self._tail):
             with suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
@@ -66,7 +69,7 @@ class Links:
         self._break(range(len(self._superlink)))
 
     def cut(self, nodes: Collection[int], seconds: float) -> None:
-        """Break all connections of `nodes` and let none be opened for `seconds`."""
+        """Break all connections of `nodes`; for `seconds` nothing passes on new ones, as if their packets were lost."""
         with self._lock:
             self._down |= set(nodes)
         self._break(nodes)
@@ -99,10 +102,10 @@ class Links:
 
     def _join(self, near: socket.socket, near_port: int, port: int, owner: Callable[[int], int | None]) -> None:
         node = owner(near_port)
-        with self._lock:
-            is_refused = node is None or node in self._down
+        while node in self._down and not self._is_over:
+            time.sleep(_POLL_S)
         try:
-            if is_refused or node is None:
+            if node is None or self._is_over:
                 raise ConnectionRefusedError
             far = socket.create_connection(("127.0.0.1", port), CONNECT_S)
         except OSError:

@@ -141,9 +141,11 @@ class Deployment:
 
 
 def family(pid: int) -> list[psutil.Process]:
-    """A process and all that it started, itself first; nothing of one that is gone."""
+    """A process and all that it started, itself first; nothing of one that has ended."""
     try:
         process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return []
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
