@@ -158,7 +158,10 @@ class Rows:
         )
         with ThreadPoolExecutor(1) as pool:
             striking = pool.submit(self._strike, fault, mark, process, log) if fault else None
-            hangs = not _ends(process, started + RUN_LIMIT_S)
+            try:
+                hangs = not _ends(process, started + RUN_LIMIT_S)
+            finally:
+                process.kill()  # interrupted: nobody waits for it any more, nor for its phases
             seconds = time.monotonic() - started
             struck = striking.result() - started if striking else None
         return Finished(folder, seconds, hangs, log, _summary(folder), struck)
