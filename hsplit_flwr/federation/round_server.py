@@ -7,31 +7,28 @@ clients' held-out data with heads on the clients and the tail here.
 """
 
 import logging
-import random
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Unpack
 
 from hsplit_flwr.common.dataclass_state import to_state
 from hsplit_flwr.common.log_lines import about
 from hsplit_flwr.common.progress import describe_participants
-from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, ExchangeError, RunFailedError
-from hsplit_flwr.exchange.task import Mode, RoundTask
+from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.traffic import TrafficFigures
-from hsplit_flwr.federation.acceptance import Accepted, Expected, Replies, accept, tokens_of
+from hsplit_flwr.federation.acceptance import Accepted, Replies, accept, tokens_of
 from hsplit_flwr.federation.bounds import balanced_importance, bound_updates, bounded_shares
-from hsplit_flwr.federation.door import Door, OpenDoor
+from hsplit_flwr.federation.door import OpenDoor
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.roster import Present
 from hsplit_flwr.federation.round_config import WAITING, RoundOptions, StrategyConfig
+from hsplit_flwr.federation.round_tasks import RoundTasks
 from hsplit_flwr.federation.tail_metrics import TailMetrics
 from hsplit_flwr.federation.tail_rounds import TailRounds
-from hsplit_flwr.lora.aggregation import STACKING, Contribution, token_shares
+from hsplit_flwr.lora.aggregation import Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
-from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.models.segments import block_of, linear_shapes
 from hsplit_flwr.planning.plans import Plans, plans_in_force
@@ -43,7 +40,7 @@ from hsplit_flwr.reports.health.steps import StepNotes
 from hsplit_flwr.reports.records import Journal, RoundRecord
 from hsplit_flwr.reports.step_log import log_incidents, log_progress, log_round
 from hsplit_flwr.training.barrier import BarrierLimits
-from hsplit_flwr.training.config import ClientPlan, TrainingConfig
+from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.loss import Score
 
 _log = logging.getLogger("hsplit_flwr")
@@ -94,20 +91,22 @@ class RoundServer:
             )
         self.resumed_after = 0
         """the last round of the run that this one goes on from; 0: it is a run of its own"""
-        self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._journal = Journal()
         self._shapes = linear_shapes(model.segment)
         self._plans = plans_in_force(plans, options.get("tail_lora"), options.get("workload"), training, self._shapes)
         self._steps = StepNotes(options.get("on_step") or log_progress(training))
         self.tail_rounds = TailRounds(model, self._plans, training, limits, self._steps)
         self._tail = self.tail_rounds.tail
-        self._reconnect_grace_s = limits.reconnect_grace_s
-        self._open_door = open_door
-        self._door: Door | None = None
-        self._max_frame_bytes = max_frame_bytes
+        self._tasks = RoundTasks(
+            model,
+            self._plans,
+            self.config,
+            lambda run: open_door(self._tail, model, run),
+            max_frame_bytes=max_frame_bytes,
+            reconnect_grace_s=limits.reconnect_grace_s,
+        )
         self._eval_batches = options.get("eval_batches")
         self._round_number = 0
-        self._round_plans: dict[str, ClientPlan] = {}
         self._phase_started = time.perf_counter()
         bind = options.get("metrics_bind") or ""
         self._metrics = TailMetrics(self, bind, limits.step_limit_s) if bind else None
@@ -122,7 +121,7 @@ class RoundServer:
     @property
     def traffic(self) -> TrafficFigures | None:
         """What went through the tail's door so far; None before it was opened."""
-        return self._door.traffic.figures() if self._door else None
+        return self._tasks.opened.traffic.figures() if self._tasks.opened else None
 
     @property
     def training(self) -> TrainingConfig:
@@ -156,9 +155,7 @@ class RoundServer:
         """
         if not self._plans.asks_budgets:
             return None
-        next_round = self._round_number + 1
-        token = self._opened_door().open_probe(node, next_round)
-        return self._task(next_round, "probe", node, token, ClientPlan(1, LoraSpec(0)))
+        return self._tasks.probe(self._round_number + 1, node, self.training)
 
     def open_training(self, round_number: int, present: Present) -> dict[str, RoundTask]:
         """Open the tail for a training round; returns every sampled client's task.
@@ -168,7 +165,8 @@ class RoundServer:
         """
         started = time.perf_counter()
         self._settle_plans(round_number, present)
-        tasks = self._open_round(round_number, "train", present)
+        tasks = self._tasks.open(round_number, "train", present, self.training)
+        self._round_number = round_number
         if round_number == self.resumed_after + 1:
             _log.info("%s take part", describe_participants(len(tasks), present.count_nodes(tasks)))
         _log.info(
@@ -178,7 +176,7 @@ class RoundServer:
             len(tasks),
             extra=about("round_opened", round=round_number, clients=sorted(tasks)),
         )
-        together = present.concurrency(tasks) if self._opened_door().holds_clients else len(tasks)
+        together = present.concurrency(tasks) if self._tasks.door.holds_clients else len(tasks)
         self.tail_rounds.open(round_number, tasks, together)
         self._journal.phase(round_number, "configure", started)
         self._phase_started = time.perf_counter()
@@ -188,8 +186,8 @@ class RoundServer:
         """`client` has answered its task, well or badly: if it never joined the round, or its connection is broken,
         nobody waits for it any more."""
         self._tail.withdraw(client)
-        if self._door:
-            self._door.answered(client)
+        if self._tasks.opened:
+            self._tasks.opened.answered(client)
 
     def close_training(self, replies: Replies, failures: Sequence[str] = ()) -> RoundRecord:
         """End the training round: settle the tail, accept, merge, learn importance, measure health.
@@ -247,12 +245,13 @@ class RoundServer:
         if not self.config.federated_evaluation:
             return {}
         self._phase_started = time.perf_counter()
-        return self._open_round(round_number, "evaluate", present)
+        self._round_number = round_number
+        return self._tasks.open(round_number, "evaluate", present, self.training)
 
     def close_scoring(self, finished: Collection[str], failures: Sequence[str] = ()) -> Score | None:
         """End the scoring: the loss that the tail itself summed over the clients that finished; None if nobody did."""
         number = self._round_number
-        tickets = self._opened_door().close_round()
+        tickets = self._tasks.door.close_round()
         failed = tuple(f"evaluate: {line}" for line in failures)
         self._journal.note(number, failures=(*self._journal.record(number).failures, *failed))
         log_incidents(number, failed)
@@ -326,8 +325,8 @@ class RoundServer:
 
     def close(self) -> None:
         """Stop the tail and close the door. No round can be opened afterwards."""
-        if self._door:
-            self._door.stop()
+        if self._tasks.opened:
+            self._tasks.opened.stop()
         try:
             self._tail.close_training()
         except ExchangeError as error:  # a step that does not end must not keep the results from being written
@@ -338,7 +337,7 @@ class RoundServer:
     def _settle_plans(self, round_number: int, present: Present) -> None:
         """The plan in force, or a new one for heads and tail."""
         decision = self._plans.settle(present.clients, present.new_budgets)
-        self._opened_door().exchange_by(self.training)
+        self._tasks.door.exchange_by(self.training)
         self.tail_rounds.train_by(self.training)
         if decision is None:
             return
@@ -349,55 +348,11 @@ class RoundServer:
             self._journal.note(round_number, plan=decision.plan)
             self.tail_rounds.replan()
 
-    def _open_round(self, round_number: int, mode: Mode, present: Present) -> dict[str, RoundTask]:
-        clients = self._sample(round_number, present)
-        self._round_number = round_number
-        plans = self._round_plans = {client: self._plans.plan(client) for client in clients}
-        tokens = self._opened_door().open_round(
-            round_number,
-            mode,
-            {client: plan.cut for client, plan in plans.items()},
-            self.training.first_step(round_number),
-            [c for c, plan in plans.items() if not any(map(plan.lora.rank, self.model.head_names(plan.cut)))],
-            steps=self.training.local_steps if mode == "train" else None,
-            workload=self._plans.workload,
-        )
-        return {client: self._task(round_number, mode, client, tokens[client], plans[client]) for client in plans}
-
-    def _sample(self, round_number: int, present: Present) -> list[str]:
-        able = sorted(filter(self._plans.takes_part, present.clients))
-        count = min(len(able), max(1, round(self.config.fraction_clients * len(able))))
-        generator = random.Random(derive_seed(self.training.seed, "sample", round_number))
-        return sorted(generator.sample(able, count))
-
-    def _opened_door(self) -> Door:
-        if self._door is None:
-            self._door = self._open_door(self._tail, self.model, self._run)
-        return self._door
-
-    def _task(self, round_number: int, mode: Mode, client: str, token: str, plan: ClientPlan) -> RoundTask:
-        return RoundTask(
-            run=self._run,
-            round=round_number,
-            client=client,
-            mode=mode,
-            address=self._opened_door().address,
-            token=token,
-            time_limit_s=self.config.round_limit_s,
-            max_frame_bytes=self._max_frame_bytes,
-            plan=replace(plan, lora=plan.lora.spelled_out(self.model.head_names(plan.cut))),
-            training=self.training,
-            workload=self._plans.workload,
-            common_start=self.config.rule not in STACKING,
-            reconnect_grace_s=self._reconnect_grace_s,
-        )
-
     def _settle_tail(self, replies: Replies, failures: Sequence[str]) -> dict[str, Accepted]:
         """Close the tail; note and return what the clients brought that did all their steps."""
         dropped = self._tail.close_training()
-        accepted, refused = accept(
-            replies, self._opened_door().close_round(), self._expected(), self.training.local_steps
-        )
+        expected = self._tasks.expected(self._shapes)
+        accepted, refused = accept(replies, self._tasks.door.close_round(), expected, self.training.local_steps)
         accepted, beyond = bound_updates(accepted, self.config)
         late = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
         incidents = (*failures, *refused, *beyond, *late)
@@ -416,13 +371,6 @@ class RoundServer:
             return {}
         shares = token_shares({client: done.ticket.tokens for client, done in accepted.items()})
         return bounded_shares(shares, self.config.max_share)
-
-    def _expected(self) -> dict[str, Expected]:
-        """What each client of the round was asked for."""
-        return {
-            client: Expected(plan, {name: self._shapes[name] for name in self.model.head_names(plan.cut)})
-            for client, plan in self._round_plans.items()
-        }
 
     def _observe_budgets(self, replies: Replies) -> None:
         for client, reply in replies.items():

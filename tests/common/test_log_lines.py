@@ -23,11 +23,13 @@ class Caught(logging.Handler):
 def line_of(message: str, *arguments: object, **options: Any) -> dict[str, Any]:
     handler = Caught()
     logger = logging.getLogger("tests.log_lines")
+    logger.propagate = False  # what is no UTF-8 cannot go into the report of a test that another process runs
     logger.addHandler(handler)
     try:
         logger.warning(message, *arguments, **options)
     finally:
         logger.removeHandler(handler)
+        logger.propagate = True
     text = JsonLines(run="7").format(handler.records[0])
     assert "\n" not in text
     found: dict[str, Any] = json.loads(text)
