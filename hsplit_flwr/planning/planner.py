@@ -16,10 +16,11 @@ candidate, to
 The tail serves the clients of a step one after another, so t couples them: a deeper cut of one gives all others time.
 So time is counted as if nothing went on at once, client by client. A plan's own figures are by the virtual clock
 (`prediction`), which knows what overlaps, and that clients wait for each other: where one is slow to download and
-another slow to compute, a round may take some percent longer than the deadline. The server's memory is that of
-`costs.tail_memory`: of a tail that computes on one client after another, and of all clients' frames. The tail's own
-ranks follow from `tail_rank` and the importance alone: they maximize sum_m I_m g(r_m) over the blocks from 1 on,
-subject to sum_m r_m (d_in + d_out) <= tail_rank sum_m (d_in + d_out).
+another slow to compute, a round is some percent longer. Then the plan is made under an earlier deadline, so that the
+clock keeps the stated one (`plan_in_time`). The server's memory is that of `costs.tail_memory`: of a tail that computes
+on one client after another, and of all clients' frames. The tail's own ranks follow from `tail_rank` and the
+importance alone: they maximize sum_m I_m g(r_m) over the blocks from 1 on, subject to sum_m r_m (d_in + d_out) <=
+tail_rank sum_m (d_in + d_out).
 
 The objective counts what every client's data trains, in its head or in the tail. The tail trains better: it steps on
 all clients' batches, and goes on from round to round. So w > 1, and a deeper head is worth having where it has clearly
@@ -59,6 +60,8 @@ from hsplit_flwr.planning.solver.solution import Solution, needed_bytes, own_sec
 if TYPE_CHECKING:
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
 
+EARLIER = 6
+"""times that a plan is made anew under an earlier deadline, where clients' waits for each other make a round longer"""
 Solver = Callable[[Problem, Ints], Solution]
 
 
@@ -178,9 +181,27 @@ def _best(
     """The plan, with the exchange that is best for it where that is the planner's to choose."""
 
     def make(under: "ModelCosts") -> RoundPlan:
-        return plan_problem(_problem(under, importance, clients, server, config), solver)
+        problem = _problem(under, importance, clients, server, config)
+        return plan_in_time(problem, solver) if config.deadline_s else plan_problem(problem, solver)
 
     return choose(costs, config.choose, make) if config.choose else make(costs)
+
+
+def plan_in_time(problem: Problem, solver: Solver) -> RoundPlan:
+    """The plan for a stated deadline, to which the virtual clock holds it, too: under an earlier one if need be.
+
+    As long as everybody takes part who has the time by itself: that comes first, and a round may be some percent late.
+    """
+    made, allowed_s = plan_problem(problem, solver), problem.deadline_s
+    for _ in range(EARLIER):
+        if made.round_s <= problem.deadline_s:
+            break
+        allowed_s *= min(0.95, problem.deadline_s / made.round_s)  # cuts are whole: less would change nothing
+        earlier = plan_problem(replace(problem, deadline_s=allowed_s), solver)
+        if earlier.clients.keys() != made.clients.keys():
+            break  # who has the time by itself is not left out for others' sake
+        made = earlier
+    return made
 
 
 def _problem(

@@ -14,7 +14,7 @@ from flwr.common import FitIns, FitRes
 from prometheus_client.parser import text_string_to_metric_families
 
 from hsplit_flwr.common.log_lines import JsonLines
-from hsplit_flwr.errors import ConfigError, ExchangeError
+from hsplit_flwr.errors import ConfigError, ExchangeError, RunFailedError
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.transport import connect
 from hsplit_flwr.federation.client_data import ClientData
@@ -182,7 +182,8 @@ def test_a_tail_that_cannot_go_on_is_not_healthy(
         raise MemoryError("no room")
 
     monkeypatch.setattr(TailTrainer, "train", no_memory)
-    play_round(strategy, manager_of(*nodes()), 1)
+    with pytest.raises(RunFailedError, match="Expected a tail that takes steps"):
+        play_round(strategy, manager_of(*nodes()), 1)
     fresh()
     code, told = health(address)
     assert (code, told["status"], told["reason"]) == (503, "failed", "MemoryError('no room')")

@@ -15,7 +15,15 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.clock import ClientWork, play_round
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
-from hsplit_flwr.planning.planner import PlannerConfig, Solver, exact_solver, plan, plan_exact, plan_problem
+from hsplit_flwr.planning.planner import (
+    PlannerConfig,
+    Solver,
+    exact_solver,
+    plan,
+    plan_exact,
+    plan_in_time,
+    plan_problem,
+)
 from hsplit_flwr.planning.round_plan import RoundPlan
 from hsplit_flwr.planning.solver.balance import balanced_deadline
 from hsplit_flwr.planning.solver.greedy import solve
@@ -584,6 +592,18 @@ def test_without_a_deadline_a_round_is_as_long_as_the_slowest_client_needs(
     assert found.round_s >= one_block
     quick = plan(costs, importance, {"faster": alone["faster"]}, SERVER, HEADS)
     assert quick.round_s < found.round_s
+
+
+def test_the_clock_keeps_a_stated_deadline() -> None:
+    """Each client alone keeps it; but one is slow to download, another to compute, and they wait for each other."""
+    late, mended = 0, 0
+    for problem in map(small_problem, range(1, 24, 2)):
+        alone, found = plan_problem(problem, solve), plan_in_time(problem, solve)
+        assert found.clients.keys() == alone.clients.keys()
+        assert found.round_s <= alone.round_s
+        late += alone.round_s > problem.deadline_s
+        mended += found.round_s <= problem.deadline_s < alone.round_s
+    assert mended == late > 0
 
 
 @pytest.mark.parametrize("seed", range(40))
