@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import NoReturn
 
+from hsplit_flwr.planning.exchange_choice import AUTO
+
 PROGRAM = "hsplit-flwr"
 NOBODY = 1
 """exit code: the plan leaves every client out"""
@@ -39,7 +41,7 @@ def number_or_auto(group: argparse._ActionsContainer, option: str, default: int,
 
 def _whole_or_auto(text: str) -> int | str:
     try:
-        return text if text == "auto" else int(text)
+        return text if text == AUTO else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number or auto, found {text!r}") from None
 

@@ -39,14 +39,14 @@ class Trackers:
             raise ConfigError(f"Expected trackers among {', '.join(TRACKERS)}, found {', '.join(unknown)}.")
         from accelerate import Accelerator
 
+        accelerator = Accelerator(log_with=list(names), project_dir=folder / "trackers", cpu=True)
         # accelerate leaves out what is not installed, without a word that people see
-        missing = [name for name in names if not Accelerator(log_with=[name], project_dir=folder, cpu=True).log_with]
-        if missing:
+        if missing := sorted(set(names) - {str(tracker) for tracker in accelerator.log_with}):
             raise ConfigError(
                 f"Expected the packages of the trackers {', '.join(names)}, found none for {', '.join(missing)}. "
                 "Install it, or leave it out of trackers."
             )
-        self._accelerator = Accelerator(log_with=list(names), project_dir=folder / "trackers", cpu=True)
+        self._accelerator = accelerator
         plain = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
         with self._lost.spared():
             self._accelerator.init_trackers(project, config=plain)

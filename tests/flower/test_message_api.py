@@ -35,7 +35,7 @@ from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
-from tests.helpers.federation import build_one_at_a_time, random_batches, weights_of
+from tests.helpers.federation import build_one_at_a_time, comparable, random_batches, weights_of
 from tests.helpers.grid import Handler, ThreadGrid
 
 pytestmark = pytest.mark.timeout(180)
@@ -88,19 +88,6 @@ def message_strategy(plans: Any = PLANS, output: RunOutput | None = None, **conf
 
 
 # --- both faces ---
-
-
-def comparable(history: list[Any]) -> list[dict[str, Any]]:
-    """Everything of a run's rounds but seconds."""
-    timeless = json.loads(json.dumps([vars(record) for record in history], default=lambda value: vars(value)))
-    for record in timeless:
-        record.pop("seconds")
-        record.pop("steps")
-        for client in record["clients"]:
-            client.pop("seconds")
-            client.pop("held_s")
-    found: list[dict[str, Any]] = timeless
-    return found
 
 
 @pytest.mark.parametrize("planned", [False, True], ids=["configured", "planned"])

@@ -1,7 +1,6 @@
 """The exchange over Flower's messages: the same run as over gRPC, bit by bit, on both faces; and who fails in it."""
 
 import itertools
-import json
 import shutil
 import threading
 import time
@@ -41,7 +40,7 @@ from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.head import HeadTraining
 from hsplit_flwr.training.workload import Workload
-from tests.helpers.federation import build_one_at_a_time, random_batches, weights_of
+from tests.helpers.federation import build_one_at_a_time, comparable, random_batches, weights_of
 from tests.helpers.grid import Handler, ThreadGrid
 
 pytestmark = pytest.mark.timeout(180)
@@ -106,19 +105,6 @@ def app_of(*clients: str, data: Any = DATA.__getitem__, **node_config: Any) -> C
 def nodes(**changed: Handler) -> dict[int, Any]:
     """A node for each client; ``c1=...``: what answers for client 1 instead."""
     return {100 + int(c): changed.get(f"c{c}", app_of(c)) for c in CLIENTS}
-
-
-def comparable(history: list[Any]) -> list[dict[str, Any]]:
-    """Everything of a run's rounds but seconds."""
-    timeless = json.loads(json.dumps([vars(record) for record in history], default=lambda value: vars(value)))
-    for record in timeless:
-        record.pop("seconds")
-        record.pop("steps")
-        for client in record["clients"]:
-            client.pop("seconds")
-            client.pop("held_s")
-    found: list[dict[str, Any]] = timeless
-    return found
 
 
 def assert_equal_runs(run: RoundServer, other: RoundServer) -> None:

@@ -3,6 +3,7 @@
 `play_round` drives a strategy's hooks with Flower's own `fit_clients`.
 """
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -133,3 +134,16 @@ def random_batches(count: int, seed: int, rows: int = 2, width: int = 10, prompt
         labels[:, :prompt] = -100
         batches.append({"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels})
     return batches
+
+
+def comparable(history: list[Any]) -> list[dict[str, Any]]:
+    """Everything of a run's rounds but seconds."""
+    timeless = json.loads(json.dumps([vars(record) for record in history], default=lambda value: vars(value)))
+    for record in timeless:
+        record.pop("seconds")
+        record.pop("steps")
+        for client in record["clients"]:
+            client.pop("seconds")
+            client.pop("held_s")
+    found: list[dict[str, Any]] = timeless
+    return found
