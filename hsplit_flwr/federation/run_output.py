@@ -1,4 +1,4 @@
-"""What a run leaves: tables, best adapter and checkpoint after every round; pictures, adapter and model at the end."""
+"""What a run leaves: tables, pictures, best adapter and checkpoint as it goes on; adapter and model at the end."""
 
 import logging
 import time
@@ -31,6 +31,8 @@ KEEP_CHECKPOINTS = 2
 ADAPTER, MERGED = "adapter", "merged_model"
 PROJECT = "hsplit_flwr"
 """what trackers file runs under"""
+PICTURE_SHARE = 0.05
+"""largest share of a run's time that pictures of a run under way may take"""
 Result = TypeVar("Result")
 
 
@@ -99,6 +101,7 @@ class RunOutput:
         self._best = BestAdapters(self.folder)
         self._commit = commit()  # that of the code which runs, not of what is checked out when it ends
         self._started = time.perf_counter()
+        self._next_pictures = self._started
 
     def resume(self, server: RoundServer) -> None:
         """Let `server`, which is new, go on where the run that is resumed stopped; nothing where none is.
@@ -119,17 +122,20 @@ class RunOutput:
         _log.info("resumed from %s: %d rounds are left", self._resumed, server.rounds_left)
 
     def after_round(self, server: RoundServer) -> None:
-        """Write the round, the best adapter, summary, report and checkpoint as they are so far."""
+        """Write the round, best adapter, summary, report, checkpoint and (now and then) pictures as they are so far."""
         self._attempt("the round", lambda: append_round(self.folder, server.history))
         if server.history:
             self._trackers.log_round(server.history[-1], server.training.local_steps)
         if self._keep_best:
             self._attempt("the best adapter", lambda: self._save_best(server))
-        self._attempt("the summary", lambda: write_tables(self._summary(server, "running"), server, self.folder))
+        summary = self._summary(server, "running")
+        self._attempt("the summary", lambda: write_tables(summary, server, self.folder))
         if self._keep_checkpoints:
             self._attempt("the checkpoint", lambda: self._save_checkpoint(server))
         if self._keep_best:
             self._attempt("the best adapters alone", lambda: self._prune_best(server))
+        if time.perf_counter() >= self._next_pictures:
+            self._draw(summary, server)
 
     def finish(self, server: RoundServer, error: BaseException | None = None) -> None:
         """Write all results of a run that ended, `error` being what broke it off; log its tables.
@@ -148,11 +154,17 @@ class RunOutput:
         summary = self._summary(server, status, reason)
         report = self._attempt("the summary", lambda: write_tables(summary, server, self.folder))
         self._attempt("the model cards", lambda: self._write_cards(summary))
-        self._attempt("the pictures", lambda: draw(summary, server, self.folder))
+        self._draw(summary, server)
         self._trackers.close()
         samples = self._texts.lines() if self._log_samples else []
         _log.info("%s", "\n".join(["", report or "", "", *samples]))
         _log.info("Results: %s", self.folder)
+
+    def _draw(self, summary: RunSummary, server: RoundServer) -> None:
+        begun = time.perf_counter()
+        self._attempt("the pictures", lambda: draw(summary, server, self.folder))
+        drawn = time.perf_counter()
+        self._next_pictures = drawn + (drawn - begun) * (1 / PICTURE_SHARE - 1)
 
     def _save_checkpoint(self, server: RoundServer) -> None:
         state: State = {"server": server.state(), "seconds": time.perf_counter() - self._started}

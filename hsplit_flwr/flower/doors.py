@@ -43,9 +43,6 @@ def flower_rounds(
         limits = options["limits"] = replace(limits, reconnect_grace_s=0.0)  # no connection can break
     config = replace(
         given,
-        activation_codec=training.activation_codec,
-        gradient_codec=training.gradient_codec,
-        frames_ahead=training.parts_in_flight - 1,
         reconnect_grace_s=limits.reconnect_grace_s,
         activation_cache_bytes=training.activation_cache_mib << 20,
     )

@@ -3,7 +3,9 @@
 import gc
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation import result_files, run_output, sample_texts
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.federation.run_output import RunOutput
 from hsplit_flwr.federation.sample_texts import MAX_NEW_TOKENS, Sample
 from hsplit_flwr.flower.server import HSplitLoRAServer
@@ -24,6 +27,7 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.generation import generate_texts
+from hsplit_flwr.reports.records import RoundRecord, RunSummary
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from tests.helpers.federation import Node, random_batches
@@ -237,6 +241,27 @@ def test_what_cannot_be_written_costs_nothing_of_the_rest(
     assert {"report.txt", "summary.json"} <= there
     assert ("adapter" in there) == (broken != "save_peft_adapter")
     assert ("merged_model" in there) == (broken != "save_merged")
+
+
+@pytest.mark.parametrize(("round_s", "drawn"), [(5.0, [1, 3]), (30.0, [1, 2, 3, 3])])
+def test_pictures_follow_a_run_and_take_a_twentieth_of_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, round_s: float, drawn: list[int]
+) -> None:
+    """Drawn after the first round and at the end; in between where rounds last long beside a picture (here 1 s)."""
+    now, found = [0.0], []
+    monkeypatch.setattr(run_output, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def draw(summary: RunSummary, server: RoundServer, folder: Path) -> None:
+        now[0] += 1.0
+        found.append(len(summary.history))
+
+    def append_round(folder: Path, history: Sequence[RoundRecord]) -> None:
+        now[0] += round_s
+
+    monkeypatch.setattr(run_output, "draw", draw)
+    monkeypatch.setattr(run_output, "append_round", append_round)
+    run(tmp_path / "run", rounds=3)
+    assert found == drawn
 
 
 @pytest.mark.parametrize("rank", [0, -1])
