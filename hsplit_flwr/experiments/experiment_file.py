@@ -15,6 +15,7 @@
     hsplitlora = 0.003
     splitlora = 0.001
 
+``[audit]`` and ``[[claims]]`` are of what becomes of the runs: see `evidence.audit` and `evidence.claims`.
 Runs come seed by seed, so that an interrupted matrix compares all methods on fewer seeds.
 """
 
@@ -57,7 +58,7 @@ def read_experiment(path: str | Path, methods: Collection[str], settings: Collec
 def _specs(
     content: Mapping[str, Any], folder: Path, methods: Collection[str], settings: Collection[str]
 ) -> tuple[RunSpec, ...]:
-    _only_keys("the file", content, ("run", "matrix", "learning_rates"))
+    _only_keys("the file", content, ("run", "matrix", "learning_rates", "audit", "claims"))
     shared = _shared(_table(content, "run"), folder)
     matrix = _table(content, "matrix")
     _only_keys("[matrix]", matrix, tuple(FIELD_OF_LIST))

@@ -4,6 +4,7 @@ run FILE --store CSV      the runs of an experiment file (`experiment_file`) tha
 table CSV                 tables: perplexity, speed-up, time to target, costs, text scores
 plot CSV --output DIR     pictures: perplexity over rounds, virtual time and tokens
 search CSV                the best learning rate of every method, also as TOML
+audit FILE --store CSV    whether all runs are there, of one clean commit, and hold what the file claims of them
 """
 
 import argparse
@@ -12,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hsplit_flwr.errors import ConfigError, HSplitError
+from hsplit_flwr.experiments.evidence.audit import AuditPlan, audit, audit_table
+from hsplit_flwr.experiments.evidence.paired import paired_table
 from hsplit_flwr.experiments.evidence.store import Store
 from hsplit_flwr.experiments.evidence.stored_runs import StoredRuns
 from hsplit_flwr.experiments.evidence.summary import (
@@ -30,6 +33,7 @@ from hsplit_flwr.experiments.records import Evaluation, RunSpec
 from hsplit_flwr.experiments.runner import describe, pending, run_all
 
 PROGRAM = "python -m hsplit_flwr.experiments"
+FAILED = 1
 USER_ERROR = 2
 OURS = "hsplitlora"
 SETTING_NAMES = ("homogeneous", "heterogeneous", "highly_heterogeneous")
@@ -37,7 +41,10 @@ SETTING_NAMES = ("homogeneous", "heterogeneous", "highly_heterogeneous")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0; 1 if runs failed; 2 for what the user can mend; 130 after Ctrl-C."""
+    """Run the command; returns the exit code.
+
+    0; 1 if runs failed or an audit found something; 2 for what the user can mend; 130 after Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
@@ -82,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("store", type=Path, metavar="CSV")
     search.add_argument("--markdown", action="store_true")
     search.set_defaults(command=_search)
+
+    check = commands.add_parser("audit", help="are all runs there, of one clean commit, and do they hold the claims?")
+    check.add_argument("file", type=Path, metavar="FILE", help="TOML file of the experiment")
+    check.add_argument("--store", required=True, type=Path, metavar="CSV")
+    check.add_argument("--markdown", action="store_true")
+    check.set_defaults(command=_audit)
     return parser
 
 
@@ -104,6 +117,9 @@ def _table(options: argparse.Namespace) -> int:
         "Final perplexity": perplexity_table(runs, markdown=options.markdown),
         f"{options.ours} against the best rival": speed_up_table(runs, options.ours, rivals, markdown=options.markdown),
         f"{options.ours} against every rival: how much sooner it is where the rival ends": speed_ups_table(
+            runs, options.ours, rivals, markdown=options.markdown
+        ),
+        f"{options.ours} against every rival: by how much it ends above (below: -), 95 % interval": paired_table(
             runs, options.ours, rivals, markdown=options.markdown
         ),
         "Virtual seconds to the best rival's final perplexity": time_table(runs, rivals, markdown=options.markdown),
@@ -135,6 +151,13 @@ def _search(options: argparse.Namespace) -> int:
     best = best_learning_rates(runs)
     print("\n".join(["", "[learning_rates]", *(f"{method} = {rate!r}" for method, rate in best.items())]))
     return 0
+
+
+def _audit(options: argparse.Namespace) -> int:
+    wanted = read_experiment(options.file, METHODS, SETTING_NAMES)
+    findings = audit(AuditPlan.read(options.file), wanted, Store(options.store), _order())
+    print(audit_table(findings, markdown=options.markdown))
+    return 0 if all(finding.fine for finding in findings) else FAILED
 
 
 def _runs(path: Path) -> StoredRuns:

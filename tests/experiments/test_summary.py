@@ -384,6 +384,7 @@ def test_the_command_prints_the_tables(store: str, capsys: pytest.CaptureFixture
         "### Final perplexity",
         "### hsplitlora against the best rival",
         "### hsplitlora against every rival: how much sooner it is where the rival ends",
+        "### hsplitlora against every rival: by how much it ends above (below: -), 95 % interval",
         "### Virtual seconds to the best rival's final perplexity",
         "### Costs",
     ]

@@ -67,7 +67,7 @@ def speed_up_table(runs: StoredRuns, ours: str, rivals: Collection[str], *, mark
                     over_seeds([run.final_perplexity for run in mine], count),
                     over_seeds([theirs for theirs, _ in times], count, format_seconds),
                     over_seeds([own for _, own in times if own is not None], count, format_seconds),
-                    _speed_up(times, count),
+                    _speed_up(speed_ups(mine, best), count),
                 ]
             )
     return format_table(header, rows, markdown, left_aligned=3)
@@ -84,8 +84,8 @@ def speed_ups_table(runs: StoredRuns, ours: str, rivals: Collection[str], *, mar
         cells = []
         for of_scenario in scenarios.values():
             goals = targets(of_scenario, [rival])
-            mine = [run for run in of_scenario if run.spec.method == ours and run.spec.seed in goals]
-            cells.append(_speed_up(_times(mine, goals), len(goals)))
+            mine = [run for run in of_scenario if run.spec.method == ours]
+            cells.append(_speed_up(speed_ups(mine, goals), len(goals)))
         rows.append([rival, *cells])
     return format_table([f"{ours} against", *scenarios], rows, markdown, left_aligned=1)
 
@@ -192,14 +192,19 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def speed_ups(mine: Sequence[StoredRun], goals: Mapping[int, StoredRun]) -> list[float | None]:
+    """How many times sooner each run of `mine` is where the rival of its seed in `goals` ends; None: it never is."""
+    times = _times([run for run in mine if run.spec.seed in goals], goals)
+    return [None if own is None else theirs / own if own else math.inf for theirs, own in times]
+
+
 def _times(mine: Sequence[StoredRun], goals: Mapping[int, StoredRun]) -> list[tuple[float, float | None]]:
     """Virtual seconds of the rival and of ours to the rival's final perplexity, seed by seed."""
     return [(_own_time(goals[run.spec.seed]), _time_to(run, goals[run.spec.seed])) for run in mine]
 
 
-def _speed_up(times: Sequence[tuple[float, float | None]], wanted: int) -> str:
-    ratios = [theirs / own if own else math.inf for theirs, own in times if own is not None]
-    return over_seeds(ratios, wanted, lambda ratio: f"{ratio:.2f}x")
+def _speed_up(ratios: Sequence[float | None], wanted: int) -> str:
+    return over_seeds([ratio for ratio in ratios if ratio is not None], wanted, lambda ratio: f"{ratio:.2f}x")
 
 
 def _own_time(rival: StoredRun) -> float:
