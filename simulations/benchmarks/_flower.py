@@ -1,4 +1,4 @@
-"""Flower's processes of a deployment on loopback, in a FLWR_HOME of their own, for benchmarks; each is ended by pid."""
+"""Flower's processes in a FLWR_HOME of their own, for benchmarks; each is ended by pid."""
 
 import os
 import socket
@@ -94,6 +94,48 @@ def loopback(home: Path, nodes: int) -> Iterator[Loopback]:
         yield deployment
     finally:
         deployment.end()
+
+
+@contextmanager
+def own_home(folder: Path) -> Iterator[dict[str, str]]:
+    """What `flwr run` needs: a FLWR_HOME in `folder` and free ports; whatever was started with it is ended."""
+    home = folder / "flower"
+    home.mkdir()
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
+        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    try:
+        yield environment
+    finally:
+        _end_processes(home)
+
+
+def _end_processes(home: Path) -> None:
+    """SIGTERM, then SIGKILL for what is left; again, since a parent that ends may have started another child."""
+    for process in (left := _started_in(home)):
+        process.terminate()
+    psutil.wait_procs(left, END_S)
+    while left := _started_in(home):
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, END_S)
+
+
+def _started_in(home: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            mine = process.environ().get("FLWR_HOME") == str(home)
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue  # gone meanwhile, or another user's
+    return found
 
 
 def _environment() -> dict[str, str]:

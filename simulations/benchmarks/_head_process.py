@@ -10,7 +10,7 @@ from typing import Any
 # All imports of a client first: the memory baseline is taken after them.
 import peft  # noqa: F401
 import torch
-from _models import MODELS
+from _models import source_of
 from split_overhead import Setting, random_batch
 from torch import Tensor
 
@@ -107,7 +107,7 @@ def main() -> None:
     task, blocks = RoundTask.from_json(order.pop("task")), order.pop("blocks")
     setting = Setting(**order)
     return_freed_tensors()  # as HSplitLoRAClient does
-    files = ModelFiles.resolve(MODELS[setting.model]())
+    files = ModelFiles.resolve(source_of(setting.model))
     files.skeleton()  # transformers imports a model's code when it is first built: part of the baseline too
     forget_peak()
     baseline = resident_bytes("VmRSS")

@@ -1,18 +1,14 @@
 """Many simulated clients of `load.py`: a real ``flwr run`` in a FLWR_HOME of its own, of which nothing is left."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
+from _flower import own_home
 
 from hsplit_flwr.models.assets import tiny_checkpoint
 
@@ -20,7 +16,6 @@ APP = Path(__file__).parents[1] / "finetune"
 ACTORS = 2
 ROWS_PER_CLIENT = 2
 LIMIT_S = 3600.0
-GRACE_S = 15.0
 
 
 def simulate(supernodes: int, per_round: int, rounds: int) -> dict[str, Any]:
@@ -29,7 +24,7 @@ def simulate(supernodes: int, per_round: int, rounds: int) -> dict[str, Any]:
     Raises:
         RuntimeError: the run failed, or took longer than `LIMIT_S`.
     """
-    with tempfile.TemporaryDirectory(prefix="load-") as name, _home(Path(name)) as environment:
+    with tempfile.TemporaryDirectory(prefix="load-") as name, own_home(Path(name)) as environment:
         folder = Path(name)
         _write_texts(folder / "texts.jsonl", supernodes * ROWS_PER_CLIENT)
         config = _run_config(folder, supernodes, per_round, rounds)
@@ -100,55 +95,6 @@ def _write_texts(path: Path, count: int) -> None:
         {"text": f"Order {number}: {number % 7} of item {number % 13}, to be sent today."} for number in range(count)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-@contextmanager
-def _home(folder: Path) -> Iterator[dict[str, str]]:
-    """An environment with Flower's own folder and ports; every process that was started in it is ended afterwards."""
-    home = folder / "flower"
-    home.mkdir()
-    environment = {
-        **os.environ,
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    try:
-        yield environment
-    finally:
-        _end_processes(home)
-
-
-def _end_processes(home: Path) -> None:
-    """SIGTERM, then SIGKILL for what is left; again, since a parent that ends may have started another child."""
-    for process in (left := _started_in(home)):
-        process.terminate()
-    psutil.wait_procs(left, GRACE_S)
-    while left := _started_in(home):
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, GRACE_S)
-
-
-def _started_in(home: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            mine = process.environ().get("FLWR_HOME") == str(home)
-            if mine and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue  # gone meanwhile, or another user's
-    return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _tail(log: Path, lines: int = 40) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _models import MODELS
+from _models import source_of
 from _provenance import provenance
 from torch import Tensor
 
@@ -153,7 +153,7 @@ class SplitClient:
 
 def measure(setting: Setting) -> dict[str, Any]:
     """One row."""
-    files = ModelFiles.resolve(MODELS[setting.model]())
+    files = ModelFiles.resolve(source_of(setting.model))
     total = setting.steps * (BLOCKS + WARM_UP)
     codecs = {"activation_codec": setting.dtype, "gradient_codec": setting.dtype}
     config = TrainingConfig(
