@@ -68,9 +68,10 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     ranks = ",".join(map(str, PlannerConfig.ranks))
     choice.add_argument("--ranks", type=_whole_numbers, default=ranks, help="candidate ranks, besides 0")
     number(choice, "--tail-rank", PlannerConfig.tail_rank, "mean rank of the tail's adapters")
-    worth = "of a matrix that the tail trains, against one in a head; 0: as many blocks in heads as they afford"
-    worth, default = f"{worth} (default: %(default)s)", PlannerConfig.tail_worth
-    choice.add_argument("--tail-worth", type=float, default=default, metavar="W", help=worth)
+    worth = "of a matrix that the tail trains, against one in a head; 0: as many blocks in heads as they afford; "
+    worth += f"{AUTO}, the default: whatever makes most progress per second"
+    choice.add_argument("--tail-worth", type=_worth, metavar="W", help=worth)
+    number(choice, "--min-cut", PlannerConfig.min_cut, "blocks that every head holds at least")
     targets = "endings of the linear layers that may get an adapter, or one regular expression"
     targets = f"{targets} (default: {PlannerConfig.target_modules})"
     choice.add_argument("--target-modules", nargs="+", metavar="NAME", help=targets)
@@ -92,6 +93,13 @@ def run(options: argparse.Namespace) -> int:
         return 0
     client, reason = next(iter(made.left_out.items()))
     return fail(NOBODY, f"none of {len(made.left_out)} clients can take part; client {client}: {reason}")
+
+
+def _worth(text: str) -> float | None:
+    try:
+        return None if text == AUTO else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, found {text!r}") from None
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -179,6 +187,7 @@ def _planner_config(options: argparse.Namespace) -> PlannerConfig:
         ranks=options.ranks,
         tail_rank=options.tail_rank,
         tail_worth=options.tail_worth,
+        min_cut=options.min_cut,
         deadline_s=options.deadline_s,
         target_modules=from_words(options.target_modules or ()),
         choose=tuple(name for name in CHOICES if getattr(options, name) == AUTO),

@@ -119,7 +119,8 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         planner=PlannerConfig(
             ranks=tuple(integers(run_config, "candidate-ranks", "2,4,8,16").values()),
             tail_rank=tail_rank,
-            tail_worth=get(run_config, "tail-worth", PlannerConfig.tail_worth),
+            tail_worth=_tail_worth(run_config),
+            min_cut=get(run_config, "min-cut", PlannerConfig.min_cut),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
             target_modules=spec,
             update=UpdateCoding(get(run_config, "update-codec", "fp32"), get(run_config, "update-rank", 0)),
@@ -155,6 +156,11 @@ def of_fields(run_config: RunConfig, kind: type, but: Container[str] = ()) -> di
     """
     defaults: dict[str, Any] = {field.name: field.default for field in fields(kind) if field.name not in but}
     return {name: get(run_config, name.replace("_", "-"), default) for name, default in defaults.items()}
+
+
+def _tail_worth(run_config: RunConfig) -> float | None:
+    """None: the plan weighs what the tail is worth by the clock."""
+    return None if run_config.get("tail-worth", AUTO) == AUTO else get(run_config, "tail-worth", 0.0)
 
 
 def _chosen(run_config: RunConfig) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Which codec, how many parts, how many tail passes: what a plan chooses where the run config says ``auto``.
 
 Every choice is planned and played on the virtual clock. Taken is the mildest one (codecs by their measured cost, then
-few parts) whose round is hardly longer than the shortest: a coarser codec or more parts must be worth it, as they are
-where a link decides.
+few parts) that is hardly slower than the fastest to the same progress: a coarser codec or more parts must be worth it,
+as they are where a link decides.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.planning.round_plan import Exchange, RoundPlan
+from hsplit_flwr.planning.round_plan import Exchange, RoundPlan, progress_per_s
 from hsplit_flwr.training.workload import Workload
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ AUTO = "auto"
 CHOICES = ("activation_codec", "gradient_codec", "micro_batches", "tail_passes")
 """fields of `Exchange` that can be chosen; parts in flight go with the parts"""
 CODEC_COST: Mapping[str, float] = {"bf16": 0.0, "int8": 0.006}
-"""codec -> relative increase of the final perplexity against fp32, mildest first: the larger of two means over three
-seeds in docs/exchange.md (without error feedback). int4 is not among them: it cost as little there, but that model's
+"""codec -> relative increase of the final perplexity against fp32, mildest first: the largest mean over three seeds of
+the six settings in `simulations/evidence/exchange.csv`. int4 is not among them: it cost 0.008 there, but that model's
 activations have no outliers, as those of larger ones have"""
 MOST_COST = 0.01
 """of a codec that may be chosen"""
@@ -31,9 +31,9 @@ PARTS = (1, 2, 4, 8)
 PASSES = (4, 3, 2)
 """more than one; simulations/README.md has what four bring"""
 WORTH = 0.05
-"""by which a coarser codec or more parts must shorten a round, relative to it"""
+"""by which a coarser codec or more parts must shorten a round of the same progress, relative to it"""
 IDLE = 0.02
-"""by which further passes of the tail may lengthen a round: they are for its idle time"""
+"""by which further passes of the tail may lengthen a round of the same progress: they are for its idle time"""
 
 Make = Callable[["ModelCosts"], RoundPlan]
 
@@ -88,11 +88,11 @@ def _candidates(load: Workload, chosen: Sequence[str], *, overlap: bool = True) 
 
 
 def _mildest(plans: Sequence[RoundPlan], tolerance: float) -> RoundPlan:
-    """The first of the plans with most clients whose round is at most so much longer than the shortest of them."""
+    """The first of the plans with most clients that is at most so much slower to the same progress than the fastest."""
     most = max(len(plan.clients) for plan in plans)
     serving = [plan for plan in plans if len(plan.clients) == most]
-    shortest = min(plan.round_s for plan in serving)
-    return next(plan for plan in serving if plan.round_s <= shortest * (1 + tolerance))
+    fastest = max(map(progress_per_s, serving))
+    return next(plan for plan in serving if progress_per_s(plan) * (1 + tolerance) >= fastest)
 
 
 def describe(exchange: Exchange) -> str:

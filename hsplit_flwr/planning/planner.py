@@ -23,9 +23,9 @@ importance alone: they maximize sum_m I_m g(r_m) over the blocks from 1 on, subj
 tail_rank sum_m (d_in + d_out).
 
 The objective counts what every client's data trains, in its head or in the tail. The tail trains better: it steps on
-all clients' batches, and goes on from round to round. So w > 1, and a deeper head is worth having where it has clearly
-larger ranks than the tail, or where the server's memory or a deadline asks for it. It is not worth a longer round:
-without a stated deadline a round ends when the slowest client can be done (`balance`).
+all clients' batches, and goes on from round to round. Where nobody states w, plans are made for w = 2, whose round ends
+when the slowest client can be done (`balance`), and for w = 0 under several limits of depth and time; taken is the one
+that makes most progress per second of the virtual clock (`paced_plans`). No cut is below `min_cut`.
 
 As many clients as possible take part (`participants`); the objective comes second. With the same clients taking
 part, more of any budget or a later deadline never gives a lower objective (`greedy` says how far that goes). The
@@ -46,13 +46,16 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.exchange_choice import CHOICES, choose
+from hsplit_flwr.planning.paced_plans import paced_plan
 from hsplit_flwr.planning.prediction import predict
 from hsplit_flwr.planning.round_plan import Exchange, PlannedClient, PlannedTail, RoundPlan
 from hsplit_flwr.planning.solver import greedy
 from hsplit_flwr.planning.solver.balance import balanced_deadline
+from hsplit_flwr.planning.solver.depths import within
 from hsplit_flwr.planning.solver.limits import limits
 from hsplit_flwr.planning.solver.model_problem import problem_of
 from hsplit_flwr.planning.solver.objective import Ints
+from hsplit_flwr.planning.solver.pace import pace
 from hsplit_flwr.planning.solver.participants import participants
 from hsplit_flwr.planning.solver.problem import Problem
 from hsplit_flwr.planning.solver.solution import Solution, needed_bytes, own_seconds, tail_blocks, values
@@ -62,6 +65,8 @@ if TYPE_CHECKING:
 
 EARLIER = 6
 """times that a plan is made anew under an earlier deadline, where clients' waits for each other make a round longer"""
+WORTH = 2.0
+"""`tail_worth` of a plan that leaves the tail what it can train, where nobody states it"""
 Solver = Callable[[Problem, Ints], Solution]
 
 
@@ -73,9 +78,11 @@ class PlannerConfig:
     """candidates for every matrix, besides 0 (no adapter)"""
     tail_rank: int = 16
     """mean rank of the tail's adapters, weighted by what a unit of rank costs; spread by importance"""
-    tail_worth: float = 2.0
+    tail_worth: float | None = None
     """of a matrix that the tail trains, against one of the same rank in a head; 0: only what heads train counts, which
-    gives every device as many blocks as it affords. Ours; what is measured: above 1 (simulations/README.md)"""
+    gives every device as many blocks as it affords. None: the plan of most progress per second (`paced_plans`)"""
+    min_cut: int = 1
+    """blocks that every head holds at least: what leaves a device has gone through so many (privacy)"""
     deadline_s: float | None = None
     """for a round: download, all steps and the adapters' upload; inf: no deadline; None: what the slowest client needs
     for the shallowest head (`balance.balanced_deadline`)"""
@@ -92,7 +99,9 @@ class PlannerConfig:
         expected = "as whole numbers >= 1, at least one candidate and no two equal"
         require(bool(self.ranks) and whole and distinct, "ranks", expected, self.ranks, key="candidate-ranks")
         require_whole("tail_rank", self.tail_rank, 0)
-        require(is_at_least(self.tail_worth, 0), "tail_worth", ">= 0 and finite", self.tail_worth)
+        known = self.tail_worth is None or is_at_least(self.tail_worth, 0)
+        require(known, "tail_worth", ">= 0 and finite, or None (auto)", self.tail_worth)
+        require_whole("min_cut", self.min_cut, 1)
         good = self.deadline_s is None or self.deadline_s > 0
         require(good, "deadline_s", "> 0 (inf: none), or None", self.deadline_s)
         LoraSpec(target_modules=self.target_modules)  # refuses none at all
@@ -180,9 +189,12 @@ def _best(
 ) -> RoundPlan:
     """The plan, with the exchange that is best for it where that is the planner's to choose."""
 
+    def made(problem: Problem) -> RoundPlan:
+        return plan_in_time(problem, solver) if config.deadline_s else plan_problem(problem, solver)
+
     def make(under: "ModelCosts") -> RoundPlan:
         problem = _problem(under, importance, clients, server, config)
-        return plan_in_time(problem, solver) if config.deadline_s else plan_problem(problem, solver)
+        return paced_plan(problem, config.deadline_s or math.inf, made) if config.tail_worth is None else made(problem)
 
     return choose(costs, config.choose, make) if config.choose else make(costs)
 
@@ -220,11 +232,17 @@ def _problem(
         server,
         ranks=config.ranks,
         tail_rank=config.tail_rank,
-        tail_worth=config.tail_worth,
+        tail_worth=WORTH if config.tail_worth is None else config.tail_worth,
         trained=config.targets(matrix.name for matrix in costs.matrices),
         deadline_s=config.deadline_s or math.inf,
         update=config.update,
     )
+    if config.min_cut > problem.num_cuts:
+        raise ConfigError(
+            f"Expected min_cut (key min-cut) <= {problem.num_cuts}, the deepest cut of {costs.num_blocks} blocks, "
+            f"found {config.min_cut}. Lower it."
+        )
+    problem = within(problem, config.min_cut, problem.num_cuts)
     return problem if config.deadline_s else replace(problem, deadline_s=balanced_deadline(problem))
 
 
@@ -264,6 +282,7 @@ def _round_plan(problem: Problem, solution: Solution, left_out: Mapping[str, str
         value=sum(client.value for client in clients.values()),
         round_s=predicted.round_s,
         step_s=predicted.step_s,
+        pace=pace(problem, solution),
         exchange=Exchange(**{field.name: getattr(load, field.name) for field in fields(Exchange)}),
     )
 

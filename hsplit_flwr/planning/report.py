@@ -109,4 +109,4 @@ def _totals(plan: RoundPlan) -> str:
     everyone = len(plan.clients) + len(plan.left_out)
     taking_part = f"{len(plan.clients):,} of {everyone:,} clients take part"
     time = f"a round takes {format_seconds(plan.round_s)} s, a step {format_seconds(plan.step_s)} s"
-    return f"{taking_part}; {time}; {describe(plan.exchange)}; value of the plan {plan.value:.4g}"
+    return f"{taking_part}; {time}; {describe(plan.exchange)}; {plan.pace:.3g} steps' worth of progress a step"

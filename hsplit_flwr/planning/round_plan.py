@@ -76,3 +76,10 @@ class RoundPlan:
     """pace of the round: a step with all that goes on beside each other, by the virtual clock"""
     exchange: Exchange
     """how batches travel"""
+    pace: float
+    """steps' worth of progress that everybody's step makes (`solver.pace`)"""
+
+
+def progress_per_s(plan: RoundPlan) -> float:
+    """Steps' worth of progress, per step and second of a round; 0 where nobody takes part."""
+    return plan.pace / plan.round_s if plan.round_s else 0.0

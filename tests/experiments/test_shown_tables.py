@@ -18,6 +18,11 @@ TABLES = {
         ("--rivals", "splitlora,splitlora_16,frozen_head"),
         ("--ours", "hsplitlora_4_passes", "--rivals", "splitlora_4_passes,frozen_head_4_passes"),
     ),
+    "exchange.csv": tuple(
+        ("--ours", ours, "--rivals", "splitlora_16,splitlora_16_int8,splitlora_16_pipelined,frozen_head_pipelined")
+        for ours in ("hsplitlora_pipelined", "hsplitlora_all")
+    ),
+    "exchange_one_block.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
 }
 """store -> options of the tables that are shown of it, where they are not the default ones"""
 
@@ -56,6 +61,7 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("results", "tiny"),
         ("search of the controls", "search_controls"),
         ("controls", "controls"),
+        ("exchange", "exchange"),
     ],
 )
 def test_a_marked_section_is_of_its_store(marker: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,15 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.experiments.evidence.paired import perplexity_changes
+from hsplit_flwr.experiments.evidence.store import Store
+from hsplit_flwr.experiments.evidence.stored_runs import StoredRuns
+from hsplit_flwr.experiments.evidence.summary import mean
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.exchange_choice import CHOICES, CODEC_COST, IDLE, MOST_COST, WORTH, describe
@@ -103,3 +108,20 @@ def test_an_exchange_in_words() -> None:
     assert describe(Exchange()) == "fp32"
     exchange = Exchange(activation_codec="int8", micro_batches=4, micro_batches_in_flight=3, tail_passes=2)
     assert describe(exchange) == "int8 up and fp32 down, 4 parts, 3 in flight, 2 tail passes"
+
+
+def test_what_codecs_cost_is_what_stored_runs_say() -> None:
+    """The largest mean of a setting, against fp32; bf16's is within what seeds differ by."""
+    path = Path(__file__).parents[2] / "simulations" / "evidence" / "exchange.csv"
+    runs = StoredRuns.of(Store(path).rows())
+
+    def worst(method: str) -> float:
+        means = []
+        for of_scenario in runs.scenarios().values():
+            mine, plain = ([r for r in of_scenario if r.spec.method == m] for m in (method, "hsplitlora_fp32"))
+            means.append(mean(perplexity_changes(mine, plain)) / 100)
+        return max(means)
+
+    assert worst("hsplitlora") < 0.004
+    assert worst("hsplitlora_int8") <= CODEC_COST["int8"] < worst("hsplitlora_int8") + 0.001
+    assert worst("hsplitlora_int4") == pytest.approx(0.008, abs=0.0005)

@@ -50,6 +50,7 @@ def round_plan(clients: list[PlannedClient], left_out: Mapping[str, str] | None 
         value=3.14159,
         round_s=12.25,
         step_s=0.75,
+        pace=2.8765,
         exchange=Exchange(activation_codec="int8", micro_batches=4, micro_batches_in_flight=4, tail_passes=2),
     )
 
@@ -79,7 +80,7 @@ def test_totals_and_left_out_clients_with_their_reasons() -> None:
     lines = plan_table(PLAN).splitlines()
     assert lines[6] == (
         "2 of 4 clients take part; a round takes 12.2 s, a step 0.750 s; int8 up and fp32 down, 4 parts, 4 in flight, "
-        "2 tail passes; value of the plan 3.142"
+        "2 tail passes; 2.88 steps' worth of progress a step"
     )
     assert lines[8:] == [
         "Left out:",
@@ -180,6 +181,7 @@ def costed_plan(costs: ModelCosts, clients: int) -> tuple[RoundPlan, dict[str, B
         value=1.0,
         round_s=1.0,
         step_s=0.1,
+        pace=1.0,
         exchange=Exchange(),
     )
     return plan, {head.client: BUDGET for head in heads}

@@ -373,7 +373,7 @@ def test_the_tail_keeps_what_it_trains_well(costs: ModelCosts, importance: Mappi
         found = plan(costs, importance, clients, server, PlannerConfig(**{"deadline_s": math.inf, **changes}))
         return sorted(client.cut for client in found.clients.values())
 
-    assert cuts() == [1, 1, 1]
+    assert cuts() == cuts(tail_worth=2.0) == [1, 1, 1]
     assert cuts(tail_rank=0) == [deepest] * 3  # the tail has no adapters: all is the heads' to train
     assert cuts(tail_worth=0.0) == [deepest] * 3
     assert cuts(tail_worth=0.9) == [deepest] * 3  # equal ranks
@@ -381,7 +381,7 @@ def test_the_tail_keeps_what_it_trains_well(costs: ModelCosts, importance: Mappi
 
 def test_a_joint_tail_that_is_short_of_memory_leaves_a_block_to_a_head(importance: Mapping[str, float]) -> None:
     joint = ModelCosts(tiny_config("llama", tied=False), Workload(2, 16, joint_steps=True))
-    clients, config = {name: device() for name in "abc"}, PlannerConfig(deadline_s=math.inf)
+    clients, config = {name: device() for name in "abc"}, PlannerConfig(deadline_s=math.inf, tail_worth=2.0)
     needed = plan(joint, importance, clients, SERVER, config).tail.memory_bytes
     short = plan(joint, importance, clients, replace(SERVER, memory_bytes=needed - 1), config)
     assert sorted(client.cut for client in short.clients.values()) == [1, 1, 2]

@@ -36,6 +36,7 @@ PLAN = RoundPlan(
     value=math.pi,
     round_s=12.25,
     step_s=0.1 + 0.2,
+    pace=math.e,
     exchange=Exchange(activation_codec="int8", micro_batches=4),
 )
 FULL = RoundRecord(

@@ -5,6 +5,7 @@ A rank's cost is linear in z, its value too: g's increments are the coefficients
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -102,9 +103,9 @@ class _Model:
         """A rank needs the next smaller one, and the smallest a cut that is deep enough."""
         for column, matrix in enumerate(self.matrices):
             deep_enough = self.y[client, self.problem.matrices.block[matrix] :]
-            first, *others = self.z[client, column]
-            self._row(np.r_[first, deep_enough], np.r_[1.0, -np.ones(len(deep_enough))], upper=0)
-            for smaller, larger in zip([first, *others[:-1]], others, strict=True):
+            steps = self.z[client, column]
+            self._row(np.r_[steps[0], deep_enough], np.r_[1.0, -np.ones(len(deep_enough))], upper=0)
+            for smaller, larger in pairwise(steps):
                 self._row(np.r_[larger, smaller], np.array([1.0, -1.0]), upper=0)
 
     def _memory(self, client: int) -> None:
@@ -112,7 +113,8 @@ class _Model:
         budget = problem.devices.memory[client]
         per_step = np.outer(problem.heads.rank_bytes[self.matrices], self.extra_rank)
         columns = np.r_[self.y[client], self.z[client].ravel()]
-        self._row(columns, np.r_[problem.heads.base_bytes, per_step.ravel()] / budget, upper=1)
+        base = np.where(np.isfinite(problem.heads.base_bytes), problem.heads.base_bytes, 0.0)  # others are out anyway
+        self._row(columns, np.r_[base, per_step.ravel()] / budget, upper=1)
 
     def _deadline(self, client: int) -> None:
         problem = self.problem

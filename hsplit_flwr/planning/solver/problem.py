@@ -32,7 +32,7 @@ class HeadCosts:
     """What a head takes: without adapters by its cut, and for every unit of a matrix's rank."""
 
     base_bytes: Floats
-    """(C,) memory without adapters"""
+    """(C,) memory without adapters; inf: a cut that nobody may have"""
     base_flops: Floats
     """(C,) per step, without adapters"""
     forward_flops: Floats

@@ -1,0 +1,102 @@
+"""What the planner takes for progress (`planning/solver/pace.py`), fitted to stored runs, and how far it is off.
+
+    python simulations/benchmarks/pace.py --json OUT
+
+Runs of `simulations/evidence`: the embedded model, five clients, one cut and one rank for all (`cuts.csv`, `ranks.csv`
+from rank 4 on), and HSplitLoRA's own plans of one block at rank 16, after 24 and 40 steps (`tiny.csv`,
+`three_rounds.csv`). Least squares of log perplexity = a - b log(pace x steps) over a, b and the two exponents.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _provenance import provenance
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from hsplit_flwr.common.tables import format_table
+from hsplit_flwr.experiments.evidence.store import Store
+from hsplit_flwr.experiments.evidence.stored_runs import StoredRuns
+from hsplit_flwr.planning.solver.objective import gain
+
+EVIDENCE = Path(__file__).parents[1] / "evidence"
+CLIENTS, BLOCKS, LARGEST_RANK, LEAST_RANK = 5, 8, 16, 4
+START = (2.0, 0.3, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run."""
+
+    cut: int
+    rank: int
+    steps: int
+    loss: float
+    """log of its final perplexity"""
+
+
+def points() -> Iterator[Point]:
+    """All that are fitted to."""
+    for name in ("cuts", "ranks", "tiny", "three_rounds"):
+        for run in StoredRuns.of(Store(EVIDENCE / f"{name}.csv").rows()).runs:
+            spec = run.spec
+            cut, rank = (spec.cut, spec.rank) if spec.rank else (1, LARGEST_RANK)
+            planned = spec.method == "hsplitlora" and spec.setting in ("homogeneous", "heterogeneous")
+            if (spec.rank or planned) and rank >= LEAST_RANK:
+                yield Point(cut, rank, spec.rounds * spec.local_steps, math.log(run.final_perplexity))
+
+
+def pace(point: Point, tail_steps: float, rank_worth: float) -> float:
+    """As `planning.solver.pace`, for equal heads and importance."""
+    worth = (gain(point.rank) / gain(LARGEST_RANK)) ** rank_worth
+    return worth * (point.cut + (BLOCKS - point.cut) * CLIENTS**tail_steps) / BLOCKS
+
+
+def fit(found: list[Point]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(4,) a, b and the exponents; (runs,) what is predicted above what was found, in log perplexity."""
+
+    def off(parameters: NDArray[np.float64]) -> NDArray[np.float64]:
+        a, b, *exponents = parameters
+        return np.array([a - b * math.log(pace(p, *exponents) * p.steps) - p.loss for p in found])
+
+    answer = least_squares(off, START)
+    return answer.x, off(answer.x)
+
+
+def main() -> None:
+    """Fit, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    found = list(points())
+    (a, b, tail_steps, rank_worth), off = fit(found)
+    by_kind: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    for point, error in zip(found, off, strict=True):
+        by_kind[point.cut, point.rank, point.steps].append(100 * error)
+    rows = [
+        [*map(str, kind), f"{min(errors):+.1f} to {max(errors):+.1f}", str(len(errors))]
+        for kind, errors in sorted(by_kind.items())
+    ]
+    print(format_table(["cut", "rank", "steps", "predicted above found, %", "runs"], rows, False))
+    figures: dict[str, Any] = {
+        "intercept": a,
+        "loss_per_step": b,
+        "tail_steps": tail_steps,
+        "rank_worth": rank_worth,
+        "rms": float(np.sqrt((off**2).mean())),
+        "worst": float(abs(off).max()),
+        "runs": len(found),
+    }
+    print(", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+    options.json.write_text(json.dumps({**figures, **provenance(0)}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What the planner takes for progress: by hand, by the stored runs, and what plans make of it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig
+
+from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
+from hsplit_flwr.planning.paced_plans import paced_plan
+from hsplit_flwr.planning.planner import PlannerConfig, plan, plan_exact, plan_problem
+from hsplit_flwr.planning.round_plan import RoundPlan, progress_per_s
+from hsplit_flwr.planning.solver.depths import depths, within
+from hsplit_flwr.planning.solver.greedy import solve
+from hsplit_flwr.planning.solver.objective import gain
+from hsplit_flwr.planning.solver.pace import LOSS_PER_STEP, RANK_WORTH, TAIL_STEPS, pace, pace_of_cuts
+from hsplit_flwr.planning.solver.problem import Problem
+from hsplit_flwr.planning.solver.random_problems import equipped, random_problem
+from hsplit_flwr.planning.solver.solution import Solution
+from tests.helpers.benchmarks import benchmark
+
+CONFIG = LlamaConfig(hidden_size=64, intermediate_size=172, num_hidden_layers=8, num_attention_heads=4, vocab_size=100)
+SERVER = Budget(10**12, 1e13, 1e9, 1e9)
+
+
+@pytest.fixture(scope="module")
+def costs() -> ModelCosts:
+    return ModelCosts(CONFIG, Workload(batch_size=4, sequence_length=32, local_steps=10))
+
+
+@pytest.fixture(scope="module")
+def importance(costs: ModelCosts) -> dict[str, float]:
+    return {matrix.name: 1.0 + matrix.block for matrix in costs.matrices}
+
+
+def device(memory: float = 1e12, flops: float = 1e11, link: float = 1e7) -> Budget:
+    return Budget(int(memory), flops, link, link, 0.01)
+
+
+def fleet(count: int = 5, **figures: float) -> dict[str, Budget]:
+    return {str(number): device(**figures) for number in range(count)}
+
+
+def cuts(found: RoundPlan) -> list[int]:
+    return [client.cut for client in found.clients.values()]
+
+
+# ---------------------------------------------------------------------------------------------- the model of progress
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("joint", [False, True])
+def test_pace_matrix_by_matrix(seed: int, joint: bool) -> None:
+    problem = random_problem(seed, clients=4, blocks=6, matrices=3)
+    problem = replace(problem, workload=replace(problem.workload, joint_steps=joint))
+    rng = np.random.default_rng(seed)
+    solution_cuts = rng.integers(1, 6, 4)
+    held = problem.matrices.block < solution_cuts[:, None]
+    levels = np.where(held, rng.integers(0, len(problem.levels), held.shape), 0).astype(np.int8)
+    expected, top = 0.0, gain(max(problem.ranks))
+    for m, weight in enumerate(problem.matrices.importance):
+        behind = sum(int(cut) <= problem.matrices.block[m] for cut in solution_cuts)
+        ranks = [problem.levels[levels[i, m]] for i in range(4)]
+        heads = sum((gain(rank) / top) ** RANK_WORTH for rank in ranks) / 4
+        steps = behind / 4 * (1.0 if joint else behind**TAIL_STEPS)
+        expected += weight * (heads + steps * (gain(problem.tail.ranks[m]) / top) ** RANK_WORTH)
+    assert pace(problem, Solution(solution_cuts, levels)) == pytest.approx(expected)
+    full = np.where(held, len(problem.ranks), 0).astype(np.int8)
+    assert pace_of_cuts(problem, solution_cuts) == pytest.approx(pace(problem, Solution(solution_cuts, full)))
+
+
+def test_its_constants_are_those_of_the_stored_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitted = benchmark("pace", monkeypatch)
+    (_, loss_per_step, tail_steps, rank_worth), off = fitted.fit(list(fitted.points()))
+    assert loss_per_step == pytest.approx(LOSS_PER_STEP, abs=0.005)
+    assert tail_steps == pytest.approx(TAIL_STEPS, abs=0.005)
+    assert rank_worth == pytest.approx(RANK_WORTH, abs=0.005)
+    assert float(np.sqrt((off**2).mean())) == pytest.approx(0.026, abs=0.0005)
+    assert abs(off).max() == pytest.approx(0.094, abs=0.0005)
+
+
+# ---------------------------------------------------------------------------------------------- what plans make of it
+
+
+def test_a_strong_server_trains_what_it_can(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    assert cuts(plan(costs, importance, fleet(), SERVER, PlannerConfig())) == [1] * 5
+
+
+def test_a_slow_server_is_relieved(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    """Devices that are ten times as fast as the server: as shallow as ever with a stated worth, deeper by the clock."""
+    server, clients = replace(SERVER, flops_per_s=1e9), fleet(flops=1e10, link=1e9)
+    found = plan(costs, importance, clients, server, PlannerConfig())
+    shallow = plan(costs, importance, clients, server, PlannerConfig(tail_worth=2.0))
+    assert cuts(shallow) == [1] * 5
+    assert min(cuts(found)) > 1
+    assert progress_per_s(found) > 1.2 * progress_per_s(shallow)
+    assert found.pace < shallow.pace  # it learns less in a round, which is shorter
+
+
+def test_a_server_too_small_for_all_blocks_takes_what_there_is_room_for(importance: Mapping[str, float]) -> None:
+    joint = ModelCosts(CONFIG, Workload(batch_size=4, sequence_length=32, local_steps=10, joint_steps=True))
+    whole = plan(joint, importance, fleet(), SERVER, PlannerConfig(tail_worth=2.0)).tail.memory_bytes
+    found = plan(joint, importance, fleet(), replace(SERVER, memory_bytes=int(whole * 0.8)), PlannerConfig())
+    assert len(found.clients) == 5
+    assert sum(cuts(found)) > 5
+    assert found.tail.memory_bytes <= whole * 0.8
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("tight", ["memory", "deadline", "both", "none"])
+def test_never_less_progress_a_second_than_where_the_tail_takes_what_it_can(seed: int, tight: Any) -> None:
+    """Nobody more is left out, and memory of devices and server is enough."""
+    problem = random_problem(seed, clients=4, blocks=6, matrices=3, tight=tight)
+    stated_s = problem.deadline_s
+
+    def make(changed: Problem) -> RoundPlan:
+        return plan_problem(changed, solve)
+
+    shallow, found = make(problem), paced_plan(problem, stated_s, make)
+    assert found.clients.keys() == shallow.clients.keys()
+    assert found.left_out == shallow.left_out
+    assert progress_per_s(found) >= progress_per_s(shallow)
+    assert found.tail.memory_bytes <= problem.devices.server_memory * (1 + 1e-8)
+    for client in found.clients.values():
+        assert client.memory_bytes <= client.memory_budget_bytes
+
+
+@pytest.mark.parametrize("share", [0.6, 1.0, 1.5, 3.0])
+def test_a_stated_deadline_is_kept(costs: ModelCosts, importance: Mapping[str, float], share: float) -> None:
+    """By a deep plan, too, and with as many clients as a shallow one has in that time."""
+    server, clients = replace(SERVER, flops_per_s=1e9), fleet(flops=1e10, link=1e9)
+    deadline_s = share * plan(costs, importance, clients, server, PlannerConfig()).round_s
+    shallow, found = (
+        plan(costs, importance, clients, server, PlannerConfig(deadline_s=deadline_s, tail_worth=worth))
+        for worth in (2.0, None)
+    )
+    assert found.round_s <= deadline_s
+    assert len(found.clients) >= len(shallow.clients)
+    assert share < 1.5 or len(found.clients) == 5
+
+
+def test_many_clients_in_seconds(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    found = plan(costs, importance, fleet(1000), replace(SERVER, flops_per_s=1e15), PlannerConfig())
+    assert len(found.clients) == 1000
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_depths_are_what_the_server_has_room_for(seed: int) -> None:
+    problem = random_problem(seed, clients=4, blocks=6, matrices=3)
+    all_found = depths(problem, 99)
+    assert [depth.deepest for depth in depths(problem, 2)] == [depth.deepest for depth in all_found[:2]]
+    assert {depth.deepest for depth in all_found} <= set(range(1, 6))
+    little = equipped(problem, server_memory=problem.server_bytes(4, 4) * (1 + 1e-9))
+    assert {depth.deepest for depth in depths(little, 99)} <= {5}  # a block each at the tail
+    assert depths(equipped(problem, server_memory=1.0), 99) == []
+
+
+# ---------------------------------------------------------------------------------------------- a floor for the cut
+
+
+@pytest.mark.parametrize("find", [plan, plan_exact])
+@pytest.mark.parametrize("worth", [None, 0.0, 2.0])
+def test_no_head_holds_less_than_the_floor(
+    costs: ModelCosts, importance: Mapping[str, float], find: Any, worth: float | None
+) -> None:
+    config = PlannerConfig(ranks=(4,), min_cut=3, tail_worth=worth)
+    found = find(costs, importance, fleet(2), SERVER, config)
+    assert min(cuts(found)) >= 3
+    if worth == 2.0:
+        assert cuts(found) == [3, 3]
+
+
+def test_who_cannot_hold_the_floor_is_left_out(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    clients = {"strong": device(), "weak": device(memory=costs.head_base_bytes(2))}
+    assert len(plan(costs, importance, clients, SERVER, PlannerConfig(min_cut=2)).clients) == 2
+    found = plan(costs, importance, clients, SERVER, PlannerConfig(min_cut=3))
+    assert list(found.clients) == ["strong"]
+    assert f"{costs.head_base_bytes(3):,.0f} bytes for the smallest head (cut 3" in found.left_out["weak"]
+
+
+def test_a_floor_that_is_none(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    with pytest.raises(ConfigError, match="min_cut"):
+        PlannerConfig(min_cut=0)
+    with pytest.raises(ConfigError, match=r"min-cut\) <= 7, the deepest cut of 8 blocks, found 8"):
+        plan(costs, importance, fleet(), SERVER, PlannerConfig(min_cut=8))
+
+
+def test_a_problem_within_cuts() -> None:
+    problem = within(random_problem(1, clients=2, blocks=6, matrices=2), 2, 4)
+    assert np.isinf(problem.heads.base_bytes).tolist() == [True, False, False, False, True]
+    assert all(2 <= cut <= 4 for cut in cuts(plan_problem(problem, solve)))
+    assert math.isfinite(plan_problem(problem, solve).round_s)
