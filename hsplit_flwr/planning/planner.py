@@ -81,8 +81,6 @@ class PlannerConfig:
     tail_worth: float | None = None
     """of a matrix that the tail trains, against one of the same rank in a head; 0: only what heads train counts, which
     gives every device as many blocks as it affords. None: the plan of most progress per second (`paced_plans`)"""
-    min_cut: int = 1
-    """blocks that every head holds at least: what leaves a device has gone through so many (privacy)"""
     deadline_s: float | None = None
     """for a round: download, all steps and the adapters' upload; inf: no deadline; None: what the slowest client needs
     for the shallowest head (`balance.balanced_deadline`)"""
@@ -92,6 +90,8 @@ class PlannerConfig:
     """how a round's update goes to the clients, which is what they download"""
     choose: tuple[str, ...] = ()
     """what of the exchange the plan chooses, of `exchange_choice.CHOICES`; all else is as the costs' workload says"""
+    min_cut: int = 1
+    """blocks that every head holds at least: what leaves a device has gone through so many (privacy)"""
 
     def __post_init__(self) -> None:
         whole = all(is_whole(rank, 1) for rank in self.ranks)

@@ -65,6 +65,7 @@ def test_every_key_arrives() -> None:
             "target-modules": "q_proj v_proj",
             "tail-rank": 6,
             "tail-worth": 0.5,
+            "min-cut": 2,
             "aggregation": "svd",
             "min-nodes": 3,
             "fraction-clients": 0.5,
@@ -131,7 +132,7 @@ def test_every_key_arrives() -> None:
         **parts,
     )
     coding = UpdateCoding("bf16", 8)
-    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"), coding)
+    assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"), coding, min_cut=2)
     assert settings.replan == ReplanConfig(0.5, 0.3)
     assert settings.lora_alpha == 4.0
     assert settings.plans

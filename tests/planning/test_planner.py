@@ -374,7 +374,8 @@ def test_the_tail_keeps_what_it_trains_well(costs: ModelCosts, importance: Mappi
         return sorted(client.cut for client in found.clients.values())
 
     assert cuts() == cuts(tail_worth=2.0) == [1, 1, 1]
-    assert cuts(tail_rank=0) == [deepest] * 3  # the tail has no adapters: all is the heads' to train
+    assert cuts(tail_rank=0, tail_worth=2.0) == [deepest] * 3  # the tail has no adapters: all is the heads' to train
+    assert min(cuts(tail_rank=0)) > 1  # and the deepest do not learn as much more as they take longer
     assert cuts(tail_worth=0.0) == [deepest] * 3
     assert cuts(tail_worth=0.9) == [deepest] * 3  # equal ranks
 
