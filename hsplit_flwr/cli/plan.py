@@ -75,7 +75,8 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     targets = "endings of the linear layers that may get an adapter, or one regular expression"
     targets = f"{targets} (default: {PlannerConfig.target_modules})"
     choice.add_argument("--target-modules", nargs="+", metavar="NAME", help=targets)
-    deadline = "the longest a round may take; inf: any (default: what the slowest client needs for one block)"
+    deadline = "the longest a round may take; inf: any (default: what makes most progress per second; with a --tail-worth: what "
+    deadline += "the slowest client needs for the shallowest head)"
     choice.add_argument("--deadline-s", type=float, metavar="S", help=deadline)
     choice.add_argument("--importance", type=Path, metavar="FILE", help="summary.json of a run, or JSON by module")
     choice.add_argument("--exact", action="store_true", help="the exact optimum by integer programming; slow for many")
@@ -199,7 +200,8 @@ def _heading(
 ) -> str:
     work = costs.workload
     targets = f", on {' '.join(options.target_modules)}" if options.target_modules else ""
-    deadline = f"deadline {config.deadline_s:g} s" if config.deadline_s else "no longer than the slowest client needs"
+    unstated = "most progress per second" if config.tail_worth is None else "no longer than the slowest client needs"
+    deadline = f"deadline {config.deadline_s:g} s" if config.deadline_s else unstated
     checkpointing = ", gradient checkpointing" if work.gradient_checkpointing else ""
     lines = {
         "model": f"{options.model}, {costs.num_blocks} blocks, {len(costs.matrices)} matrices in them, {work.dtype}",
