@@ -75,8 +75,8 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     targets = "endings of the linear layers that may get an adapter, or one regular expression"
     targets = f"{targets} (default: {PlannerConfig.target_modules})"
     choice.add_argument("--target-modules", nargs="+", metavar="NAME", help=targets)
-    deadline = "the longest a round may take; inf: any (default: what makes most progress per second; with a --tail-worth: what "
-    deadline += "the slowest client needs for the shallowest head)"
+    deadline = "the longest a round may take; inf: any (default: what makes most progress per second; with a "
+    deadline += "--tail-worth: what the slowest client needs for the shallowest head)"
     choice.add_argument("--deadline-s", type=float, metavar="S", help=deadline)
     choice.add_argument("--importance", type=Path, metavar="FILE", help="summary.json of a run, or JSON by module")
     choice.add_argument("--exact", action="store_true", help="the exact optimum by integer programming; slow for many")
