@@ -34,10 +34,23 @@ from statistics import fmean
 from typing import Any
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.experiments.records import TextScores
 
 NIST_ORDER = 5
 _Tokens = list[str]
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Corpus scores of generated texts; higher is better."""
+
+    bleu: float
+    """0..100"""
+    nist: float
+    meteor: float
+    """0..1"""
+    rouge_l: float
+    """0..1, F1"""
+    cider: float
 
 
 def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> TextScores:
