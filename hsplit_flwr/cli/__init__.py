@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hsplit_flwr.cli import chat, new, plan, push, results, status
+from hsplit_flwr.cli import chat, export, new, plan, push, results, status
 from hsplit_flwr.cli.parsing import PROGRAM, USER_ERROR, OneLineParser, fail
 from hsplit_flwr.errors import HSplitError
 
@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     new.declare(commands)
     results.declare(commands)
     chat.declare(commands)
+    export.declare(commands)
     push.declare(commands)
     status.declare(commands)
     options = parser.parse_args(arguments)
