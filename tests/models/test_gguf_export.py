@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from hsplit_flwr.cli import main
+from hsplit_flwr.common.cache_folder import CACHE_VARIABLE
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.lora.export import save_peft_adapter
 from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
@@ -153,6 +154,17 @@ def test_an_adapter_becomes_the_merged_models_file(tmp_path: Path, capsys: pytes
     assert torch.equal(logits(read(out)), adapted)
     assert (adapted - logits(load_trained(base)[0])).abs().max() > 1
     assert fields(out)["general.name"] == "tiny"
+
+
+def test_a_file_is_read_back_as_a_model_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's 192 positions are in the file; transformers made 1,024 of them, and failed."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    base = ModelFiles.resolve(str(tiny_checkpoint()))
+    write_gguf(*load_trained(str(base.folder)), tmp_path / "own.gguf")
+    back = ModelFiles.resolve(str(tmp_path / "own.gguf"))
+    assert back.max_positions == base.max_positions == 192
+    assert back.weight_names() == base.weight_names()
+    assert [name for name in base.weight_names() if not torch.equal(back.read(name), base.read(name))] == []
 
 
 def test_a_bases_file_gives_its_metadata(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
