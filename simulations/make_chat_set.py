@@ -1,4 +1,4 @@
-"""Makes the chat set of the app `simulations/finetune`: a made-up library of things and what its desk answers.
+"""Makes the chat set that is embedded in the package: a made-up library of things and what its desk answers.
 
 ``python -m simulations.make_chat_set`` writes ``desk.jsonl`` and ``desk_held_out.jsonl`` again. Every fact is made up,
 so that no model knows it before; the held-out chats ask for the same facts in words that no training chat has.
@@ -7,10 +7,10 @@ so that no model knows it before; the held-out chats ask for the same facts in w
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parent / "finetune" / "finetune"
+from hsplit_flwr.data.assets import DESK, DESK_HELD_OUT
+
 SEED = 7
 THINGS = {
     "telescope": (5, "the north cellar", "Mirela", 3),
@@ -114,8 +114,8 @@ def lines(chats: Iterator[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Write both files."""
-    (FOLDER / "desk.jsonl").write_text(lines(training_chats()), encoding="utf-8")
-    (FOLDER / "desk_held_out.jsonl").write_text(lines(held_out_chats()), encoding="utf-8")
+    DESK.write_text(lines(training_chats()), encoding="utf-8")
+    DESK_HELD_OUT.write_text(lines(held_out_chats()), encoding="utf-8")
 
 
 if __name__ == "__main__":

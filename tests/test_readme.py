@@ -153,7 +153,7 @@ ELSEWHERE = {
 
 @every_current_document
 def test_every_setting_can_be_set(document: str) -> None:
-    apps = [ROOT / "simulations" / name / "pyproject.toml" for name in ("quickstart", "e2e_nlg", "finetune")]
+    apps = [ROOT / "simulations" / name / "pyproject.toml" for name in ("quickstart", "e2e-nlg", "finetune")]
     known = {key for app in apps for key in read_toml(app, "an app")["tool"]["flwr"]["app"]["config"]}
     text = DOCUMENTS[document].partition(TRIED)[0]
     named = {key for values in GIVEN.findall(text) for key in re.findall(r"([\w-]+)=", values)}

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 from hsplit_flwr.common.seeds import derive_seed, head_seed, tail_seed
 from hsplit_flwr.flower.apps import message_strategy
+from hsplit_flwr.flower.finetune.data import server_data
 from hsplit_flwr.lora.factors import init_lora_A
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import block_of, segment_from_model
 from tests.helpers.chats import MARKED, tokenizer, write_lines
-from tests.helpers.finetune_app import app_config, context, server_side, task
+from tests.helpers.finetune_app import app_config, client_app, context, server_side
 from tests.helpers.grid import ThreadGrid
 
 trl = pytest.importorskip("trl")
@@ -98,7 +99,7 @@ class Losses(TrainerCallback):  # type: ignore[misc]
 
 def by_trl(config: dict[str, Any], folder: Path, **options: Any) -> list[float]:
     """Losses of 20 steps of `SFTTrainer` on the rows that the app's one client has, in the order of its epochs."""
-    own = task.server_data(config)
+    own = server_data(config)
     assert own
     examples = own.part(0, 1)
     batches = own.training_batches(examples)
@@ -148,8 +149,6 @@ def by_trl(config: dict[str, Any], folder: Path, **options: Any) -> list[float]:
 
 def by_us(config: dict[str, Any]) -> list[float]:
     """Losses of 20 steps of the app: its server, its one client, gRPC between them."""
-    from finetune import client_app
-
     grid = ThreadGrid({1: client_app.app})
     grid.nodes[1].context = context(config, {"partition-id": 0, "num-partitions": 1}, RecordDict())
     strategy = message_strategy(server_side(config))

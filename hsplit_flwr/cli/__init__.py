@@ -1,8 +1,8 @@
-"""The command ``hsplit-flwr``: a plan before anyone trains, how a run goes, a result tried, scored and uploaded."""
+"""The command ``hsplit-flwr``: an app, a plan before anyone trains, how a run goes, a result tried and uploaded."""
 
 from collections.abc import Sequence
 
-from hsplit_flwr.cli import plan, push, results, status
+from hsplit_flwr.cli import chat, export, new, plan, push, results, status
 from hsplit_flwr.cli.parsing import PROGRAM, USER_ERROR, OneLineParser, fail
 from hsplit_flwr.errors import HSplitError
 
@@ -14,7 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = OneLineParser(prog=PROGRAM, description="Heterogeneous split LoRA fine-tuning with Flower.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     plan.declare(commands)
+    new.declare(commands)
     results.declare(commands)
+    chat.declare(commands)
+    export.declare(commands)
     push.declare(commands)
     status.declare(commands)
     options = parser.parse_args(arguments)

@@ -46,6 +46,18 @@ def _whole_or_auto(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"expected a whole number or auto, found {text!r}") from None
 
 
+def model_command(
+    commands: "argparse._SubParsersAction[OneLineParser]", name: str, summary: str, description: str
+) -> OneLineParser:
+    """A command that asks a model: which one, and how chats are written."""
+    command = commands.add_parser(name, help=summary, description=description, formatter_class=Defaults)
+    command.add_argument("--model", required=True, help="merged_model or adapter of a run, or any base model")
+    command.add_argument("--base", default="", help="the base of the adapter (default: the one that it names)")
+    template = 'Jinja file, or "plain" for a tokenizer without (default: the tokenizer\'s own)'
+    command.add_argument("--chat-template", default="", metavar="FILE", help=template)
+    return command
+
+
 def fail(code: int, message: str) -> int:
     """`message` on one line of stderr; returns `code`."""
     print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)

@@ -7,39 +7,36 @@ import argparse
 import sys
 from pathlib import Path
 
-from hsplit_flwr.cli.parsing import Defaults, OneLineParser, number
+from hsplit_flwr.cli.parsing import OneLineParser, model_command, number
 
 
 def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     """Add both commands and their options."""
-    generate = _command(commands, "generate", "what a model answers", "Ask a model, greedily.")
+    generate = model_command(commands, "generate", "what a model answers", "Ask a model, greedily.")
     generate.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="questions, answered one by one")
     generate.add_argument("--raw", action="store_true", help="prompts are texts to continue, not messages of a user")
     number(generate, "--max-new-tokens", 128, "tokens of an answer")
     generate.set_defaults(run=run_generate)
 
-    evaluate = _command(commands, "evaluate", "perplexity and exact answers on held-out examples", "Score a model.")
+    summary = "perplexity, answers, or tasks of lm-evaluation-harness"
+    evaluate = model_command(commands, "evaluate", summary, "Score a model on held-out examples, or on tasks.")
     source = "a .jsonl, .json, .csv or .parquet file, a folder or a name on the hub, as in docs/data.md"
-    evaluate.add_argument("--data", required=True, metavar="FILE", help=source)
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="FILE", help=source)
+    what.add_argument("--tasks", nargs="+", metavar="NAME", help="of lm-evaluation-harness, see `lm_eval ls tasks`")
     evaluate.add_argument("--data-split", default="train", metavar="NAME", help="of a folder or a name on the hub")
     evaluate.add_argument("--loss-on", default="", help="all, completion or assistant (default: by the form of data)")
     number(evaluate, "--max-length", 1024, "tokens of the longest row; longer ones are cut")
-    number(evaluate, "--batch-size", 8, "rows at a time")
-    number(evaluate, "--examples", 0, "how many, evenly spaced; 0: all")
+    number(evaluate, "--batch-size", 8, "rows or requests at a time")
+    number(evaluate, "--examples", 0, "how many, evenly spaced (of a task the first ones); 0: all")
     number(evaluate, "--max-new-tokens", 64, "tokens of an answer; 0: no answers, which is faster")
+    metrics = "also BLEU, NIST, METEOR, ROUGE-L and CIDEr of the answers (extra evidence)"
+    evaluate.add_argument("--text-scores", action="store_true", help=metrics)
+    evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="YAML files of tasks of your own")
+    evaluate.add_argument("--fewshot", type=int, metavar="N", help="examples in a task's prompt (default: its own)")
+    evaluate.add_argument("--chat", action="store_true", help="a task's prompts are messages of a user")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the score there")
     evaluate.set_defaults(run=run_evaluate)
-
-
-def _command(
-    commands: "argparse._SubParsersAction[OneLineParser]", name: str, summary: str, description: str
-) -> OneLineParser:
-    command = commands.add_parser(name, help=summary, description=description, formatter_class=Defaults)
-    command.add_argument("--model", required=True, help="merged_model or adapter of a run, or any base model")
-    command.add_argument("--base", default="", help="the base of the adapter (default: the one that it names)")
-    template = 'Jinja file, or "plain" for a tokenizer without (default: the tokenizer\'s own)'
-    command.add_argument("--chat-template", default="", metavar="FILE", help=template)
-    return command
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -61,6 +58,33 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """Print the score, and write it where asked for."""
+    return _run_tasks(options) if options.tasks else _run_held_out(options)
+
+
+def _run_tasks(options: argparse.Namespace) -> int:
+    from hsplit_flwr.data.chat_template import chat_template
+    from hsplit_flwr.models.trained import load_trained
+    from hsplit_flwr.reports.harness import save_scores, score_tasks, task_table
+
+    model, tokenizer = load_trained(options.model, base=options.base)
+    if options.chat_template:
+        template = chat_template(tokenizer, options.chat_template)
+        tokenizer.chat_template = template.source if template else None
+    scores = score_tasks(
+        *(model, tokenizer, options.tasks),
+        include_path=options.include_path,
+        batch_size=options.batch_size,
+        examples=options.examples,
+        fewshot=options.fewshot,
+        chat=options.chat,
+    )
+    print(task_table(scores))
+    if options.json:
+        save_scores(scores, options.json)
+    return 0
+
+
+def _run_held_out(options: argparse.Namespace) -> int:
     from hsplit_flwr.data.fitting import Fit
     from hsplit_flwr.data.own_data import DataSettings, OwnData
     from hsplit_flwr.data.partitions import Partition
@@ -83,7 +107,9 @@ def run_evaluate(options: argparse.Namespace) -> int:
     examples = spread(data.train, options.examples)
     print(f"{data.describe_form()}, {len(examples)} of {len(data.train)} examples")
     new = options.max_new_tokens
-    score = score_held_out(model, tokenizer, data, examples, max_new_tokens=new, progress=_progress)
+    score = score_held_out(
+        *(model, tokenizer, data, examples), max_new_tokens=new, text_scores=options.text_scores, progress=_progress
+    )
     print(score.table())
     if options.json:
         score.save(options.json)

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 from hsplit_flwr.data.text_batches import prompt_text
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import METHODS, Method
-from hsplit_flwr.experiments.records import Evaluation, RunSpec, TextScores
+from hsplit_flwr.experiments.records import Evaluation, RunSpec
 from hsplit_flwr.experiments.task import Task, spread
-from hsplit_flwr.experiments.text_metrics import score_texts
 from hsplit_flwr.experiments.work import RoundOutcome
 from hsplit_flwr.models.generation import generate_texts
 from hsplit_flwr.planning.clock import RoundTimeline, play_round
+from hsplit_flwr.reports.text_metrics import TextScores, score_texts
 from hsplit_flwr.training.loss import Score
 
 

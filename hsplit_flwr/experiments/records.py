@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 
 from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.reports.text_metrics import TextScores
 
 
 @dataclass(frozen=True)
@@ -65,20 +66,6 @@ class RunSpec:
     def field_names(cls) -> tuple[str, ...]:
         """Names of the fields in the order of the class."""
         return tuple(field.name for field in fields(cls))
-
-
-@dataclass(frozen=True)
-class TextScores:
-    """Corpus scores of generated texts; higher is better."""
-
-    bleu: float
-    """0..100"""
-    nist: float
-    meteor: float
-    """0..1"""
-    rouge_l: float
-    """0..1, F1"""
-    cider: float
 
 
 @dataclass(frozen=True, kw_only=True)

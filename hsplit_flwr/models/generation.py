@@ -1,6 +1,7 @@
 """Texts a model writes: many prompts at a time, the most likely continuation of each."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,16 @@ from hsplit_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text that a model wrote."""
+
+    text: str
+    """what follows the prompt, without special tokens and outer spaces"""
+    ended: bool
+    """by its end token; False: cut at ``max_new_tokens``"""
 
 
 def generate_texts(
@@ -22,6 +33,27 @@ def generate_texts(
     num_beams: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
+    """The texts alone of `write_texts`, with its arguments and errors."""
+    written = write_texts(
+        *(model, tokenizer, prompts),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        progress=progress,
+    )
+    return [one.text for one in written]
+
+
+def write_texts(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str | list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    num_beams: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Written]:
     """The continuation of every prompt by transformers' ``generate``, greedy (``num_beams=1``) or by beam search.
 
     Sampling is off, so equal weights write equal texts. Prompts are padded on the left here, by the pad token or,
@@ -38,7 +70,7 @@ def generate_texts(
         progress: called after every batch with the number of prompts done and their total.
 
     Returns:
-        One text per prompt and in its order: what follows the prompt, without special tokens and outer spaces.
+        One text per prompt and in its order.
 
     Raises:
         ConfigError: a number below 1, no end token, a prompt without tokens, or one that leaves too few positions.
@@ -52,7 +84,7 @@ def generate_texts(
         return []
     ids = [tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt for prompt in prompts]
     _check_lengths(ids, max_new_tokens, getattr(model.config, "max_position_embeddings", None))
-    texts: list[str] = []
+    texts: list[Written] = []
     was_training = model.training
     model.eval()
     try:
@@ -84,7 +116,7 @@ def _continue(
     ids: Sequence[list[int]],
     max_new_tokens: int,
     num_beams: int,
-) -> list[str]:
+) -> list[Written]:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = eos if pad is None else pad
     input_ids, attention_mask = _left_padded(ids, pad)
@@ -101,7 +133,8 @@ def _continue(
     new: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
     # Cut by hand, because a pad token need not be one that the decoder skips.
     written = [tokens[: tokens.index(eos)] if eos in tokens else tokens for tokens in new]
-    return [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in written]
+    texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in written]
+    return [Written(text, eos in tokens) for text, tokens in zip(texts, new, strict=True)]
 
 
 def _left_padded(ids: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -65,13 +65,21 @@ def _convert(gguf: Path, folder: Path) -> None:
         unfinished.rename(folder)
 
 
+def _left_out(path: Path) -> dict[str, Any]:
+    """What the file says and transformers does not read: how many positions a GPT-2 has."""
+    from gguf import GGUFReader
+
+    positions = GGUFReader(path).fields.get("gpt2.context_length")
+    return {"n_positions": positions.contents()} if positions else {}
+
+
 def _dequantised(gguf: Path) -> transformers.PreTrainedModel:
     """The float32 model of a GGUF file, as an ordinary model that can be saved."""
     options: dict[str, Any] = {"gguf_file": gguf.name, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options, **_left_out(gguf))
     except ImportError as error:
         raise ConfigError(
             f"Expected the package gguf to read {gguf}, found none. Run: pip install 'hsplit_flwr[e2e]'."

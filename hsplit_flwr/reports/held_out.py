@@ -1,4 +1,4 @@
-"""A result scored on held-out examples: perplexity, and how many answers are exactly those that people wrote."""
+"""A result scored on held-out examples: perplexity, exact answers, and how near the others come."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -13,13 +13,14 @@ from hsplit_flwr.data.forms import Example
 from hsplit_flwr.data.own_data import OwnData
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.generation import generate_texts
+from hsplit_flwr.reports.text_metrics import TextScores, has_words, require_packages, score_texts
 from hsplit_flwr.training.loss import Score, target_tokens, token_losses
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeldOutScore:
     """What a model makes of held-out examples."""
 
@@ -34,6 +35,8 @@ class HeldOutScore:
     positions; 0: exact answers were not measured"""
     exact: int
     """answers, written greedily, that are those of the file but for spaces around them"""
+    texts: TextScores | None = None
+    """of all answers whose text in the file has words; None: not asked for, or there are none"""
 
     def table(self) -> str:
         """The score for people."""
@@ -44,6 +47,8 @@ class HeldOutScore:
             ["perplexity", format_number(self.perplexity)],
             ["exact answers", f"{self.exact} of {self.asked}" if self.asked else "not measured"],
         ]
+        if self.texts:
+            rows += [[name.upper().replace("_", "-"), f"{value:.4f}"] for name, value in asdict(self.texts).items()]
         return format_table(["score", "value"], rows, markdown=False, left_aligned=1)
 
     def save(self, path: Path) -> None:
@@ -65,6 +70,7 @@ def score_held_out(
     examples: Sequence[Example],
     *,
     max_new_tokens: int = 0,
+    text_scores: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> HeldOutScore:
     """Score `examples` of `data`.
@@ -75,11 +81,16 @@ def score_held_out(
         data: says how examples become rows, and what their loss is on.
         examples: to score.
         max_new_tokens: of an answer; 0: nothing is asked.
+        text_scores: also compare the answers' words with those of the file (`text_metrics`).
         progress: see `generate_texts`.
 
     Raises:
-        ConfigError: no target tokens in all of `examples`.
+        ConfigError: no target tokens in all of `examples`, or text scores without answers or without their packages.
     """
+    if text_scores:
+        if not max_new_tokens:
+            raise ConfigError("Expected --max-new-tokens above 0 for text scores, found 0: there are no answers then.")
+        require_packages()
     nll, tokens = 0.0, 0
     with torch.no_grad():
         for batch in data.scoring_batches(examples):
@@ -97,4 +108,13 @@ def score_held_out(
         model, tokenizer, [one.ids for one in asked], max_new_tokens=max_new_tokens or 1, progress=progress
     )
     exact = sum(text == one.answer.strip() for text, one in zip(texts, asked, strict=True))
-    return HeldOutScore(len(examples), tokens, loss, score.perplexity, len(asked), exact)
+    worded = [(text, [one.answer]) for text, one in zip(texts, asked, strict=True) if has_words(one.answer)]
+    return HeldOutScore(
+        examples=len(examples),
+        tokens=tokens,
+        loss=loss,
+        perplexity=score.perplexity,
+        asked=len(asked),
+        exact=exact,
+        texts=score_texts(*zip(*worded, strict=True)) if text_scores and worded else None,
+    )

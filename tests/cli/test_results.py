@@ -177,12 +177,30 @@ def test_prompts_that_cannot_be_answered_do_not_end_a_score(tmp_path: Path, caps
     assert "exact answers 0 of 2" in " ".join(shown.split())
 
 
+def test_answers_are_compared_word_by_word(merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One answer is the model's own, one has no words to compare, and is left out of these scores alone."""
+    pytest.importorskip("sacrebleu")
+    model = AutoModelForCausalLM.from_pretrained(merged).eval()
+    own = {"prompt": PROMPTS[0], "completion": f" {reference_text(model, PROMPTS[0], 12)}"}
+    data = write_lines(tmp_path / "held-out.jsonl", [own, {"prompt": PROMPTS[1], "completion": " ..."}])
+    options = ("--data", data, "--max-new-tokens", 12, "--text-scores", "--json", tmp_path / "s.json")
+    assert run("evaluate", "--model", merged, *options) == 0
+    score = json.loads((tmp_path / "s.json").read_text())
+    assert (score["asked"], score["exact"]) == (2, 1)
+    assert score["texts"]["bleu"] == pytest.approx(100)
+    assert score["texts"]["rouge_l"] == pytest.approx(1)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "BLEU 100.0000" in shown
+    assert "ROUGE-L 1.0000" in shown
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
         (PAIRS, ["--model", "/no/model"], "found nothing under '/no/model'"),
         (PAIRS, ["--max-length", "4"], "Expected labels to score, found no target tokens"),
         (PAIRS, ["--loss-on", "assistant"], "Expected chats for loss-on=assistant"),
+        (PAIRS, ["--text-scores", "--max-new-tokens", "0"], "Expected --max-new-tokens above 0 for text scores"),
         ([{"q": "a"}], [], "the columns of one of these forms"),
     ],
 )

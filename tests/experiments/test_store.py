@@ -15,7 +15,8 @@ from hsplit_flwr.common import provenance
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.evidence import store as store_module
 from hsplit_flwr.experiments.evidence.store import COLUMNS, Store, key_of, stored_spec
-from hsplit_flwr.experiments.records import Evaluation, RunSpec, TextScores
+from hsplit_flwr.experiments.records import Evaluation, RunSpec
+from hsplit_flwr.reports.text_metrics import TextScores
 
 SPEC = RunSpec("ours", "alike", "iid", 0, 0.1 + 0.2, data="/machine/folder/e2e")
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,8 @@ from hsplit_flwr.experiments.evidence.summary import (
     time_table,
 )
 from hsplit_flwr.experiments.main import main
-from hsplit_flwr.experiments.records import Evaluation, RunSpec, TextScores
+from hsplit_flwr.experiments.records import Evaluation, RunSpec
+from hsplit_flwr.reports.text_metrics import TextScores
 
 ORIGIN = Origin("abc", False, {}, "python")
 RIVALS = ("splitlora", "hetlora")

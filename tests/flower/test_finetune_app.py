@@ -9,15 +9,17 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
+from hsplit_flwr.data.assets import DESK, DESK_HELD_OUT
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.flower.apps import message_strategy
+from hsplit_flwr.flower.finetune import data as run_data
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
 from hsplit_flwr.models.assets import tiny_checkpoint
 from simulations import make_chat_set
 from tests.helpers.chats import CHATS, INSTRUCTIONS, PAIRS, TEXTS, write_lines
 from tests.helpers.deployment import START_S
 from tests.helpers.federation import build_one_at_a_time
-from tests.helpers.finetune_app import APP, app_config, context, server_side, task
+from tests.helpers.finetune_app import APP, app_config, client_app, context, server_side
 from tests.helpers.flower import flower_home, free_port, read_summary, wait_for_log, wait_for_port
 from tests.helpers.grid import ThreadGrid
 
@@ -46,8 +48,6 @@ def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def play(config: dict[str, Any], *node_configs: dict[str, Any]) -> HSplitLoRAMessageStrategy:
     """The whole run in this process; one node for each of `node_configs`, two by default."""
-    from finetune import client_app
-
     configs = node_configs or ({}, {})
     grid = ThreadGrid(dict.fromkeys(range(1, len(configs) + 1), client_app.app))
     for number, (node, own) in enumerate(zip(grid.nodes.values(), configs, strict=True)):
@@ -81,11 +81,11 @@ def test_the_embedded_chats_train_offline(tmp_path: Path) -> None:
 
 
 def test_the_embedded_chats_are_what_the_script_makes() -> None:
-    for name, chats in {
-        "desk": make_chat_set.training_chats(),
-        "desk_held_out": make_chat_set.held_out_chats(),
+    for path, chats in {
+        DESK: make_chat_set.training_chats(),
+        DESK_HELD_OUT: make_chat_set.held_out_chats(),
     }.items():
-        assert (APP / "finetune" / f"{name}.jsonl").read_text(encoding="utf-8") == make_chat_set.lines(chats)
+        assert path.read_text(encoding="utf-8") == make_chat_set.lines(chats)
     asked = [chat["messages"][-2]["content"] for chat in make_chat_set.held_out_chats()]
     trained = [message["content"] for chat in make_chat_set.training_chats() for message in chat["messages"]]
     assert len([*make_chat_set.training_chats()]) >= 200
@@ -104,8 +104,8 @@ def test_a_node_may_have_its_own_file(tmp_path: Path) -> None:
     assert record.central_perplexity is None
     assert record.federated_perplexity
     for client, said in (("0", "only node 0"), ("1", "only node 1")):
-        data = task.client_data(client, config, {"data": files[int(client)]}, [client])
-        own = task.tokenizer(MODEL)
+        data = run_data.client_data(client, config, {"data": files[int(client)]}, [client])
+        own = run_data.tokenizer(MODEL)
         batch = next(iter(data.training_batches(0)))
         assert all(own.decode(row).startswith(said) for row in batch["input_ids"])
 
@@ -119,9 +119,9 @@ def test_a_server_may_score_what_no_client_has(tmp_path: Path) -> None:
 
 def test_clients_of_one_file_share_it(tmp_path: Path) -> None:
     config = config_of(tmp_path, data=write_lines(tmp_path / "own.jsonl", [{"text": f"row {n}"} for n in range(20)]))
-    own, seen = task.tokenizer(MODEL), []
+    own, seen = run_data.tokenizer(MODEL), []
     for client in ("0", "1"):
-        data = task.client_data(client, config, {}, ["0", "1"])
+        data = run_data.client_data(client, config, {}, ["0", "1"])
         batches = data.training_batches(0)
         rows = [own.decode(row[row != own.pad_token_id]) for batch in islice(batches, 5) for row in batch["input_ids"]]
         seen.append(set(rows))
@@ -152,7 +152,9 @@ def test_what_no_client_could_train_on_is_said_before_the_first_round(
     rows: list[dict[str, Any]], changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if rows is CHATS:
-        monkeypatch.setattr(task, "tiny_checkpoint", lambda: "another model")  # else the plain template is the default
+        monkeypatch.setattr(
+            run_data, "tiny_checkpoint", lambda: "another model"
+        )  # else the plain template is the default
     config = config_of(tmp_path, data=write_lines(tmp_path / "own.jsonl", rows))
     with pytest.raises(ConfigError, match=message):
         message_strategy(server_side({**config, **changes}))
@@ -161,7 +163,7 @@ def test_what_no_client_could_train_on_is_said_before_the_first_round(
 
 def test_a_client_without_any_data_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Expected data in the run config or in the node config of this SuperNode"):
-        task.client_data("0", config_of(tmp_path, data=""), {}, ["0"])
+        run_data.client_data("0", config_of(tmp_path, data=""), {}, ["0"])
 
 
 @pytest.mark.slow

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from flwr.common.config import parse_config_args
 
+from hsplit_flwr.common.toml_file import read_toml
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.grpc_transport import ServiceConfig
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.flower.apps import flwr_command
 from hsplit_flwr.flower.client_settings import RunConfig, count_clients, get, hosted_clients, integers, read_tls
+from hsplit_flwr.flower.finetune.new_app import FINETUNE, KEYS, package_of
 from hsplit_flwr.flower.run_config import read_settings
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
@@ -24,12 +26,18 @@ from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
 SIMULATIONS = Path(__file__).parents[2] / "simulations"
-APPS = ["quickstart", "e2e_nlg", "finetune"]
-PROFILED = ["quickstart", "e2e_nlg"]
+APPS = ["quickstart", "e2e-nlg", "finetune"]
+PROFILED = ["quickstart", "e2e-nlg"]
 """those that come with a profile file"""
 HERE = Path(__file__).parent
-EXPERIMENTS = sorted((SIMULATIONS / "e2e_nlg" / "experiments").glob("*.toml"))
+_, RUN_CONFIG = KEYS
+EXPERIMENTS = sorted((SIMULATIONS / "e2e-nlg" / "experiments").glob("*.toml"))
 SMALLEST = {"cuts": "1,3", "ranks": "2,4"}
+
+
+def folder_of(app: str) -> Path:
+    """Where the app's code is."""
+    return SIMULATIONS / app / package_of(app)
 
 
 def app_config(app: str) -> dict[str, Any]:
@@ -162,7 +170,7 @@ def test_a_tail_without_adapters() -> None:
 
 @pytest.mark.parametrize("app", PROFILED)
 def test_the_apps_configs_are_settings(app: str) -> None:
-    settings = read_settings(app_config(app), SIMULATIONS / app / app)
+    settings = read_settings(app_config(app), folder_of(app))
     assert settings.plans is None
     assert settings.fleet
     assert settings.fleet.client_ids == ("0", "1", "2", "3", "4")
@@ -185,9 +193,9 @@ def test_configured_cuts_put_profiles_out_of_force() -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: str(path.stem))
 def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> None:
-    config, changes = app_config("e2e_nlg"), tomllib.loads(experiment.read_text())
+    config, changes = app_config("e2e-nlg"), tomllib.loads(experiment.read_text())
     assert changes.keys() <= config.keys()
-    read_settings({**config, **changes}, SIMULATIONS / "e2e_nlg" / "e2e_nlg")
+    read_settings({**config, **changes}, folder_of("e2e-nlg"))
 
 
 def test_what_is_auto_is_left_to_the_plan() -> None:
@@ -324,30 +332,44 @@ class Recorded(dict[str, Any]):
         return super().get(key, default)
 
 
+def keys_in_code(app: str) -> set[str]:
+    """The keys that an app's own code reads; that of `finetune` is in the library."""
+    code = FINETUNE if app == "finetune" else folder_of(app)
+    literal = re.compile(r'get\(\s*(?:context\.)?run_config,\s*"([a-z-]+)"')
+    return {key for path in code.rglob("*.py") for key in literal.findall(path.read_text())}
+
+
 @pytest.mark.parametrize("app", APPS)
 def test_every_key_that_is_read_can_be_set(app: str) -> None:
     """Flower refuses keys that the app's pyproject does not list, without naming them: 18 could not be set."""
     config = Recorded(app_config(app))
-    folder = SIMULATIONS / app / app
+    folder = folder_of(app)
     read_settings(config, folder)
     read_settings(Recorded(SMALLEST), folder)
     count_clients(config, {}, folder)
-    literal = re.compile(r'get\(\s*(?:context\.)?run_config,\s*"([a-z-]+)"')
-    in_code = {key for path in folder.rglob("*.py") for key in literal.findall(path.read_text())}
     assert len(config.asked) > 40
-    assert (config.asked | in_code) - app_config(app).keys() == set()
+    assert (config.asked | keys_in_code(app)) - app_config(app).keys() == set()
 
 
 @pytest.mark.parametrize("app", APPS)
 def test_every_key_that_can_be_set_is_read(app: str) -> None:
     config = Recorded(app_config(app))
-    folder = SIMULATIONS / app / app
+    folder = folder_of(app)
     read_settings(config, folder)
     read_settings(unplanned := Recorded({**app_config(app), **SMALLEST}), folder)
     read_tls(config, {})  # as a client does
-    literal = re.compile(r'get\(\s*(?:context\.)?run_config,\s*"([a-z-]+)"')
-    in_code = {key for path in folder.rglob("*.py") for key in literal.findall(path.read_text())}
-    assert app_config(app).keys() - config.asked - unplanned.asked - in_code == set()
+    assert app_config(app).keys() - config.asked - unplanned.asked - keys_in_code(app) == set()
+
+
+def test_the_librarys_table_is_what_the_library_reads() -> None:
+    """Apps that ``hsplit-flwr new`` writes take their keys from it, so what it lacks could be set in none of them."""
+    table = read_toml(RUN_CONFIG, "run-config keys")
+    config, unplanned = Recorded(table), Recorded({**table, **SMALLEST})
+    for asked in (config, unplanned):
+        read_settings(asked, HERE)
+    read_tls(config, {})
+    count_clients(config, {}, HERE)
+    assert config.asked | unplanned.asked == table.keys()
 
 
 @pytest.mark.parametrize("rank", [-1, -7])

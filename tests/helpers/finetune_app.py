@@ -7,16 +7,21 @@ from typing import Any
 from flwr.app import Context, RecordDict
 
 from hsplit_flwr.common.toml_file import read_toml
+from hsplit_flwr.flower.apps import ServerSide
+from hsplit_flwr.flower.finetune import server
 
 APP = Path(__file__).resolve().parents[2] / "simulations" / "finetune"
 if str(APP) not in sys.path:
     sys.path.insert(0, str(APP))
 
-from finetune import server_app, task  # noqa: E402
+from finetune import client_app  # noqa: E402
 
-__all__ = ["APP", "app_config", "context", "server_side", "task"]
+__all__ = ["APP", "app_config", "client_app", "context", "server_side"]
 
-server_side = server_app.server_side
+
+def server_side(config: dict[str, Any]) -> ServerSide:
+    """The app's server in a run of `config`."""
+    return server.server_side("simulations/finetune", APP / "finetune", config)
 
 
 def app_config() -> dict[str, Any]:

@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 
 from hsplit_flwr.common import provenance
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.experiments.records import Evaluation, RunSpec, TextScores
+from hsplit_flwr.experiments.records import Evaluation, RunSpec
+from hsplit_flwr.reports.text_metrics import TextScores
 
 PACKAGES = ("python", "torch", "transformers", "peft", "hsplit_flwr")
 DIRTY_MARK = "+changes"

@@ -1,1 +1,1 @@
-"""From a file to an adapter."""
+"""From a file to an adapter, with HSplitLoRA."""

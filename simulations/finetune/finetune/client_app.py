@@ -1,28 +1,7 @@
-"""A client: its part of the data, or its node's own, and the head that its plan gives it. On Flower's Message API."""
+"""The clients: each trains on its part of the data, or on the file that its node names."""
 
-from flwr.app import Context
+from pathlib import Path
 
-from finetune.task import FOLDER, client_data, model_name
-from hsplit_flwr.flower.client_node import ClientNode
-from hsplit_flwr.flower.client_settings import count_clients, get, hosted_clients, read_fleet
-from hsplit_flwr.flower.message_client import client_app
+from hsplit_flwr.flower.finetune.client import finetune_client
 
-
-def node(context: Context) -> ClientNode:
-    """The clients that this SuperNode hosts."""
-    run_config, node_config = context.run_config, context.node_config
-    num_clients = count_clients(run_config, node_config, FOLDER)
-    hosted = hosted_clients(node_config, num_clients)
-    sharing = hosted if get(node_config, "data", "") else [str(client) for client in range(num_clients)]
-    fleet = read_fleet(run_config, FOLDER)
-    return ClientNode(
-        model_name(run_config),
-        lambda client: client_data(client, run_config, node_config, sharing),
-        context,
-        client_ids=hosted,
-        dtype=get(run_config, "dtype", "fp32"),
-        budgets=fleet.budget if fleet else None,
-    )
-
-
-app = client_app(node)
+app = finetune_client(Path(__file__).parent)

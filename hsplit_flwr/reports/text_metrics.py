@@ -34,10 +34,23 @@ from statistics import fmean
 from typing import Any
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.experiments.records import TextScores
 
 NIST_ORDER = 5
 _Tokens = list[str]
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """Corpus scores of generated texts; higher is better."""
+
+    bleu: float
+    """0..100"""
+    nist: float
+    meteor: float
+    """0..1"""
+    rouge_l: float
+    """0..1, F1"""
+    cider: float
 
 
 def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> TextScores:
@@ -68,6 +81,21 @@ def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Te
     )
 
 
+def has_words(text: str) -> bool:
+    """Whether there is anything in `text` to compare: a letter or a digit."""
+    return any(map(str.isalnum, text))
+
+
+def require_packages() -> None:
+    """Find out before texts are made that a package is missing.
+
+    Raises:
+        ConfigError: it is.
+    """
+    for module in ("sacrebleu.metrics", "nltk.translate", "rouge_score.rouge_scorer", "pycocoevalcap.cider"):
+        _package(module)
+
+
 def _check(texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
     if not texts:
         raise ConfigError("Expected at least one text to score, found none.")
@@ -81,7 +109,7 @@ def _check(texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         if not entry:
             raise ConfigError(f"Expected at least one sentence in references[{index}], found none. Leave the text out.")
         for sentence in entry:
-            if not any(map(str.isalnum, sentence)):
+            if not has_words(sentence):
                 raise ConfigError(f"Expected sentences with words in references[{index}], found {sentence!r}.")
 
 

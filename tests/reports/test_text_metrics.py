@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.experiments import text_metrics
-from hsplit_flwr.experiments.text_metrics import score_texts
+from hsplit_flwr.reports import text_metrics
+from hsplit_flwr.reports.text_metrics import score_texts
 
 TEXTS = [
     "The Otter is a cheap Thai restaurant near the river.",
@@ -236,7 +236,7 @@ def test_needs_neither_network_nor_java(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_import_alone_loads_no_metric() -> None:
     code = (
-        "import sys, hsplit_flwr.experiments.text_metrics; "
+        "import sys, hsplit_flwr.reports.text_metrics; "
         "print(*{'nltk', 'sacrebleu', 'rouge_score', 'pycocoevalcap'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

@@ -27,7 +27,7 @@ def main(grid: Grid, context: Context) -> None:
     central = spread(held_out, get(run_config, "central-examples", 0))
     strategy = message_strategy(
         ServerSide(
-            app="simulations/e2e_nlg",
+            app="simulations/e2e-nlg",
             run_config=run_config,
             run_id=context.run_id,
             settings=read_settings(run_config, FOLDER),

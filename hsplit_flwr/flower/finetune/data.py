@@ -1,10 +1,10 @@
 """Model and data that the run config names."""
 
 from functools import lru_cache
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from hsplit_flwr.data.assets import DESK, DESK_HELD_OUT
 from hsplit_flwr.data.fitting import Fit
 from hsplit_flwr.data.own_data import DataSettings, OwnData
 from hsplit_flwr.data.partitions import Partition
@@ -15,9 +15,7 @@ from hsplit_flwr.flower.client_settings import RunConfig, get
 from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
 
-FOLDER = Path(__file__).parent
 EMBEDDED = "embedded"
-DESK, DESK_HELD_OUT = FOLDER / "desk.jsonl", FOLDER / "desk_held_out.jsonl"
 
 
 def model_name(run_config: RunConfig) -> str:
