@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -70,7 +70,7 @@ def numbers(model: str, cut: int, dtype: str, device: str) -> dict[str, Any]:
         batch = {name: tensor.to(device) for name, tensor in random_batch(setting, head.vocab_size).items()}
         hidden = head(batch["input_ids"], batch["attention_mask"]).detach().requires_grad_()
         loss = token_losses(tail(hidden, batch["attention_mask"]), batch["labels"]).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         assert hidden.grad is not None
         return loss.detach().double().cpu(), hidden.grad.double().cpu()
 
@@ -129,7 +129,7 @@ def speed_settings(small: bool, device: str, folder: Path) -> Iterator[Setting]:
 
 def tables(found: dict[str, list[dict[str, Any]]]) -> str:
     """All three, as text."""
-    parts = {
+    parts: dict[str, tuple[list[str], Callable[[dict[str, Any]], list[str]]]] = {
         "numbers": (
             ["model", "cut", "dtype", "loss off", "gradient off"],
             lambda r: [r["model"], str(r["cut"]), r["dtype"], f"{r['loss_difference']:.1e}",

@@ -55,7 +55,7 @@ def points() -> Iterator[Point]:
 
 def pace(point: Point, tail_steps: float, rank_worth: float) -> float:
     """As `planning.solver.pace`, for equal heads and importance."""
-    worth = (gain(point.rank) / gain(LARGEST_RANK)) ** rank_worth
+    worth: float = (gain(point.rank) / gain(LARGEST_RANK)) ** rank_worth
     return worth * (point.cut + (BLOCKS - point.cut) * CLIENTS**tail_steps) / BLOCKS
 
 
