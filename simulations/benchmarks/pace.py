@@ -56,7 +56,8 @@ def points() -> Iterator[Point]:
 def pace(point: Point, tail_steps: float, rank_worth: float) -> float:
     """As `planning.solver.pace`, for equal heads and importance."""
     worth: float = (gain(point.rank) / gain(LARGEST_RANK)) ** rank_worth
-    return worth * (point.cut + (BLOCKS - point.cut) * CLIENTS**tail_steps) / BLOCKS
+    steps: float = CLIENTS**tail_steps
+    return worth * (point.cut + (BLOCKS - point.cut) * steps) / BLOCKS
 
 
 def fit(found: list[Point]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
