@@ -18,9 +18,13 @@ from filelock import FileLock, Timeout
 from hsplit_flwr.common.cache_folder import cache_folder
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import parameters_on_meta
+from hsplit_flwr.models.gguf_tokenizer import cut_words_as
 
 CONVERSION_LIMIT_S = 1800.0
 """how long to wait for another process that converts the same file"""
+
+FORMAT = 2
+"""of converted folders; since 2 words are cut as the file says"""
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +43,7 @@ def convert_once(gguf: Path) -> Path:
         raise ConfigError(f"Expected a GGUF file, found none at {gguf}. Check the path.")
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / f"{gguf.stem}-{digest[:16]}"
+    folder = cache_folder() / f"{gguf.stem}-{digest[:16]}-{FORMAT}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +65,23 @@ def _convert(gguf: Path, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as temporary:
         unfinished = Path(temporary) / "model"
         _dequantised(gguf).save_pretrained(unfinished)
-        transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
+        _tokenizer(gguf).save_pretrained(unfinished)
         unfinished.rename(folder)
+
+
+def _tokenizer(gguf: Path) -> transformers.PreTrainedTokenizerBase:
+    """The file's, which cuts words as the file says; transformers takes GPT-2's way for most."""
+    from gguf import GGUFReader
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    said = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    if said and not cut_words_as(tokenizer, name := str(said.contents())):
+        _log.warning(
+            "%s says that words are cut as %r, which is not known here: what is trained on may be other tokens than "
+            "the model knows, of numbers above all. Use a safetensors checkpoint of the model.", gguf.name, name
+        )  # fmt: skip
+    return tokenizer
 
 
 def _left_out(path: Path) -> dict[str, Any]:

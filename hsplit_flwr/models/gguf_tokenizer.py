@@ -37,6 +37,8 @@ CUTS: Mapping[str, list[dict[str, Any]]] = {
     "llama-bpe": _split(LLAMA_3),
 }
 """llama.cpp's name of a way to cut words -> the steps of a tokenizer of the package tokenizers"""
+SAME_AS_READ = frozenset(["default", "llama-spm"])
+"""names that say nothing of words: SentencePiece, and what files say that were made before there were names"""
 IGNORES_MERGES = frozenset(["llama-bpe"])
 """those with which llama.cpp takes whole words before it merges"""
 
@@ -70,6 +72,20 @@ def tokenizer_figures(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> 
     if isinstance(template, dict):
         template = template.get("default")
     return {**figures, "chat_template": template} if template else figures
+
+
+def cut_words_as(tokenizer: "PreTrainedTokenizerBase", name: str) -> bool:
+    """Let a byte-level BPE tokenizer cut words in llama.cpp's way of that name; False where that is not known here."""
+    from tokenizers import Tokenizer
+
+    if name not in CUTS or not tokenizer.is_fast:
+        return name in SAME_AS_READ
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    if _steps(backend["pre_tokenizer"]) != CUTS[name]:
+        steps = [{**step, "trim_offsets": True} if step["type"] == "ByteLevel" else step for step in CUTS[name]]
+        backend["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+        tokenizer.backend_tokenizer.pre_tokenizer = Tokenizer.from_str(json.dumps(backend)).pre_tokenizer
+    return True
 
 
 def _cut(backend: Mapping[str, Any]) -> str:

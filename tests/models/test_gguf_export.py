@@ -24,6 +24,7 @@ from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.lora.export import save_peft_adapter
 from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.gguf_cache import convert_once
 from hsplit_flwr.models.gguf_export import write_gguf
 from hsplit_flwr.models.gguf_tokenizer import LLAMA_3, tokenizer_figures
 from hsplit_flwr.models.trained import load_trained
@@ -314,5 +315,17 @@ def test_smollm2_goes_there_and_back(tmp_path: Path, caplog: pytest.LogCaptureFi
     how = ("GGUF.kv_count", "general.file_type", "general.quantization_version")
     assert {key: said.get(key) for key in base if key not in how} == {key: base[key] for key in base if key not in how}
     assert said["tokenizer.ggml.pre"] == "smollm"
-    assert "words are cut as smollm by" in caplog.text  # transformers, which reads the file, cuts them as GPT-2 does
+    assert "words are cut as" not in caplog.text  # they are cut as the file says
     assert torch.equal(logits(read(tmp_path / "smollm2.gguf")), logits(model))
+
+
+def test_words_are_cut_as_the_file_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2 knows each digit as a token; transformers reads its GGUF file with GPT-2's way, `2024` as one token."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(convert_once(smollm2_checkpoint()))
+    plain = AutoTokenizer.from_pretrained(smollm2_checkpoint().parent, gguf_file=smollm2_checkpoint().name)
+    assert len(plain("2024")["input_ids"]) < 4  # what is mended
+    for text in ("in 2024", "7", "a1b22c333", " 10 000"):
+        pieces = [tokenizer.decode([number]) for number in tokenizer(text)["input_ids"]]
+        assert "".join(pieces) == text
+        assert not [piece for piece in pieces if sum(letter.isdigit() for letter in piece) > 1], pieces
