@@ -16,11 +16,12 @@ from hsplit_flwr.cli.parsing import NOBODY, Defaults, OneLineParser, fail, numbe
 from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.module_choice import from_words
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.exchange_choice import AUTO, CHOICES, describe
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.round_plan import Exchange
 from hsplit_flwr.training.config import WIRE_CODECS, TrainingConfig
-from hsplit_flwr.training.workload import Workload
+from hsplit_flwr.training.workload import PLAIN, QUANTIZATIONS, Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,6 +48,9 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     number(work, "--sequence-length", Workload.sequence_length, "tokens per row, padding included")
     number(work, "--local-steps", TrainingConfig.local_steps, "steps per round")
     work.add_argument("--dtype", default=Workload.dtype, help="of the frozen weights: fp32, bf16 or fp16")
+    formats = f"of the linear layers' frozen weights: {', '.join(QUANTIZATIONS)}"
+    work.add_argument("--quantization", default=Workload.quantization, metavar="FORMAT", help=formats)
+    number(work, "--delta-rank", Workload.delta_rank, "largest rank of what is trained beside a quantised weight")
     codecs = f"{', '.join(WIRE_CODECS)}; auto: where a link decides, a smaller one"
     up, down = TrainingConfig.activation_codec, TrainingConfig.gradient_codec
     work.add_argument("--activation-codec", default=up, metavar="CODEC", help=f"of activations, up: {codecs}")
@@ -179,6 +183,8 @@ def _workload(options: argparse.Namespace) -> Workload:
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         dtype=options.dtype,
+        quantization=options.quantization,
+        delta_rank=options.delta_rank,
         gradient_checkpointing=options.gradient_checkpointing,
     )
 
@@ -191,6 +197,7 @@ def _planner_config(options: argparse.Namespace) -> PlannerConfig:
         min_cut=options.min_cut,
         deadline_s=options.deadline_s,
         target_modules=from_words(options.target_modules or ()),
+        update=UpdateCoding(total_rank=0 if options.quantization == PLAIN else options.delta_rank),
         choose=tuple(name for name in CHOICES if getattr(options, name) == AUTO),
     )
 
@@ -202,9 +209,10 @@ def _heading(
     targets = f", on {' '.join(options.target_modules)}" if options.target_modules else ""
     unstated = "most progress per second" if config.tail_worth is None else "no longer than the slowest client needs"
     deadline = f"deadline {config.deadline_s:g} s" if config.deadline_s else unstated
+    weights = work.dtype if work.quantization == PLAIN else f"{work.quantization}, computing in {work.dtype}"
     checkpointing = ", gradient checkpointing" if work.gradient_checkpointing else ""
     lines = {
-        "model": f"{options.model}, {costs.num_blocks} blocks, {len(costs.matrices)} matrices in them, {work.dtype}",
+        "model": f"{options.model}, {costs.num_blocks} blocks, {len(costs.matrices)} matrices in them, {weights}",
         "step": f"{work.batch_size} x {work.sequence_length} tokens per client, {describe(exchange)} on the wire"
         f"{checkpointing}; {work.local_steps} steps a round",
         "ranks": f"0, {', '.join(map(str, config.ranks))}; tail {config.tail_rank} on average{targets}; {deadline}",

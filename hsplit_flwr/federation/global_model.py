@@ -18,6 +18,7 @@ from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.lora.update_rounding import UpdateRounding, shortened
 from hsplit_flwr.models.equality import require_cuttable
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.quantized import PLAIN
 from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.loss import Score, score_segment
@@ -32,7 +33,7 @@ class GlobalModel:
     What a tail has learnt and not merged yet is not in it: `TailRounds` has a view that counts it.
 
     Args:
-        files: the base model.
+        files: the base model, quantised or not.
         dtype: of the weights that train and serve; the delta itself is float32.
         device: where the model lives.
 
@@ -53,7 +54,7 @@ class GlobalModel:
 
     def send_updates_by(self, coding: UpdateCoding) -> None:
         """How updates go to the clients from now on, and so how they are merged here."""
-        self._rounding.coding = coding
+        self._rounding.coding = coding if self.files.quantization else coding.merged()
 
     @property
     def num_blocks(self) -> int:
@@ -73,7 +74,8 @@ class GlobalModel:
         return {
             "type": str(self.files.config.model_type),
             "blocks": self.num_blocks,
-            "dtype": str(next(self.segment.parameters()).dtype),
+            "dtype": str(self.segment.dtype),
+            "quantization": self.files.quantization.method if self.files.quantization else PLAIN,
             "weights": digest.hexdigest(),
         }
 
@@ -88,15 +90,29 @@ class GlobalModel:
 
     def apply(self, increment: Increment, parts: Parts | None = None) -> int:
         """Add an increment as it is and merge it; returns the new version."""
-        version = self.log.append(increment, parts)
+        version = self._append(increment, parts)
         merge_delta(self.segment, self.files, self.log.total, increment)
         return version
 
     def add_residuals(self) -> None:
-        """Add what the updates that were sent lack of the exact ones. At the end of a run."""
+        """Add what the updates that were sent lack of the exact ones. At the end of a run.
+
+        Not beside a quantised base: there it stays what `delta_error` tells.
+        """
+        if self.files.quantization:
+            return
         if residuals := self._rounding.take_residuals():
             self.log.add_dense(residuals)
             merge_delta(self.segment, self.files, self.log.total, residuals)
+
+    @property
+    def delta_error(self) -> float | None:
+        """How far what stands beside a quantised base is from what was trained, relatively; None: nothing is lost."""
+        return self._rounding.relative_error(self.log.total) if self.files.quantization else None
+
+    def _append(self, increment: Increment, parts: Parts | None) -> int:
+        added, replaced = self._rounding.bound(increment, self.log.total)
+        return self.log.append(added, parts, replaced)
 
     def since(self, have: int, cut: int, own: OwnRound | None = None) -> tuple[int, bool, dict[str, Tensor]]:
         """What a head of `cut` blocks at version `have` lacks: (version, whether that is the whole, tensors).

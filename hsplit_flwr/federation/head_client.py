@@ -26,7 +26,7 @@ from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.head import HeadTraining, score_head, train_head
 from hsplit_flwr.training.loss import Score
-from hsplit_flwr.training.workload import Workload
+from hsplit_flwr.training.workload import PLAIN, Workload
 
 if TYPE_CHECKING:
     from hsplit_flwr.planning.costs.model_costs import ModelCosts
@@ -39,7 +39,7 @@ class HeadClient:
 
     Args:
         model: hub name, local folder or GGUF file, as `files` was resolved from; must be the server's.
-        files: the base model.
+        files: the base model, quantised or not.
         data: client id -> its data.
         connect: how the tail is reached.
         deltas: where copies of the weight delta are kept.
@@ -81,6 +81,7 @@ class HeadClient:
             ExchangeError: the tail refused a frame or could not be reached.
             Suspended: this turn ends before the round does.
         """
+        self._require_same_base(task)
         if reason := self._refusal(task, budget):
             return Refusal(task.client, reason)
         head = self._load_head(task)
@@ -118,6 +119,7 @@ class HeadClient:
             ConfigError: a head beyond `budget`, or data that does not fit the task.
             ExchangeError, Suspended: as `train`.
         """
+        self._require_same_base(task)
         if reason := self._refusal(task, budget):
             raise ConfigError(reason)
         head = self._load_head(task)
@@ -126,6 +128,15 @@ class HeadClient:
             batches = _bounded(self._data(task.client).evaluate, task.workload)
             reply = turns.score(head, batches, tail) if turns else score_head(head, batches, tail)
         return Score(reply.nll, reply.tokens)
+
+    def _require_same_base(self, task: RoundTask) -> None:
+        """Adapters that are trained on one base are none for another."""
+        held = self._files.quantization.method if self._files.quantization else PLAIN
+        if task.workload and task.workload.quantization != held:
+            raise ConfigError(
+                f"Expected a base with quantization = {task.workload.quantization!r}, as the server holds it, found "
+                f"{held!r} at client {task.client}. Give server and clients the same quantization."
+            )
 
     def _refusal(self, task: RoundTask, budget: Budget | None) -> str | None:
         """Why this client cannot afford its head, with the figures; None if it can, or nobody set a budget."""

@@ -67,14 +67,17 @@ def draw(summary: RunSummary, server: RoundServer, folder: Path) -> None:
 def export_adapter(
     delta: WeightDelta, model: GlobalModel, model_name: str, folder: Path, max_rank: int | None
 ) -> AdapterExport:
-    """Write `delta` of `model` as one PEFT adapter (see `save_peft_adapter`)."""
-    return save_peft_adapter(
+    """Write `delta` of `model` as one PEFT adapter (see `save_peft_adapter`), and what its base is quantised by."""
+    exported = save_peft_adapter(
         {name: delta.form(name) for name in delta.names()},
         model_name,
         folder,
         max_rank=max_rank,
         fan_in_fan_out=any(not isinstance(layer, torch.nn.Linear) for layer in model.segment.linear_modules().values()),
     )
+    if model.files.quantization:
+        model.files.quantization.save(folder, model.segment.dtype)
+    return exported
 
 
 def _plan_sections(server: RoundServer) -> list[str]:

@@ -9,7 +9,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.task_limits import LONGEST_S
 from hsplit_flwr.lora.aggregation import EXACT_RULE, RULES
 from hsplit_flwr.lora.spec import LoraSpec
-from hsplit_flwr.lora.update_coding import UpdateCoding
+from hsplit_flwr.lora.update_coding import DELTA_RANK, UpdateCoding
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.step import StepReport
@@ -56,9 +56,12 @@ class StrategyConfig:
     the rounding error carried to the next one (`lora/update_rounding.py`)"""
     update_rank: int = 0
     """largest rank of a matrix' update, with what is cut off carried to the next one; 0: any"""
+    delta_rank: int = DELTA_RANK
+    """largest rank of all updates of a matrix together where the base is quantised, so that they stand beside it; what
+    is cut off is carried in the same way; 0: any"""
 
     def __post_init__(self) -> None:
-        UpdateCoding(self.update_codec, self.update_rank)
+        self.update_coding  # noqa: B018  (which checks it)
         if self.rule not in RULES:
             raise ConfigError(f"Expected an aggregation rule among {sorted(RULES)}, found {self.rule!r}.")
         if not 0 < self.fraction_clients <= 1:
@@ -76,6 +79,11 @@ class StrategyConfig:
         require(good, "max_update_ratio", ">= 1, or 0 (any size)", ratio)
         known = self.update_excess in UPDATE_EXCESS
         require(known, "update_excess", f"as one of {UPDATE_EXCESS}", self.update_excess)
+
+    @property
+    def update_coding(self) -> UpdateCoding:
+        """How a round's update goes to the clients."""
+        return UpdateCoding(self.update_codec, self.update_rank, self.delta_rank)
 
 
 class RoundOptions(TypedDict, total=False):

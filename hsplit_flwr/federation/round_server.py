@@ -29,7 +29,6 @@ from hsplit_flwr.federation.tail_metrics import TailMetrics
 from hsplit_flwr.federation.tail_rounds import TailRounds
 from hsplit_flwr.lora.aggregation import Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
-from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.models.segments import block_of, linear_shapes
 from hsplit_flwr.planning.plans import Plans, plans_in_force
 from hsplit_flwr.planning.replanning import AdaptivePlanning
@@ -75,7 +74,7 @@ class RoundServer:
         self.model = model
         self._stated = training
         self.config = options.get("config") or StrategyConfig()
-        model.send_updates_by(UpdateCoding(self.config.update_codec, self.config.update_rank))
+        model.send_updates_by(self.config.update_coding)
         self.initial_score: Score | None = None
         limits = options.get("limits") or BarrierLimits()
         if limits.start_gate_s >= self.config.round_limit_s:
@@ -218,6 +217,7 @@ class RoundServer:
         contributions = [Contribution(shares[c], a.ticket.cut, a.trained.factors, c) for c, a in accepted.items()]
         tail_factors = self._tail.adapters.factors()
         self.merge(contributions, tail_factors)
+        self._journal.note(number, delta_error=self.model.delta_error)
         self._learn_importance(accepted, shares)
         self._journal.phase(number, "aggregate", started)
         self._measure_health(contributions, tail_factors)

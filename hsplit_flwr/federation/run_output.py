@@ -208,7 +208,7 @@ class RunOutput:
             command=self._command,
             wall_seconds=time.perf_counter() - self._started,
             config=self._config,
-            adapter=self._adapter.to_dict() if self._adapter else None,
+            adapter={**self._adapter.to_dict(), "delta_error": self._model.delta_error} if self._adapter else None,
             health=diagnose(server.history, initial, settings, slots=slots or {}),
             samples=self._texts.shown(),
             slots=slots,
@@ -221,9 +221,12 @@ class RunOutput:
         kinds: dict[str, Kind] = {ADAPTER: "adapter", MERGED: "merged model"}
         for name, kind in kinds.items():
             if (self.folder / name).is_dir():
-                write_card(self.folder / name, kind, self._model_name, summary)
+                write_card(self.folder / name, kind, self._model_name, summary, self._model.files.quantization)
 
     def _save_merged(self) -> None:
+        if self._model.files.quantization:
+            _log.info("no merged model is written: its weights would have to be quantised again. Load the adapter.")
+            return
         save_merged(self._model.segment.model, self._model.files.tokenizer(), self.folder / MERGED)
 
 

@@ -82,13 +82,14 @@ def _prepared(side: ServerSide) -> tuple[GlobalModel, Any, dict[str, Any]]:
     settings = side.settings
     log_as(settings.log_format, side.run_id)
     log_through_flower()
-    _check_rows(settings, side.files)
+    files = side.files.quantized_by(settings.workload.quantization)
+    _check_rows(settings, files)
     side.check_data()
     if settings.server_threads:
         torch.set_num_threads(settings.server_threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plans = settings.plans or _planning(settings, side.files, device)  # looks at free memory, so before the model
-    model = GlobalModel(side.files, DTYPES[settings.workload.dtype], device)
+    plans = settings.plans or _planning(settings, files, device)  # looks at free memory, so before the model
+    model = GlobalModel(files, DTYPES[settings.workload.dtype], device)
     _log.info("the server computes on %s", describe_device(device))
     options = {
         "tail_lora": settings.tail_lora,

@@ -17,6 +17,7 @@ from hsplit_flwr.federation.trained_head import Refusal
 from hsplit_flwr.flower.client_node import ClientNode
 from hsplit_flwr.flower.messages import ARRAYS_KEY, CLIENT_KEY, pack_answer, pack_said, pack_trained
 from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.training.workload import PLAIN
 
 NDArrays = list[Any]
 Config = dict[str, Any]
@@ -33,6 +34,7 @@ class HSplitLoRAClient(NumPyClient):
         *,
         client_ids: Sequence[str] | None = None,
         dtype: str = "fp32",
+        quantization: str = PLAIN,
         device: str = "auto",
         tls: ClientTls | None = None,
         budgets: Callable[[str, int], Budget] | None = None,
@@ -43,6 +45,7 @@ class HSplitLoRAClient(NumPyClient):
             context,
             client_ids=client_ids,
             dtype=dtype,
+            quantization=quantization,
             device=device,
             tls=tls,
             budgets=budgets,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 from flwr.app import Context
 
+from hsplit_flwr.common.checks import require
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.exchange.tls_files import ClientTls
@@ -26,6 +27,7 @@ from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import Link, measure_link
 from hsplit_flwr.training.host_memory import return_freed_tensors
+from hsplit_flwr.training.workload import PLAIN, QUANTIZATIONS
 
 if TYPE_CHECKING:
     from hsplit_flwr.federation.head_client import HeadClient
@@ -56,6 +58,8 @@ class ClientNode:
             (``state-dir``), and how large all of them may become (``state-limit-gb``).
         client_ids: the clients this node hosts (default: one, named by ``partition-id`` or the node id).
         dtype: of the frozen weights: fp32, bf16 or fp16.
+        quantization: of the linear layers' frozen weights, which then compute in `dtype`: none, nf4, fp4 or int8; must
+            be the server's.
         device: ``auto`` takes a GPU if this process was given one.
         tls: for the connection to the tail; default: by the files that the node's or the run's config names
             (`client_settings.read_tls`), without TLS where neither does.
@@ -63,7 +67,8 @@ class ClientNode:
             states, and measurements for the rest (`planning/budgets/probe.py`). A head beyond it is refused.
 
     Raises:
-        ConfigError: an unknown dtype, files for TLS that cannot be used, or a wrong value in the node config.
+        ConfigError: an unknown dtype or quantization, files for TLS that cannot be used, or a wrong value in the node
+            config.
     """
 
     def __init__(
@@ -74,12 +79,14 @@ class ClientNode:
         *,
         client_ids: Sequence[str] | None = None,
         dtype: str = "fp32",
+        quantization: str = PLAIN,
         device: str = "auto",
         tls: ClientTls | None = None,
         budgets: Callable[[str, int], Budget] | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"Expected dtype in {sorted(DTYPES)}, found {dtype!r}.")
+        require(quantization in QUANTIZATIONS, "quantization", f"as one of {QUANTIZATIONS}", quantization)
         log_as(get(context.run_config, "log-format", TEXT), context.run_id)
         return_freed_tensors()
         self._client_ids = [default_client_id(context)] if client_ids is None else list(client_ids)
@@ -91,6 +98,7 @@ class ClientNode:
         self._data = data if callable(data) else lambda client: data
         self._deltas = delta_store(context)
         self._dtype = DTYPES[dtype]
+        self._quantization = quantization
 
     def answer(self, config: Config) -> NodeAnswer:
         """Who lives here, how many clients the simulation runs at a time, what they can afford.
@@ -150,7 +158,7 @@ class ClientNode:
 
         return HeadClient(
             self._model,
-            ModelFiles.resolve(self._model),
+            ModelFiles.resolve(self._model).quantized_by(self._quantization),
             self._data,
             self._connect,
             self._deltas,

@@ -32,6 +32,7 @@ from hsplit_flwr.flower.client import HSplitLoRAClient
 from hsplit_flwr.flower.server import HSplitLoRAServer
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.planning.budgets.budget import Budget
+from hsplit_flwr.training.workload import PLAIN
 
 Answer = TypeVar("Answer")
 
@@ -44,6 +45,7 @@ class LocalNode(ClientProxy):
         clients: ids of the clients it hosts.
         model: hub name, folder or GGUF file.
         data: client id -> its data.
+        quantization: of the base, see `ClientNode`.
         budgets: (client id, round) -> what it can afford; None: as `node_config` states, or measured if need be.
         node_config: Flower's.
     """
@@ -55,6 +57,7 @@ class LocalNode(ClientProxy):
         model: str | Path,
         data: Callable[[str], ClientData],
         *,
+        quantization: str = PLAIN,
         budgets: Callable[[str, int], Budget] | None = None,
         node_config: dict[str, Any] | None = None,
     ) -> None:
@@ -65,6 +68,7 @@ class LocalNode(ClientProxy):
         self._clients = clients
         self._model = model
         self._data = data
+        self._quantization = quantization
         self._budgets = budgets
 
     def get_properties(self, ins: GetPropertiesIns, timeout: float | None, group_id: int | None) -> GetPropertiesRes:
@@ -90,7 +94,12 @@ class LocalNode(ClientProxy):
     def _answer(self, call: Callable[[Client], Answer]) -> Answer:
         context = copy.deepcopy(self.context)
         client = HSplitLoRAClient(
-            str(self._model), self._data, context, client_ids=self._clients, budgets=self._budgets
+            str(self._model),
+            self._data,
+            context,
+            client_ids=self._clients,
+            quantization=self._quantization,
+            budgets=self._budgets,
         )
         answer = call(client.to_client())
         self.context = context

@@ -16,14 +16,13 @@ from hsplit_flwr.flower.client_settings import RunConfig, get, integers, read_fl
 from hsplit_flwr.flower.flower_log import TEXT
 from hsplit_flwr.lora.module_choice import from_words
 from hsplit_flwr.lora.spec import LoraSpec
-from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.fleet import Fleet
 from hsplit_flwr.planning.exchange_choice import AUTO, CHOICES
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import ReplanConfig
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
-from hsplit_flwr.training.workload import Workload
+from hsplit_flwr.training.workload import PLAIN, Workload
 
 EXCHANGES = GRPC, MESSAGES = "grpc", "messages"
 """how steps travel: over a connection of the tail's own, or inside Flower's messages"""
@@ -105,15 +104,14 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         raise ConfigError(f"Expected adapter-rank >= 0 (0: as much as exactness takes), found {adapter_rank}.")
     keep_checkpoints = get(run_config, "keep-checkpoints", KEEP_CHECKPOINTS)
     require_whole("keep_checkpoints", keep_checkpoints, 0)
+    strategy = StrategyConfig(
+        rule=get(run_config, "aggregation", StrategyConfig.rule),
+        **of_fields(run_config, StrategyConfig, but=("rule",)),
+    )
+    workload = _workload(run_config, training, strategy)
     return Settings(
         training=training,
-        workload=Workload.of(
-            training,
-            batch_size=get(run_config, "batch-size", Workload.batch_size),
-            sequence_length=get(run_config, "max-length", 96),
-            dtype=get(run_config, "dtype", Workload.dtype),
-            gradient_checkpointing=get(run_config, "gradient-checkpointing", Workload.gradient_checkpointing),
-        ),
+        workload=workload,
         plans=_configured_plans(run_config, lora_alpha, targets),
         tail_lora=LoraSpec(tail_rank, lora_alpha, spec) if tail_rank else LoraSpec(0),
         planner=PlannerConfig(
@@ -123,16 +121,13 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             min_cut=get(run_config, "min-cut", PlannerConfig.min_cut),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
             target_modules=spec,
-            update=UpdateCoding(get(run_config, "update-codec", "fp32"), get(run_config, "update-rank", 0)),
+            update=strategy.update_coding if workload.quantization != PLAIN else strategy.update_coding.merged(),
             choose=chosen,
         ),
         replan=ReplanConfig(**of_fields(run_config, ReplanConfig)),
         lora_alpha=lora_alpha,
         fleet=read_fleet(run_config, folder),
-        strategy=StrategyConfig(
-            rule=get(run_config, "aggregation", StrategyConfig.rule),
-            **of_fields(run_config, StrategyConfig, but=("rule",)),
-        ),
+        strategy=strategy,
         service=_service(run_config),
         limits=BarrierLimits(**of_fields(run_config, BarrierLimits)),
         log_format=get(run_config, "log-format", TEXT),
@@ -145,6 +140,18 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         trackers=tuple(get(run_config, "trackers", "").split()),
         log_samples=get(run_config, "log-samples", False),
         resume=get(run_config, "resume", ""),
+    )
+
+
+def _workload(run_config: RunConfig, training: TrainingConfig, strategy: StrategyConfig) -> Workload:
+    return Workload.of(
+        training,
+        batch_size=get(run_config, "batch-size", Workload.batch_size),
+        sequence_length=get(run_config, "max-length", 96),
+        dtype=get(run_config, "dtype", Workload.dtype),
+        quantization=get(run_config, "quantization", Workload.quantization),
+        delta_rank=strategy.delta_rank,
+        gradient_checkpointing=get(run_config, "gradient-checkpointing", Workload.gradient_checkpointing),
     )
 
 

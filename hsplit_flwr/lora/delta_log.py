@@ -85,12 +85,13 @@ class DeltaLog:
         self._first_version = version
         self._logs: dict[str, _ModuleLog] = {}
 
-    def append(self, increment: Increment, parts: Parts | None = None) -> int:
+    def append(self, increment: Increment, parts: Parts | None = None, replaced: WeightDelta | None = None) -> int:
         """Adds a round's increment (possibly empty) and returns the new version.
 
         Args:
             increment: of the round.
             parts: of modules whose factors are stacked (with scaling 1.0): which columns are whose.
+            replaced: modules whose delta is another from now on; whoever lacks the round is sent all of it.
 
         Raises:
             AggregationError: as `WeightDelta.add`; the log stays as it is.
@@ -104,6 +105,7 @@ class DeltaLog:
             log = self._logs.setdefault(name, _ModuleLog(self._first_version))
             entry = _Entry(self.version, piece, (parts or {}).get(name, ()))
             log.append(entry, dense_bytes(self.total.matrix(name).shape))
+        self._replace(replaced or WeightDelta())
         return self.version
 
     def add_dense(self, residuals: Mapping[str, Dense]) -> int:
@@ -115,9 +117,13 @@ class DeltaLog:
         for name, residual in residuals.items():
             total = self.total.dense(name) + as_tensor(residual)
             matrix = MatrixDelta(self.total.matrix(name).shape, dense=total)
-            self.total = self.total.replaced(WeightDelta({name: matrix}))
-            self._logs[name] = _ModuleLog(self.version)
+            self._replace(WeightDelta({name: matrix}))
         return self.version
+
+    def _replace(self, delta: WeightDelta) -> None:
+        """Take the modules of `delta` from there; their increments are gone."""
+        self.total = self.total.replaced(delta)
+        self._logs |= {name: _ModuleLog(self.version) for name in delta.names()}
 
     def since(
         self,

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.deltas import WeightDelta
-from hsplit_flwr.lora.factors import (
-    LoraFactors,
-)
+from hsplit_flwr.lora.factors import LoraFactors, stack
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.quantized import QuantizedLayer
 from hsplit_flwr.models.segments import Segment
 
 MERGE_ROWS = 128
@@ -49,10 +48,16 @@ def merge_into(base: Tensor, delta: Tensor | LoraFactors, *, transposed: bool, d
 
 
 def merge_delta(segment: Segment, files: ModelFiles, delta: WeightDelta, names: Iterable[str]) -> None:
-    """Form ``W = round(W_0 + delta)`` anew for the modules `names` of `segment`, reading W_0 from disk."""
+    """Form ``W = round(W_0 + delta)`` anew for the modules `names` of `segment`, reading W_0 from disk.
+
+    Beside a quantised W_0 the delta stands as it is.
+    """
     layers = segment.linear_modules()
     for name in names:
         layer = layers[name]
+        if isinstance(layer, QuantizedLayer):
+            layer.stand(*_matrices(delta.form(name)))
+            continue
         weight = layer.weight
         assert isinstance(weight, Tensor)
         merged = merge_into(
@@ -62,3 +67,11 @@ def merge_delta(segment: Segment, files: ModelFiles, delta: WeightDelta, names: 
             dtype=weight.dtype,
         )
         weight.data = merged.to(weight.device)
+
+
+def _matrices(form: Tensor | LoraFactors) -> tuple[Tensor, ...]:
+    """The matrices that inputs go through one after the other, where the weight is left alone."""
+    if isinstance(form, Tensor):
+        return (form,)
+    factors = stack([form])
+    return factors.A, factors.B

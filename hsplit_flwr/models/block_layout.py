@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.prelude import used_before_blocks
+from hsplit_flwr.models.quantized import Quantization
 from hsplit_flwr.models.views import path_to
 
 PATCHING = threading.Lock()
@@ -158,10 +159,12 @@ def _require_causal_lm(config: PretrainedConfig) -> None:
     kind = config.model_type
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+        known = Quantization.of_config(config)
+        remedy = f'Set quantization = "{known.method}", or take' if known else "Take"
         raise UnsupportedModelError(
             f"Expected weights in fp32, bf16 or fp16, found a {kind!r} checkpoint quantised by {method} "
-            "(quantization_config in config.json). Take the checkpoint that it was made from, or dequantise it with "
-            "transformers and write it with save_pretrained."
+            f"(quantization_config in config.json). {remedy} the checkpoint that it was made from, or dequantise it "
+            "with transformers and write it with save_pretrained."
         )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(

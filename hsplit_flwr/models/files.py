@@ -29,6 +29,7 @@ from hsplit_flwr.models.block_layout import build_skeleton
 from hsplit_flwr.models.conversions import Parameters, Source, converted, sources_of
 from hsplit_flwr.models.gguf_cache import convert_once
 from hsplit_flwr.models.hub import hub_folder
+from hsplit_flwr.models.quantized import Quantization, plain_config, statistics_of
 from hsplit_flwr.models.tensor_files import StoredTensor, stored_tensors
 from hsplit_flwr.models.token_limits import TokenLimits
 
@@ -45,13 +46,18 @@ class ModelFiles:
     Tensors that are read without conversion are views of the mapped file: they cost memory as they are used.
     Replace the file rather than overwrite it while such a view lives.
 
+    Args:
+        folder: where they are.
+        quantization: how the linear layers are held, see `quantized_by`; None: as they are stored.
+
     Raises:
         ConfigError: no such folder, no config in it, an adapter beside the model, or broken files.
         UnsupportedModelError: no safetensors in it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, quantization: Quantization | None = None) -> None:
         self.folder = folder
+        self.quantization = quantization
         if not (folder / "config.json").is_file():
             raise ConfigError(
                 f"Expected a folder with config.json, found none in {folder}. "
@@ -59,6 +65,7 @@ class ModelFiles:
             )
         refuse_adapter(folder)
         self._stored = stored_tensors(folder)
+        self._statistics = statistics_of(self._stored) if quantization else {}
         self._mapped: dict[Path, Any] = {}
 
     @classmethod
@@ -78,15 +85,27 @@ class ModelFiles:
             return cls(path)
         return cls(hub_folder(name))
 
+    def quantized_by(self, method: str) -> "ModelFiles":
+        """The same files as a base whose linear layers are held in 4 or 8 bits.
+
+        Args:
+            method: one of `models.quantized.METHODS`, or ``none``: as they are stored. Of a checkpoint that is
+                quantised by bitsandbytes already, the one that it was quantised by.
+
+        Raises:
+            ConfigError: no such method, or the checkpoint is quantised by another.
+        """
+        return ModelFiles(self.folder, Quantization.chosen(self.config, method))
+
     @cached_property
     def config(self) -> PretrainedConfig:
-        """The config of the whole model.
+        """The config of the whole model; of files that are `quantized_by` something, as if it were not.
 
         Raises:
             ConfigError: config.json is none, or of a model type that transformers does not know.
         """
         config: PretrainedConfig = self._parsed("config.json", AutoConfig)
-        return config
+        return plain_config(config) if self.quantization and Quantization.of_config(config) else config
 
     def generation_config(self) -> GenerationConfig | None:
         """How the checkpoint says that texts are written (end tokens, penalties); None if it says nothing.
@@ -153,14 +172,17 @@ class ModelFiles:
         return list(once.values())
 
     def _match(self, skeleton: PreTrainedModel) -> dict[str, Source]:
-        found = sources_of(skeleton, self._stored)
+        statistics = {stored for named in self._statistics.values() for stored in named.values()}
+        found = sources_of(skeleton, self._stored.keys() - statistics)
         for name, source in found.items():
+            if self._is_quantized(name, source):
+                continue
             for stored in source.stored:
                 self._require_floats(stored, self._stored[stored])
             if source.converter is None:
                 tensor = self._stored[source.stored[0]]
                 self._require_shape(name, tensor.shape, str(tensor.file))
-        used = {stored for source in found.values() for stored in source.stored}
+        used = statistics | {stored for source in found.values() for stored in source.stored}
         if unused := sorted(self._stored.keys() - used):
             _log.warning(
                 "%d tensors of %s, such as %s, have no place in the model that its config.json describes: they are "
@@ -179,6 +201,16 @@ class ModelFiles:
             elif source_name in found:
                 found[alias] = found[source_name]
         return {name: found[name] for name in self._parameters.shapes if name in found}
+
+    def _is_quantized(self, name: str, source: Source) -> bool:
+        """Whether the tensor is stored with statistics; its form is looked at where it is loaded."""
+        quantized = [stored for stored in source.stored if stored in self._statistics]
+        if quantized and source.converter:
+            raise UnsupportedModelError(
+                f"Expected {name} in one quantised tensor of {self.folder}, found it in {len(source.stored)}, such as "
+                f"{quantized[0]}. Take the checkpoint that it was made from, and quantise it here."
+            )
+        return bool(quantized)
 
     def _require_shape(self, name: str, shape: tuple[int, ...], where: str) -> None:
         if shape != (expected := self._parameters.shapes[name]):
@@ -205,7 +237,8 @@ class ModelFiles:
         """One tensor of the base weights W_0, on the CPU; under any name of a tied one.
 
         With `dtype` None or the stored one, a view of the mapped file: treat it as read-only. Otherwise, and where the
-        checkpoint stores it in other pieces than the model, a copy.
+        checkpoint stores it in other pieces than the model, a copy. A quantised tensor comes as it is stored, whatever
+        `dtype` is: see `statistics`.
 
         Raises:
             ConfigError: the pieces do not make a tensor of the model's shape.
@@ -217,6 +250,11 @@ class ModelFiles:
                 "Use a checkpoint of this model class that transformers loads, not a quantised one."
             )
         return self._made(name, source, dtype)
+
+    def statistics(self, name: str) -> dict[str, Tensor]:
+        """What a checkpoint stores beside a quantised tensor; empty where it is not quantised."""
+        (stored, *_) = self._sources[name].stored
+        return {key: self._read_stored(other, None) for key, other in self._statistics.get(stored, {}).items()}
 
     def _made(self, name: str, source: Source, dtype: torch.dtype | None) -> Tensor:
         if source.converter is None:

@@ -10,6 +10,8 @@ Shape suffixes: B batch, T tokens, H hidden size, W width of activations (mostly
 """
 
 from collections.abc import Callable, Container, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.adaptable import layout_of
 from hsplit_flwr.models.block_layout import BlockLayout, block_of, build_skeleton, shift_block
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.quantized import QuantizedLayer, share
 from hsplit_flwr.models.token_limits import TokenLimits
 from hsplit_flwr.models.views import (
     Absent,
@@ -55,6 +58,10 @@ class Segment(nn.Module):
         self._layout = layout
         self._limits = TokenLimits.of(model)
         self._linear_names = layout.linear_layers(model, start)
+        plain = (module for module in model.modules() if not isinstance(module, QuantizedLayer))
+        weights = (parameter for module in plain for parameter in module.parameters(recurse=False))
+        self.dtype = next(weight.dtype for weight in weights if weight.is_floating_point())
+        """of the activations, and of the frozen weights that are not quantised"""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -189,16 +196,28 @@ def load_segment(
     """Blocks [start, stop) from disk; `stop` is L by default.
 
     Only the segment's own tensors are read. On the CPU those already stored in `dtype` are mapped, not
-    copied: give a parameter a new tensor (``p.data = ...``) rather than write into it.
+    copied: give a parameter a new tensor (``p.data = ...``) rather than write into it. Where the base is quantised
+    (`ModelFiles.quantized_by`), its layers compute in `dtype`, and are quantised one after the other.
 
     Raises:
-        ConfigError: blocks out of range.
+        ConfigError: blocks out of range, or a quantised base without bitsandbytes.
         UnsupportedModelError: the model cannot be cut, or a tensor is missing.
     """
     skeleton = source.skeleton(dtype)
     if (generation := source.generation_config()) is not None:
         skeleton.generation_config = generation  # the merged model is written with it
-    return _cut(skeleton, start, stop, source, lambda name: source.read(name, dtype).to(device), device)
+
+    def read(name: str) -> Tensor:
+        return source.read(name, dtype).to(device)
+
+    def quantize(layer: QuantizedLayer, name: str) -> None:
+        layer.load(source.read(name, dtype), source.statistics(name), device)
+
+    def prepare(whole: PreTrainedModel) -> None:
+        if source.quantization:
+            source.quantization.place(whole, dtype)
+
+    return _cut(skeleton, start, stop, _Weights(source, read, quantize, prepare), device)
 
 
 def segment_from_model(model: PreTrainedModel, start: int = 0, stop: int | None = None) -> Segment:
@@ -211,16 +230,27 @@ def segment_from_model(model: PreTrainedModel, start: int = 0, stop: int | None 
     weights = model.state_dict()
     skeleton = build_skeleton(model.config, model.dtype)
     skeleton.generation_config = model.generation_config
-    return _cut(skeleton, start, stop, weights, weights.__getitem__, model.device)
+    prepare = partial(share, model)
+    return _cut(skeleton, start, stop, _Weights(weights, weights.__getitem__, _as_it_is, prepare), model.device)
+
+
+def _as_it_is(layer: QuantizedLayer, name: str) -> None:
+    """A quantised layer that is shared is loaded."""
+
+
+class _Weights(NamedTuple):
+    """Where a segment's tensors come from."""
+
+    stored: Container[str]
+    read: Callable[[str], Tensor]
+    quantize: Callable[[QuantizedLayer, str], None]
+    """gives a layer its weight, by that weight's name"""
+    prepare: Callable[[PreTrainedModel], None]
+    """puts quantised layers into the whole model"""
 
 
 def _cut(
-    skeleton: PreTrainedModel,
-    start: int,
-    stop: int | None,
-    stored: Container[str],
-    read: Callable[[str], Tensor],
-    device: torch.device | str,
+    skeleton: PreTrainedModel, start: int, stop: int | None, weights: _Weights, device: torch.device | str
 ) -> Segment:
     layout = layout_of(skeleton)
     stop = layout.num_blocks if stop is None else stop
@@ -229,6 +259,7 @@ def _cut(
             f"Expected blocks 0 <= start < stop <= {layout.num_blocks}, found start={start}, stop={stop}. "
             f"A split point of this model lies in 1..{layout.num_blocks - 1}."
         )
+    weights.prepare(skeleton)
     kept = list(skeleton.get_submodule(layout.blocks).children())[start:stop]
     skeleton.set_submodule(layout.blocks, nn.ModuleList(kept))
     if start > 0:
@@ -236,7 +267,7 @@ def _cut(
     if stop < layout.num_blocks:
         _drop(skeleton, layout.postlude)
     segment = Segment(skeleton, layout, start, stop)
-    _fill(segment, stored, read)
+    _fill(segment, weights)
     return segment.to(device).eval()
 
 
@@ -245,29 +276,34 @@ def _drop(model: nn.Module, names: frozenset[str]) -> None:
         model.set_submodule(name, Absent())
 
 
-def _fill(segment: Segment, stored: Container[str], read: Callable[[str], Tensor]) -> None:
+def _fill(segment: Segment, weights: _Weights) -> None:
     """Gives every parameter of the segment, and every stored buffer, the tensor of its whole-model name."""
     ties: Mapping[str, str] = segment.model.all_tied_weights_keys
     parameters: dict[str, nn.Parameter] = {}
     for prefix, module in segment.model.named_modules():
         for leaf, _ in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             name = segment.global_name(f"{prefix}.{leaf}".lstrip("."))
+            if leaf == "weight" and isinstance(module, QuantizedLayer):
+                weights.quantize(module, name)
+                continue
             source = ties.get(name, name)
             if source not in parameters:
-                parameters[source] = nn.Parameter(read(source), requires_grad=False)
+                parameters[source] = nn.Parameter(weights.read(source), requires_grad=False)
             module._parameters[leaf] = parameters[source]
         for leaf in module._buffers.keys() - module._non_persistent_buffers_set:
             name = segment.global_name(f"{prefix}.{leaf}".lstrip("."))
-            if name in stored:
-                module._buffers[leaf] = read(name)
+            if name in weights.stored:
+                module._buffers[leaf] = weights.read(name)
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear layer, whichever way it stores its weight."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    rows, columns = weight.shape
-    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
+    d_in, d_out = weight.shape
+    return d_out, d_in
 
 
 def linear_shapes(segment: Segment) -> dict[str, tuple[int, int]]:

@@ -8,10 +8,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.files import ADAPTER_CONFIG, ModelFiles
+from hsplit_flwr.models.quantized import Quantization
+from hsplit_flwr.models.segments import load_segment
 
 
 def load_trained(name: str, *, device: str = "cpu", base: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32 and eval mode, and its tokenizer.
+    """The model in float32 and eval mode, and its tokenizer. The adapter of a quantised base stands beside that.
 
     Args:
         name: a folder with a PEFT adapter, or whatever `ModelFiles.resolve` takes.
@@ -47,12 +49,17 @@ def _base_of(folder: Path) -> str:
 
 
 def _adapted(folder: Path, base: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The adapter merged into its base: it computes the same, and generates faster."""
+    """The adapter merged into its base: it computes the same, and generates faster. Or beside it, if quantised."""
     from peft import PeftModel
 
     files = ModelFiles.resolve(base)
+    quantization = Quantization.of_folder(folder)
     try:
-        model: PreTrainedModel = PeftModel.from_pretrained(_whole(files), folder).merge_and_unload()
+        if quantization:
+            whole = load_segment(ModelFiles(files.folder, quantization)).model
+            model: PreTrainedModel = PeftModel.from_pretrained(whole, folder)
+        else:
+            model = PeftModel.from_pretrained(_whole(files), folder).merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ConfigError(
             f"Expected a PEFT adapter for {base} in {folder}, found: {str(error)[:300]} Give the model that it was "

@@ -6,6 +6,7 @@ from typing import Literal
 
 from hsplit_flwr.common.tables import describe_ranks, format_number
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.models.quantized import QUANTIZATION_FILE, Quantization
 from hsplit_flwr.reports.records import RunSummary
 from hsplit_flwr.reports.run_tables import round_table, summary_table
 
@@ -17,23 +18,26 @@ Kind = Literal["adapter", "merged model"]
 _LIBRARIES: dict[Kind, str] = {"adapter": "peft", "merged model": "transformers"}
 
 
-def write_card(folder: Path, kind: Kind, base_model: str, summary: RunSummary) -> None:
+def write_card(
+    folder: Path, kind: Kind, base_model: str, summary: RunSummary, quantization: Quantization | None = None
+) -> None:
     """Write `CARD` into `folder`, which holds what the run made; a card that is there is replaced."""
-    (folder / CARD).write_text(model_card(kind, base_model, summary), encoding="utf-8")
+    (folder / CARD).write_text(model_card(kind, base_model, summary, quantization), encoding="utf-8")
 
 
-def model_card(kind: Kind, base_model: str, summary: RunSummary) -> str:
+def model_card(kind: Kind, base_model: str, summary: RunSummary, quantization: Quantization | None = None) -> str:
     """The card as Markdown with the hub's metadata.
 
     Args:
         kind: what lies beside it.
         base_model: hub name or folder of the base; a folder is no name on the hub, and stays out of the metadata.
         summary: of the run.
+        quantization: of the base that an adapter was trained on; None: none.
     """
     sections = {
         "How it was trained": _method(summary),
         "What it scores": _scores(summary),
-        "How to load it": _loading(kind, base_model),
+        "How to load it": _loading(kind, base_model, quantization),
         "The run": f"{summary_table(summary, markdown=True)}\n\n{round_table(summary.history, markdown=True)}",
         "How to repeat it": f"```bash\n{_command(summary)}\n```",
     }
@@ -112,18 +116,36 @@ def _scores(summary: RunSummary) -> str:
             f"The adapter {exact}: relative error {summary.adapter['relative_error']:.2g}, "
             f"ranks {describe_ranks(summary.adapter['ranks'].values())}."
         )
+        if lost := summary.adapter.get("delta_error"):
+            lines.append(
+                f"What stands beside the quantised base lacks {lost:.2g} of what was trained (relative error)."
+            )
     if summary.status == "failed":
         lines.append(f"**The run failed** after {len(summary.history)} rounds: {summary.reason}")
     return "\n\n".join(lines)
 
 
-def _loading(kind: Kind, base_model: str) -> str:
+def _loading(kind: Kind, base_model: str, quantization: Quantization | None) -> str:
     if kind == "merged model":
         code = 'AutoModelForCausalLM.from_pretrained("PATH")'
         return f"```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = {code}\n```"
+    if quantization:
+        return _loading_beside(base_model, quantization)
     return (
         "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f'base = AutoModelForCausalLM.from_pretrained("{_name(base_model)}")\n'
+        'model = PeftModel.from_pretrained(base, "PATH")\n```'
+    )
+
+
+def _loading_beside(base_model: str, quantization: Quantization) -> str:
+    return (
+        f"It was trained on this base quantised by bitsandbytes ({quantization.method}), as `{QUANTIZATION_FILE}` "
+        "says, and is for that: beside other weights, or merged into these, it is another model.\n\n"
+        "```python\nimport json\n\nfrom peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig\n\n"
+        f'quantized = BitsAndBytesConfig.from_dict(json.load(open("PATH/{QUANTIZATION_FILE}")))\n'
+        f'base = AutoModelForCausalLM.from_pretrained("{_name(base_model)}", quantization_config=quantized)\n'
         'model = PeftModel.from_pretrained(base, "PATH")\n```'
     )
 

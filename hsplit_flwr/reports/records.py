@@ -78,6 +78,8 @@ class RoundRecord:
     """the steps, as the tail saw them"""
     aggregation: AggregationHealth | None = None
     """measured on a few matrices; None where it was not measured"""
+    delta_error: float | None = None
+    """relative error (Frobenius) of what stands beside a quantised base; None where the base is not quantised"""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """by phase, see `ROUND_PHASES`; ``health`` is what measuring `aggregation` took"""
 

@@ -89,6 +89,8 @@ def summary_table(summary: RunSummary, *, markdown: bool = False) -> str:
         exactness = "exact" if summary.adapter["exact"] else "truncated"
         error = f"relative error {summary.adapter['relative_error']:.2g}"
         rows.append(["PEFT adapter", f"rank {summary.adapter['max_rank']}, {exactness} ({error})"])
+        if (lost := summary.adapter.get("delta_error")) is not None:
+            rows.append(["beside a quantised base", f"relative error {lost:.2g} of what was trained (delta-rank)"])
     rows += [
         ["seed", str(summary.seed)],
         ["commit", summary.commit or MISSING],

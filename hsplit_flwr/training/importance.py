@@ -27,6 +27,7 @@ from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.lora.segment_adapters import ADAPTER
 from hsplit_flwr.models.adaptable import sees_all
+from hsplit_flwr.models.quantized import weight_of
 from hsplit_flwr.models.segments import Segment, block_of, linear_shape
 from hsplit_flwr.training.loss import target_tokens
 
@@ -144,8 +145,7 @@ class ImportanceProbe:
         return tapped
 
     def _measure(self, name: str, layer: nn.Module, rows: list[Tensor], delta: Tensor) -> None:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        weight = weight_of(layer)
         transposed = not isinstance(layer, nn.Linear)
         deltas = self._sampled(name, delta)
         sums = [

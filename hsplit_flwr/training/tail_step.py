@@ -240,7 +240,7 @@ class TailTrainer:
 
     def _accumulate(self, group: list[StepRequest], total: int) -> Mapping[str, StepReply]:
         """Forward and backward for clients of one cut and length; tail gradients add up over groups."""
-        dtype = next(self.segment.parameters()).dtype
+        dtype = self.segment.dtype
         hidden = torch.cat([r.activations for r in group]).to(self.device, dtype)
         # Importance is measured in all layers, also in those before the first adapter.
         hidden.requires_grad_(any(request.wants_gradient or request.measured for request in group))
@@ -267,7 +267,7 @@ class TailTrainer:
         return replies
 
     def _logits(self, activations: Tensor, attention_mask: Tensor, cut: int) -> Tensor:
-        dtype = next(self.segment.parameters()).dtype
+        dtype = self.segment.dtype
         hidden = activations.to(self.device, dtype)
         logits: Tensor = self.segment(hidden, attention_mask.to(self.device, torch.int64), entry=cut)
         return logits

@@ -5,10 +5,13 @@ from typing import Self
 
 from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.lora.update_coding import DELTA_RANK
 from hsplit_flwr.training.config import TrainingConfig, require_codecs
 
 WEIGHT_DTYPES = ("fp32", "bf16", "fp16")
 """keys of `models.dtypes.DTYPES`"""
+QUANTIZATIONS = PLAIN, *_ = ("none", "nf4", "fp4", "int8")
+"""as `models.quantized` has them, which takes seconds to import"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Workload:
     """of the tail over the batches of a step; those after the first once the clients have their answers"""
     activation_cache_mib: int = TrainingConfig.activation_cache_mib
     """the most that the tail keeps of activations from round to round"""
+    quantization: str = PLAIN
+    """of the linear layers' frozen weights, which then compute in `dtype`; one of `QUANTIZATIONS`"""
+    delta_rank: int = DELTA_RANK
+    """largest rank of what training changed, where it stands beside quantised weights; 0: any"""
 
     def __post_init__(self) -> None:
         require_whole("batch_size", self.batch_size, 1)
@@ -60,6 +67,8 @@ class Workload:
         require_whole("micro_batches_in_flight", self.micro_batches_in_flight, 1)
         require_whole("tail_passes", self.tail_passes, 1)
         require(self.dtype in WEIGHT_DTYPES, "dtype", f"as one of {WEIGHT_DTYPES}", self.dtype)
+        require(self.quantization in QUANTIZATIONS, "quantization", f"as one of {QUANTIZATIONS}", self.quantization)
+        require_whole("delta_rank", self.delta_rank, 0)
         require_codecs(self.activation_codec, self.gradient_codec)
 
     @classmethod
@@ -70,6 +79,8 @@ class Workload:
         batch_size: int = batch_size,
         sequence_length: int = sequence_length,
         dtype: str = dtype,
+        quantization: str = quantization,
+        delta_rank: int = delta_rank,
         gradient_checkpointing: bool = gradient_checkpointing,
     ) -> Self:
         """The workload of a run that trains by `training`, on batches of at most this size.
@@ -82,6 +93,8 @@ class Workload:
             sequence_length=sequence_length,
             local_steps=training.local_steps,
             dtype=dtype,
+            quantization=quantization,
+            delta_rank=delta_rank,
             activation_codec=training.activation_codec,
             gradient_codec=training.gradient_codec,
             gradient_checkpointing=gradient_checkpointing,

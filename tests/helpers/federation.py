@@ -24,6 +24,7 @@ from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.flower.local_federation import LocalNode
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.models.quantized import weight_of
 from hsplit_flwr.planning.budgets.budget import Budget
 
 TIMEOUT_S = 60.0
@@ -112,10 +113,10 @@ def play_round(strategy: HSplitLoRAStrategy, manager: SimpleClientManager, numbe
 
 
 def weights_of(server: RoundServer | HSplitLoRAStrategy) -> dict[str, Tensor]:
-    """The global model's weight of every linear layer, as the layer stores it, with what is not merged yet."""
+    """The global model's weight of every linear layer (see `weight_of`), with what is not merged yet."""
     rounds = server.rounds if isinstance(server, HSplitLoRAStrategy) else server
     layers = rounds.model.segment.linear_modules()
-    weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}  # type: ignore[operator]
+    weights = {name: weight_of(layer).detach().clone() for name, layer in layers.items()}
     for name, factors in rounds.tail_rounds.unmerged().items():
         update = factors.delta()
         weights[name] += update if isinstance(layers[name], torch.nn.Linear) else update.T

@@ -15,6 +15,7 @@ from hsplit_flwr.exchange.frame_bytes import tensor_file_bytes
 from hsplit_flwr.lora.deltas import SEPARATOR
 from hsplit_flwr.lora.factors import FLOAT32_BYTES, Shape, dense_bytes
 from hsplit_flwr.lora.merge import MERGE_ROWS
+from hsplit_flwr.lora.update_rounding import is_bounded
 from hsplit_flwr.planning.costs.shapes import Matrix
 
 LISTED_BYTES = 180
@@ -47,11 +48,13 @@ class DeltaCosts:
     Args:
         matrices: of all blocks, in the order of the model.
         itemsize: bytes of a weight.
+        total_rank: the largest rank of all updates of a matrix together (`UpdateCoding.total_rank`); 0: any.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], itemsize: int) -> None:
+    def __init__(self, matrices: Sequence[Matrix], itemsize: int, total_rank: int = 0) -> None:
         self._matrices = matrices
         self._itemsize = itemsize
+        self._total_rank = total_rank
 
     def client_disk(
         self, cut: int, update_ranks: Mapping[str, int], own_ranks: Mapping[str, int], rounds: int
@@ -95,7 +98,10 @@ class DeltaCosts:
             carries_rest: updates are rounded or cut, and what they lack is kept (`lora/update_rounding.py`).
         """
         held = self._held(None, update_ranks)
-        rest = sum(_dense_file(_shape(matrix)) for matrix in held) if carries_rest and rounds else 0
+        lacking = [
+            m for m in held if (carries_rest and rounds) or self._is_cut(_shape(m), update_ranks[m.name], rounds)
+        ]
+        rest = sum(_dense_file(_shape(matrix)) for matrix in lacking)
         total = sum(self._kept(matrix, update_ranks[matrix.name], rounds) for matrix in held) if rounds else 0
         alone = [self._increments(matrix, update_ranks[matrix.name], rounds) for matrix in held]
         # As long as a matrix' delta is its increments, they share files; a checkpoint writes both.
@@ -138,29 +144,41 @@ class DeltaCosts:
     def _kept(self, matrix: Matrix, rank: int, rounds: int) -> int:
         """Files of a matrix' delta."""
         shape = _shape(matrix)
+        if self._is_cut(shape, rank, rounds):
+            return tensor_file_bytes(_factors(shape, self._total_rank))
         if self._is_dense(shape, rank, rounds):
             return _dense_file(shape)
         return rounds * tensor_file_bytes(_factors(shape, rank))
 
     def _list_bytes(self, held: Sequence[Matrix], ranks: Mapping[str, int], rounds: int) -> int:
         """A client's list of its files."""
-        dense = [self._is_dense(_shape(matrix), ranks[matrix.name], rounds) for matrix in held]
-        return sum(len(m.name) + LISTED_BYTES * (1 if d else rounds) for m, d in zip(held, dense, strict=True))
+        one = [
+            self._is_dense(_shape(matrix), ranks[matrix.name], rounds)
+            or self._is_cut(_shape(matrix), ranks[matrix.name], rounds)
+            for matrix in held
+        ]
+        return sum(len(m.name) + LISTED_BYTES * (1 if o else rounds) for m, o in zip(held, one, strict=True))
 
     def _written(self, matrix: Matrix, rank: int, rounds: int) -> int:
         """The file that the next update makes."""
         shape = _shape(matrix)
+        if self._is_cut(shape, rank, rounds + 1):
+            return tensor_file_bytes(_factors(shape, self._total_rank))
         dense = self._is_dense(shape, rank, rounds + 1)
         return _dense_file(shape) if dense else tensor_file_bytes(_factors(shape, rank))
 
-    @staticmethod
-    def _is_dense(shape: Shape, rank: int, rounds: int) -> bool:
-        return rounds * _factor_bytes(shape, rank) >= dense_bytes(shape)
+    def _is_cut(self, shape: Shape, rank: int, rounds: int) -> bool:
+        """Whether all updates together are cut to the largest rank."""
+        return is_bounded(self._total_rank, shape) and rounds * rank > self._total_rank
 
-    @staticmethod
-    def _increments(matrix: Matrix, rank: int, rounds: int) -> int:
-        """Files of the increments in the log: fewer bytes than the dense matrix."""
+    def _is_dense(self, shape: Shape, rank: int, rounds: int) -> bool:
+        return not is_bounded(self._total_rank, shape) and rounds * _factor_bytes(shape, rank) >= dense_bytes(shape)
+
+    def _increments(self, matrix: Matrix, rank: int, rounds: int) -> int:
+        """Files of the increments in the log: fewer bytes than the dense matrix; none of a delta that is cut."""
         shape = _shape(matrix)
+        if self._is_cut(shape, rank, rounds):
+            return 0
         fit = (dense_bytes(shape) - 1) // max(1, _factor_bytes(shape, rank))
         return min(rounds, fit) * tensor_file_bytes(_factors(shape, rank))
 

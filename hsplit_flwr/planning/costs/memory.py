@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from hsplit_flwr.exchange.frame_bytes import packing_bytes, payload_bytes
 from hsplit_flwr.exchange.kept_rows import ENTRY_BYTES, LEAST_ROW_BYTES, MOST_ROWS
+from hsplit_flwr.lora.factors import FLOAT32_BYTES
 from hsplit_flwr.models.dtypes import DTYPES
+from hsplit_flwr.models.quantized import INT8
 from hsplit_flwr.planning.costs.shapes import Matrix, WeightBytes, blocks_of
 from hsplit_flwr.planning.costs.step_trace import StepTrace
 from hsplit_flwr.training.importance import TILE_BYTES
@@ -82,6 +84,7 @@ class HeadMemory:
         matrices: of all blocks, in the order of the model.
         workload: what is trained on, whole batches.
         hidden_size: H.
+        dequantized: elements of the largest quantised weight; 0: none is.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class HeadMemory:
         matrices: Sequence[Matrix],
         workload: Workload,
         hidden_size: int,
+        dequantized: int = 0,
     ) -> None:
         self._weights = weights
         self._matrices = matrices
@@ -100,6 +104,7 @@ class HeadMemory:
         moves_on = workload.micro_steps and self._in_flight > 1
         self._copies = self._in_flight if moves_on else 0
         workload = workload.part
+        keeps_inputs = workload.quantization == INT8
         self._tokens = workload.batch_size * workload.sequence_length
         itemsize = DTYPES[workload.dtype].itemsize
         self._hidden_bytes = self._tokens * hidden_size * itemsize
@@ -110,6 +115,8 @@ class HeadMemory:
             per_block[:, matrix.block] += 4 * self._tokens, matrix.d_in
         of_rank_one, inputs = per_block
         grown = np.array([block.grown for block in trace.blocks])
+        if keeps_inputs and itemsize < FLOAT32_BYTES:  # beside the adapters' own, which are float32
+            grown = grown + self._tokens * itemsize * inputs
         backward = np.array([block.backward_peak for block in trace.blocks])
         if self._again:
             backward = backward - of_rank_one
@@ -120,7 +127,8 @@ class HeadMemory:
         self._forward_peaks = self._alive[:-1] + [block.forward_peak for block in trace.blocks]
         self._backward_peaks = self._alive[1:] + backward
         self._heap_peaks = np.maximum.accumulate([block.heap_peak for block in trace.blocks])
-        self._tile = tile_bytes(matrices, workload)
+        self._dequantized = dequantized * itemsize
+        self._tile = tile_bytes(matrices, workload, dequantized)
         self._packing = min(PACKING_BYTES, 8 * self._tokens * max(max(m.d_in, m.d_out) for m in matrices))
         sample = workload.measured_rows * workload.sequence_length * itemsize
         self._sampled_inputs = sample * np.cumsum(inputs) * self._again
@@ -130,6 +138,7 @@ class HeadMemory:
             for block, block_matrices in enumerate(blocks_of(matrices, len(trace.blocks)))
             for nbytes, marks in trace.blocks[block].adapter_inputs
             if (members := [m for position, m in enumerate(block_matrices) if marks & 2 << position])
+            and not keeps_inputs
         ]
         """(block, bytes, matrices): not kept if none of the matrices has an adapter, a sample for importance apart"""
 
@@ -174,9 +183,9 @@ class HeadMemory:
         )
 
     def _workspace(self, cut: int) -> int:
-        forward = self._forward_peaks[:cut].max() + 2 * self._hidden_bytes
+        forward = self._forward_peaks[:cut].max() + 2 * self._hidden_bytes + self._dequantized
         exchange = self._alive[cut] + self._hidden_bytes + FRAME_COPIES * self._frame_bytes + self._packing_bytes
-        backward = self._backward_peaks[:cut].max() + self._hidden_bytes + self._tile
+        backward = self._backward_peaks[:cut].max() + self._hidden_bytes + max(self._tile, self._dequantized)
         temporaries = max(forward, exchange, backward) - self._alive[cut] + self._tokens * TOKEN_BYTES
         holes = HEAP_SPREAD * self._heap_peaks[cut - 1] * cut ** HEAP_GROWTH[self._again]
         on_their_way = (self._in_flight - 1) * (self._hidden_bytes + FRAME_COPIES * self._frame_bytes)
@@ -189,8 +198,12 @@ def _table_bytes(workload: Workload) -> int:
     return ENTRY_BYTES * min(kept, MOST_ROWS + workload.local_steps * workload.batch_size)
 
 
-def tile_bytes(matrices: Sequence[Matrix], workload: Workload) -> int:
-    """The largest tile of a gradient that the importance measurement forms at once; 0 where nothing is measured."""
+def tile_bytes(matrices: Sequence[Matrix], workload: Workload, dequantized: int = 0) -> int:
+    """The most that the importance measurement forms at once; 0 where nothing is measured.
+
+    A tile of a gradient, and of a weight that is quantised a plain copy, before and after what stands beside it.
+    """
     if not workload.measured_rows:
         return 0
-    return min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))
+    tile = min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))
+    return tile + 2 * FLOAT32_BYTES * dequantized

@@ -21,11 +21,12 @@ from hsplit_flwr.lora.update_rounding import TensorForm, tensor_forms
 from hsplit_flwr.models.adaptable import layout_of
 from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton
 from hsplit_flwr.models.dtypes import DTYPES
+from hsplit_flwr.models.quantized import Quantization, plain_config
 from hsplit_flwr.planning.costs import npy_bytes
 from hsplit_flwr.planning.costs.delta_costs import DeltaCosts
 from hsplit_flwr.planning.costs.flops import FlopModel
 from hsplit_flwr.planning.costs.memory import HeadMemory, MemoryEstimate
-from hsplit_flwr.planning.costs.shapes import Matrix, matrices_of, weight_bytes
+from hsplit_flwr.planning.costs.shapes import Matrix, dequantized_elements, matrices_of, weight_bytes
 from hsplit_flwr.planning.costs.step_trace import trace_step
 from hsplit_flwr.planning.costs.tail_memory import TailMemory
 from hsplit_flwr.training.batch import part_rows
@@ -42,10 +43,11 @@ class ModelCosts:
     Ranks are given by whole-model module name; a name that is missing has rank 0.
 
     Args:
-        config: of a decoder-only causal language model.
+        config: of a decoder-only causal language model; of a checkpoint of bitsandbytes only under its quantization.
         workload: the batches, and how they are trained on.
 
     Raises:
+        ConfigError: the checkpoint is quantised otherwise than the workload says.
         UnsupportedModelError: the model cannot be cut, or its costs depend on its data (`trace_step`).
     """
 
@@ -53,6 +55,9 @@ class ModelCosts:
         self.workload = workload
         self._config = config
         self._by_workload = {workload: self}
+        quantization = Quantization.chosen(config, workload.quantization)
+        if quantization:
+            config = plain_config(config)
         skeleton, layout = self._skeleton(config)
         self.hidden_size = layout.width
         """values of the activations at one position"""
@@ -60,14 +65,16 @@ class ModelCosts:
         self.matrices: tuple[Matrix, ...] = matrices_of(skeleton, layout)
         """every linear layer of the blocks, in the order of the model"""
         self._by_name = {matrix.name: matrix for matrix in self.matrices}
-        self.deltas = DeltaCosts(self.matrices, DTYPES[workload.dtype].itemsize)
+        itemsize = DTYPES[workload.dtype].itemsize
+        self.deltas = DeltaCosts(self.matrices, itemsize, workload.delta_rank if quantization else 0)
         """of the weight delta that the rounds leave behind"""
-        weights = weight_bytes(skeleton, layout)
+        weights = weight_bytes(skeleton, layout, quantization, workload.delta_rank)
         plain = replace(workload, gradient_checkpointing=False)
+        largest = dequantized_elements(skeleton, quantization)
         trace = trace_step(skeleton, layout, plain.part)
         head_trace = trace if plain == workload else trace_step(*self._skeleton(config), workload.part)
-        self._head_memory = HeadMemory(head_trace, weights, self.matrices, workload, self.hidden_size)
-        self._tail_memory = TailMemory(trace, weights.whole, self.matrices, workload, self.hidden_size)
+        self._head_memory = HeadMemory(head_trace, weights, self.matrices, workload, self.hidden_size, largest)
+        self._tail_memory = TailMemory(trace, weights.whole, self.matrices, workload, self.hidden_size, largest)
         whole = trace if workload.part == workload else trace_step(*self._skeleton(config), plain)
         tokens = workload.batch_size * workload.sequence_length
         self._flops = FlopModel(whole, self.matrices, tokens, workload.gradient_checkpointing)

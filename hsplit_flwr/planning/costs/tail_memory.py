@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from hsplit_flwr.exchange.frame_bytes import packing_bytes, payload_bytes
 from hsplit_flwr.models.dtypes import DTYPES
+from hsplit_flwr.models.quantized import INT8
 from hsplit_flwr.planning.costs.memory import FRAME_COPIES, TOKEN_BYTES, MemoryEstimate, tile_bytes
 from hsplit_flwr.planning.costs.shapes import Matrix
 from hsplit_flwr.planning.costs.step_trace import StepTrace
@@ -32,10 +33,17 @@ class TailMemory:
         matrices: of all blocks, in the order of the model.
         workload: of one client, whole batches.
         hidden_size: H.
+        dequantized: elements of the largest quantised weight; 0: none is.
     """
 
     def __init__(
-        self, trace: StepTrace, weights: int, matrices: Sequence[Matrix], workload: Workload, hidden_size: int
+        self,
+        trace: StepTrace,
+        weights: int,
+        matrices: Sequence[Matrix],
+        workload: Workload,
+        hidden_size: int,
+        dequantized: int = 0,
     ) -> None:
         self._weights = weights
         self._matrices = matrices
@@ -45,17 +53,20 @@ class TailMemory:
         rows_in_flight = workload.batch_size / workload.part.batch_size
         workload = workload.part
         self._tokens = workload.batch_size * workload.sequence_length
-        self._hidden_bytes = self._tokens * hidden_size * DTYPES[workload.dtype].itemsize
+        itemsize = DTYPES[workload.dtype].itemsize
+        self._hidden_bytes = self._tokens * hidden_size * itemsize
         frames = in_flight * FRAME_COPIES * payload_bytes(workload, hidden_size) + packing_bytes(workload, hidden_size)
         # Until the end of the step the activations of all its parts are there for further passes over them.
         self._queued = int((1 + rows_in_flight) * self._hidden_bytes) + frames + self._tokens * TOKEN_BYTES
         grown = np.array([block.grown for block in trace.blocks], np.int64)
+        if workload.quantization == INT8:  # its layers keep their inputs, as adapters do in float32
+            np.add.at(grown, [m.block for m in matrices], [self._tokens * itemsize * m.d_in for m in matrices])
         np.subtract.at(grown, [matrix.block for matrix in matrices], 4 * self._tokens)
         self._kept = np.concatenate([np.cumsum(grown[::-1])[::-1], [0]])
         """by blocks cut..L-1, for every cut; adapters of rank near 0"""
         end, last = trace.postlude, trace.blocks[-1]
         self._above = max(end.forward_peak, end.grown + end.backward_peak, last.backward_peak, 0)
-        self._tile = tile_bytes(matrices, workload)
+        self._tile = max(tile_bytes(matrices, workload, dequantized), dequantized * itemsize)
 
     def estimate(self, cuts: Sequence[int], ranks: Mapping[str, int]) -> MemoryEstimate:
         """With adapters of these ranks, in one step of clients with these cuts."""

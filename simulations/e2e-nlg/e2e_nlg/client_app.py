@@ -19,6 +19,7 @@ def node(context: Context) -> ClientNode:
         context,
         client_ids=hosted_clients(context.node_config, num_clients),
         dtype=get(run_config, "dtype", "fp32"),
+        quantization=get(run_config, "quantization", "none"),
         budgets=fleet.budget if fleet else None,
     )
 

@@ -19,6 +19,7 @@ def client_fn(context: Context) -> Client:
         context,
         client_ids=hosted_clients(context.node_config, num_clients),
         dtype=get(context.run_config, "dtype", "fp32"),
+        quantization=get(context.run_config, "quantization", "none"),
         budgets=fleet.budget if fleet else None,
     ).to_client()
 
