@@ -160,11 +160,11 @@ def _require_causal_lm(config: PretrainedConfig) -> None:
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
         known = Quantization.of_config(config)
-        remedy = f'Set quantization = "{known.method}", or take' if known else "Take"
+        remedy = f', or set quantization = "{known.method}" to train beside it as it is' if known else ""
         raise UnsupportedModelError(
             f"Expected weights in fp32, bf16 or fp16, found a {kind!r} checkpoint quantised by {method} "
-            f"(quantization_config in config.json). {remedy} the checkpoint that it was made from, or dequantise it "
-            "with transformers and write it with save_pretrained."
+            "(quantization_config in config.json). Take the checkpoint that it was made from, or dequantise it with "
+            f"transformers and write it with save_pretrained{remedy}."
         )
     if config.is_encoder_decoder:
         raise UnsupportedModelError(

@@ -47,8 +47,9 @@ class Node(LocalNode):
         fault: Fault | None = None,
         budgets: Callable[[str, int], Budget] | None = None,
         node_config: dict[str, Any] | None = None,
+        quantization: str = "none",
     ) -> None:
-        super().__init__(cid, clients, model, data, budgets=budgets, node_config=node_config)
+        super().__init__(cid, clients, model, data, quantization=quantization, budgets=budgets, node_config=node_config)
         self.fault = fault
 
     def fit(self, ins: FitIns, timeout: float | None, group_id: int | None) -> FitRes:

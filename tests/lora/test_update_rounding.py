@@ -1,6 +1,8 @@
 """Updates that are rounded before they are sent: over the rounds nothing is lost but the last rounding error."""
 
 import itertools
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ CODINGS = {
     "rank 3 in bf16": UpdateCoding("bf16", 3),
 }
 ROUNDS = 30
+Sums = dict[str, Tensor]
 
 
 def update(number: int, rank: int = 6) -> dict[str, LoraFactors]:
@@ -135,6 +138,83 @@ def test_rounds_go_on_from_a_state_bit_for_bit(coding: str, tmp_path: Path) -> N
         ):
             assert torch.equal(ours.A, theirs.A), name
             assert torch.equal(ours.B, theirs.B), name
+
+
+def beside(in_files: Path | None, coding: UpdateCoding, rounds: int) -> tuple[UpdateRounding, DeltaLog, Sums]:
+    """`rounds` rounds whose updates stand beside a quantised base, and the exact sums of them."""
+    rounding, log = UpdateRounding(coding, ScratchFolder(in_files) if in_files else MEMORY), DeltaLog()
+    exact = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    for number in range(rounds):
+        for name, factors in update(number).items():
+            exact[name] += product(factors)
+        added, replaced = rounding.bound(rounding.round(update(number)), log.total)
+        log.append(added, None, replaced)
+    return rounding, log, exact
+
+
+@pytest.mark.parametrize("coding", [UpdateCoding(), UpdateCoding("bf16"), UpdateCoding(rank=3)], ids=str)
+@pytest.mark.parametrize("in_files", [False, True])
+def test_beside_a_quantised_base_the_rank_is_bounded_and_nothing_is_lost(
+    coding: UpdateCoding, in_files: bool, tmp_path: Path
+) -> None:
+    bounded = replace(coding, total_rank=8)
+    rounding, log, exact = beside(tmp_path if in_files else None, bounded, ROUNDS)
+    squares = [0.0, 0.0]
+    for name, residual in rounding.state().items():
+        form = log.total.form(name)
+        assert isinstance(form, LoraFactors)
+        assert form.rank <= 8
+        assert norm(product(form) + residual.double() - exact[name]) <= EXACT * norm(exact[name]), name
+        squares[0] += norm(residual) ** 2
+        squares[1] += norm(exact[name]) ** 2
+    expected = math.sqrt(squares[0] / squares[1])
+    assert 0.01 < expected < 1
+    assert rounding.relative_error(log.total) == pytest.approx(expected, rel=1e-2 if coding.codec == "bf16" else 1e-5)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, ROUNDS])
+def test_what_is_beside_are_the_best_factors_of_all_updates(rounds: int) -> None:
+    """As long as they fit (two of rank 6), the updates themselves; then close to the truncated SVD of their sum."""
+    rounding, log, exact = beside(None, UpdateCoding(total_rank=12), rounds)
+    for name in log.total.names():
+        found = norm(log.total.dense(name) - exact[name])
+        singular = torch.linalg.svdvals(exact[name])
+        best = float(singular[12:].square().sum().sqrt())
+        assert best * (1 - EXACT) <= found + EXACT * norm(exact[name])
+        assert found <= (best * 1.5 if rounds == ROUNDS else EXACT * norm(exact[name])), name
+    assert (rounding.relative_error(log.total) == 0) == (rounds <= 2)
+
+
+def test_a_client_beside_a_quantised_base_has_what_the_server_has(tmp_path: Path) -> None:
+    """Also one that was away for some rounds, and one whose server was resumed."""
+    rounding, log = UpdateRounding(UpdateCoding(total_rank=12)), DeltaLog()
+    always, seldom = DeltaReplica(), DeltaReplica()
+    kinds: set[str] = set()
+    for number in range(9):
+        added, replaced = rounding.bound(update(number), log.total)
+        kinds |= {kind for kind, names in (("added", added), ("replaced", replaced.names())) if names}
+        log.append(added, None, replaced)
+        for replica in (always, seldom) if number % 3 == 0 else (always,):
+            lacking = log.since(replica.version, SHAPES)
+            tensors = lacking.to_tensors()
+            received = DeltaUpdate.from_tensors(tensors, SHAPES, base=lacking.base, version=lacking.version)
+            replica.apply(received, SHAPES)
+            for name in log.total.names():
+                assert torch.equal(replica.total.dense(name), log.total.dense(name)), (number, name)
+        if number == 5:
+            saved = through_disk({"log": log.state(), "residuals": rounding.state()}, tmp_path)
+            log, rounding = DeltaLog(), UpdateRounding(UpdateCoding(total_rank=12))
+            log.load_state(saved["log"], SHAPES)
+            rounding.load_state(saved["residuals"], SHAPES)
+    assert kinds == {"added", "replaced"}
+
+
+def test_where_a_dense_matrix_takes_no_more_the_sum_is_exact() -> None:
+    rounding, log, exact = beside(None, UpdateCoding(total_rank=40), ROUNDS)
+    for name, expected in exact.items():
+        assert isinstance(log.total.form(name), Tensor)
+        assert norm(log.total.dense(name) - expected) <= EXACT * norm(expected)
+    assert rounding.relative_error(log.total) == 0
 
 
 def test_residuals_of_another_model_are_refused() -> None:

@@ -343,7 +343,7 @@ def _read_block_by_block(name: str, method: str, folder: Path, **settings: Any) 
 def test_a_quantised_checkpoint_is_not_taken_for_another(tmp_path: Path) -> None:
     by_transformers(save("llama", tmp_path / "plain"), "nf4").save_pretrained(tmp_path / "quantised")
     files = ModelFiles.resolve(str(tmp_path / "quantised"))
-    with pytest.raises(UnsupportedModelError, match=r'quantised by bitsandbytes .* Set quantization = "nf4", or take'):
+    with pytest.raises(UnsupportedModelError, match=r'quantised by bitsandbytes .*, or set quantization = "nf4"'):
         load_segment(files, 0, 1)
     with pytest.raises(ConfigError, match=r'quantised by nf4 to stay so, found .*\'int8\'\. Set quantization = "nf4"'):
         files.quantized_by("int8")
