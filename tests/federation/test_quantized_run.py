@@ -119,7 +119,7 @@ def test_a_run_trains_beside_the_base_and_its_adapter_is_for_that_base(
     card = (adapter / "README.md").read_text()
     assert f"quantised by bitsandbytes ({method})" in card
     assert "quantization_config=quantized" in card
-    assert ("relative error of" in card) == (lost > 0)
+    assert ("of what was trained (relative error)" in card) == (lost > 0)
 
     base = AutoModelForCausalLM.from_pretrained(
         tiny_checkpoint(), dtype=torch.float32, quantization_config=BitsAndBytesConfig.from_dict(stated)
