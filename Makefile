@@ -33,6 +33,7 @@ bench:  ## the tables of docs/costs.md, docs/planning.md, docs/exchange.md and d
 	$(PYTHON) simulations/benchmarks/planner.py --json results/planner.json
 	$(PYTHON) simulations/benchmarks/planned_ranks.py --json results/planned_ranks.json
 	$(PYTHON) simulations/benchmarks/state_memory.py --json results/state_memory.json
+	$(PYTHON) simulations/benchmarks/quantized.py --json results/quantized.json
 	$(PYTHON) simulations/benchmarks/increments.py --json results/increments.json
 	$(PYTHON) simulations/benchmarks/load.py --json results/load.json --simulated
 	$(PYTHON) simulations/benchmarks/hostile.py --json results/hostile.json

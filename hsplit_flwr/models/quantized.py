@@ -183,7 +183,7 @@ class QuantizedLayer(nn.Linear):
         raise NotImplementedError
 
     def stored_weight(self) -> Tensor:
-        """W_0 (d_out, d_in), float32: dequantised."""
+        """W_0 (d_out, d_in), float32: dequantised, in memory of its own."""
         raise NotImplementedError
 
     def stand(self, *beside: Tensor) -> None:
@@ -205,14 +205,14 @@ def weight_of(layer: nn.Module) -> Tensor:
 
     What stands beside a quantised weight is in it. Not to be changed in place.
     """
-    if not isinstance(layer, QuantizedLayer):
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
-    weight = layer.stored_weight()
-    if len(layer.beside) == 1:
-        return weight + layer.beside[0]
-    return torch.addmm(weight, layer.beside[1], layer.beside[0]) if layer.beside else weight
+    if isinstance(layer, QuantizedLayer):
+        weight = layer.stored_weight()
+        if len(layer.beside) == 1:
+            return weight.add_(layer.beside[0])
+        return weight.addmm_(layer.beside[1], layer.beside[0]) if layer.beside else weight
+    plain = layer.weight
+    assert isinstance(plain, Tensor)
+    return plain
 
 
 def plain_config(config: PretrainedConfig) -> PretrainedConfig:

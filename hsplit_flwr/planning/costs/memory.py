@@ -201,9 +201,9 @@ def _table_bytes(workload: Workload) -> int:
 def tile_bytes(matrices: Sequence[Matrix], workload: Workload, dequantized: int = 0) -> int:
     """The most that the importance measurement forms at once; 0 where nothing is measured.
 
-    A tile of a gradient, and of a weight that is quantised a plain copy, before and after what stands beside it.
+    A tile of a gradient, and of a weight that is quantised a plain copy in float32, made of one in its own dtype.
     """
     if not workload.measured_rows:
         return 0
     tile = min(TILE_BYTES, max(4 * matrix.d_in * matrix.d_out for matrix in matrices))
-    return tile + 2 * FLOAT32_BYTES * dequantized
+    return tile + (FLOAT32_BYTES + DTYPES[workload.dtype].itemsize) * dequantized
