@@ -139,7 +139,8 @@ def _planning(settings: Settings, files: ModelFiles, device: str) -> AdaptivePla
         server,
         settings.planner,
         settings.replan,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora.lora_alpha,
+        use_rslora=settings.lora.use_rslora,
     )
 
 

@@ -1,7 +1,7 @@
 """Flower's run config (flat keys of strings and numbers) -> the typed settings of a run."""
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class Settings:
     """where plans are configured"""
     planner: PlannerConfig
     replan: ReplanConfig
-    lora_alpha: float
+    lora: LoraSpec
+    """what gets adapters, and how they scale; the ranks are those of `plans`, or to be planned"""
     fleet: Fleet | None
     """budgets by profile; None: clients state or measure their own"""
     strategy: StrategyConfig
@@ -95,10 +96,8 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     """
     chosen = _chosen(run_config)
     training = TrainingConfig(**of_fields(run_config, TrainingConfig, but=chosen))
-    lora_alpha = get(run_config, "lora-alpha", 16.0)
-    targets = get(run_config, "target-modules", "")
+    lora = _lora(run_config)
     tail_rank = get(run_config, "tail-rank", PlannerConfig.tail_rank)
-    spec = from_words(targets.split())
     adapter_rank = get(run_config, "adapter-rank", 0)
     if adapter_rank < 0:
         raise ConfigError(f"Expected adapter-rank >= 0 (0: as much as exactness takes), found {adapter_rank}.")
@@ -112,20 +111,22 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
     return Settings(
         training=training,
         workload=workload,
-        plans=_configured_plans(run_config, lora_alpha, targets),
-        tail_lora=LoraSpec(tail_rank, lora_alpha, spec) if tail_rank else LoraSpec(0),
+        plans=_configured_plans(run_config, lora),
+        tail_lora=replace(lora, r=tail_rank) if tail_rank else LoraSpec(0),
         planner=PlannerConfig(
             ranks=tuple(integers(run_config, "candidate-ranks", "2,4,8,16").values()),
             tail_rank=tail_rank,
             tail_worth=_tail_worth(run_config),
             min_cut=get(run_config, "min-cut", PlannerConfig.min_cut),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
-            target_modules=spec,
+            target_modules=lora.target_modules,
+            exclude_modules=lora.exclude_modules,
+            layers_to_transform=lora.layers_to_transform,
             update=strategy.update_coding if workload.quantization != PLAIN else strategy.update_coding.merged(),
             choose=chosen,
         ),
         replan=ReplanConfig(**of_fields(run_config, ReplanConfig)),
-        lora_alpha=lora_alpha,
+        lora=lora,
         fleet=read_fleet(run_config, folder),
         strategy=strategy,
         service=_service(run_config),
@@ -213,11 +214,24 @@ def _no_connection(run_config: RunConfig) -> str:
     return SCHEME
 
 
-def _configured_plans(run_config: RunConfig, lora_alpha: float, targets: str) -> dict[str, ClientPlan] | None:
+def _lora(run_config: RunConfig) -> LoraSpec:
+    """Which layers get adapters, whatever their ranks."""
+    excluded = get(run_config, "exclude-modules", "").split()
+    blocks = get(run_config, "layers-to-transform", "")
+    return LoraSpec(
+        lora_alpha=get(run_config, "lora-alpha", LoraSpec.lora_alpha),
+        target_modules=from_words(get(run_config, "target-modules", "").split()),
+        exclude_modules=from_words(excluded) if excluded else (),
+        layers_to_transform=tuple(integers(run_config, "layers-to-transform").values()) if blocks else None,
+        use_rslora=get(run_config, "use-rslora", LoraSpec.use_rslora),
+    )
+
+
+def _configured_plans(run_config: RunConfig, lora: LoraSpec) -> dict[str, ClientPlan] | None:
     if not get(run_config, "cuts", ""):
         return None
     cuts, ranks = integers(run_config, "cuts"), integers(run_config, "ranks")
-    return plans_from_table(cuts, ranks, lora_alpha=lora_alpha, target_modules=targets)
+    return _plans(cuts, ranks, lora)
 
 
 def plans_from_table(
@@ -228,7 +242,11 @@ def plans_from_table(
     target_modules: str = "",
 ) -> dict[str, ClientPlan]:
     """Plans per client id from two small tables, with one alpha for all."""
+    lora = LoraSpec(lora_alpha=lora_alpha, target_modules=from_words(target_modules.split()))
+    return _plans(cuts, ranks, lora)
+
+
+def _plans(cuts: Mapping[str, int], ranks: Mapping[str, int], lora: LoraSpec) -> dict[str, ClientPlan]:
     if set(cuts) != set(ranks):
         raise ConfigError(f"Expected cuts and ranks for the same clients, found {sorted(cuts)} and {sorted(ranks)}.")
-    targets = from_words(target_modules.split())
-    return {client: ClientPlan(cuts[client], LoraSpec(ranks[client], lora_alpha, targets)) for client in cuts}
+    return {client: ClientPlan(cuts[client], replace(lora, r=ranks[client])) for client in cuts}

@@ -142,13 +142,16 @@ class LoraSpec:
         return _first_match(self.alpha_pattern, module_name, self.lora_alpha)
 
     @classmethod
-    def of_ranks(cls, ranks: Mapping[str, int], lora_alpha: float) -> "LoraSpec":
+    def of_ranks(cls, ranks: Mapping[str, int], lora_alpha: float, *, use_rslora: bool = False) -> "LoraSpec":
         """A rank for every module by its whole name, none elsewhere; one alpha for all.
 
         So one learning rate suits all ranks: what AdamW's first step on B changes is a sum of r terms of like sign,
-        and the scaling alpha / r makes a mean of it.
+        and the scaling alpha / r makes a mean of it. With `use_rslora` it is alpha / sqrt(r), said without the word,
+        so that the spec can be sent.
         """
-        return cls(r=0, lora_alpha=lora_alpha, rank_pattern=_by_whole_name(ranks))
+        trained = _by_whole_name(ranks)
+        alphas = {name: lora_alpha * rank**0.5 for name, rank in trained.items()} if use_rslora else {}
+        return cls(r=0, lora_alpha=lora_alpha, rank_pattern=trained, alpha_pattern=alphas)
 
     @classmethod
     def of_scaling(cls, ranks: Mapping[str, int], scaling: float) -> "LoraSpec":

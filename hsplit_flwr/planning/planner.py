@@ -92,6 +92,10 @@ class PlannerConfig:
     """what of the exchange the plan chooses, of `exchange_choice.CHOICES`; all else is as the costs' workload says"""
     min_cut: int = 1
     """blocks that every head holds at least: what leaves a device has gone through so many (privacy)"""
+    exclude_modules: str | tuple[str, ...] = ()
+    """which of the `target_modules` may not, as in `LoraSpec`"""
+    layers_to_transform: tuple[int, ...] | None = None
+    """the blocks whose layers may; None: all"""
 
     def __post_init__(self) -> None:
         whole = all(is_whole(rank, 1) for rank in self.ranks)
@@ -104,7 +108,7 @@ class PlannerConfig:
         require_whole("min_cut", self.min_cut, 1)
         good = self.deadline_s is None or self.deadline_s > 0
         require(good, "deadline_s", "> 0 (inf: none), or None", self.deadline_s)
-        LoraSpec(target_modules=self.target_modules)  # refuses none at all
+        self._choice()  # refuses none at all
         require(set(self.choose) <= set(CHOICES), "choose", f"some of {CHOICES}", self.choose)
 
     def targets(self, module_names: Iterable[str]) -> list[str]:
@@ -113,7 +117,14 @@ class PlannerConfig:
         Raises:
             ConfigError: a target matches none of them.
         """
-        return LoraSpec(target_modules=self.target_modules).targets(module_names)
+        return self._choice().targets(module_names)
+
+    def _choice(self) -> LoraSpec:
+        return LoraSpec(
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            layers_to_transform=self.layers_to_transform,
+        )
 
 
 def plan(

@@ -60,6 +60,7 @@ class AdaptivePlanning:
         planner: candidate ranks, target modules, deadline.
         replan: thresholds.
         lora_alpha: alpha of every adapter, whatever its rank; its scaling is alpha / r.
+        use_rslora: its scaling is alpha / sqrt(r) instead.
         importance: module name -> importance known before training (of an earlier run); default: all equal.
 
     Raises:
@@ -74,12 +75,14 @@ class AdaptivePlanning:
         replan: ReplanConfig | None = None,
         *,
         lora_alpha: float = LoraSpec.lora_alpha,
+        use_rslora: bool = LoraSpec.use_rslora,
         importance: Profile | None = None,
     ) -> None:
         self.stated_costs = costs
         """under the exchange that is stated, whatever the plan chooses"""
         self._costs = costs
         self._lora_alpha = lora_alpha
+        self._use_rslora = use_rslora
         self.history = ImportanceHistory()
         self._server = server
         self._planner = planner or PlannerConfig()
@@ -121,7 +124,7 @@ class AdaptivePlanning:
 
     def lora(self, ranks: Mapping[str, int]) -> LoraSpec:
         """The adapters of a head or tail of these ranks."""
-        return LoraSpec.of_ranks(ranks, self._lora_alpha)
+        return LoraSpec.of_ranks(ranks, self._lora_alpha, use_rslora=self._use_rslora)
 
     def observe_budget(self, client: str, budget: Budget) -> None:
         """`client` says what it can afford from now on."""
@@ -167,6 +170,7 @@ class AdaptivePlanning:
             "planner": self._planner,
             "replan": self._replan,
             "lora-alpha": self._lora_alpha,
+            "use-rslora": self._use_rslora,
         }
 
     def state(self) -> State:

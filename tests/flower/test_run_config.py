@@ -142,7 +142,7 @@ def test_every_key_arrives() -> None:
     coding = UpdateCoding("bf16", 8)
     assert settings.planner == PlannerConfig((1, 3), 6, 0.5, 12.0, ("q_proj", "v_proj"), coding, min_cut=2)
     assert settings.replan == ReplanConfig(0.5, 0.3)
-    assert settings.lora_alpha == 4.0
+    assert settings.lora.lora_alpha == 4.0
     assert settings.plans
     assert settings.plans["1"] == ClientPlan(3, LoraSpec(4, 4.0, ("q_proj", "v_proj")))
     assert settings.tail_lora == LoraSpec(6, 4.0, ("q_proj", "v_proj"))
@@ -337,6 +337,24 @@ def keys_in_code(app: str) -> set[str]:
     code = FINETUNE if app == "finetune" else folder_of(app)
     literal = re.compile(r'get\(\s*(?:context\.)?run_config,\s*"([a-z-]+)"')
     return {key for path in code.rglob("*.py") for key in literal.findall(path.read_text())}
+
+
+def test_what_gets_an_adapter_and_how_it_scales_is_for_heads_tail_and_planner_alike() -> None:
+    chosen = {"exclude-modules": "k_proj 0.q_proj", "layers-to-transform": "0,2,3", "use-rslora": True}
+    settings = read_settings({**SMALLEST, **chosen, "tail-rank": 3}, HERE)
+    assert settings.plans is not None
+    for lora, rank in ((settings.plans["0"].lora, 2), (settings.plans["1"].lora, 4), (settings.tail_lora, 3)):
+        assert lora == LoraSpec(
+            rank,
+            16.0,
+            exclude_modules=("k_proj", "0.q_proj"),
+            layers_to_transform=(0, 2, 3),
+            use_rslora=True,
+        )
+    names = [f"h.{block}.{leaf}" for block in range(4) for leaf in ("k_proj", "q_proj", "up")]
+    assert settings.planner.targets(names) == ["h.0.up", "h.2.q_proj", "h.2.up", "h.3.q_proj", "h.3.up"]
+    with pytest.raises(ConfigError, match="layers-to-transform as integers"):
+        read_settings({**SMALLEST, "layers-to-transform": "all"}, HERE)
 
 
 @pytest.mark.parametrize("app", APPS)

@@ -194,3 +194,11 @@ def test_a_fresh_A_depends_on_its_seed_alone() -> None:
     assert torch.equal(init_lora_A(4, 10, seed=1), expected)
     assert torch.equal(torch.get_rng_state(), before)  # the caller's random numbers stay as they are
     assert not torch.equal(init_lora_A(4, 10, seed=2), expected)
+
+
+def test_planned_ranks_scale_as_rslora_does_and_can_be_sent() -> None:
+    ranks = {"h.0.q": 4, "h.1.q": 9, "h.2.q": 0}
+    spec = LoraSpec.of_ranks(ranks, 6.0, use_rslora=True)
+    assert [spec.scaling(name) for name in ("h.0.q", "h.1.q")] == [3.0, 2.0]
+    assert LoraSpec.from_dict(spec.to_dict()) == spec
+    assert [LoraSpec.of_ranks(ranks, 6.0).scaling(name) for name in ("h.0.q", "h.1.q")] == [1.5, 6 / 9]

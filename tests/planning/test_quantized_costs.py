@@ -119,7 +119,18 @@ def test_a_budget_affords_more_blocks_in_4_bits(tmp_path: Path, capsys: pytest.C
     client = f'[[client]]\ndevice = "workstation"\nmemory_mb = {(fits + does_not) / 2e6:.1f}\n'
     profiles.write_text(f'[server]\ndevice = "workstation"\n\n{client}')
     options = ["plan", "--model", str(tmp_path), "--profiles", str(profiles), "--batch-size", "2", "--tail-worth", "0"]
-    options += ["--sequence-length", "16", "--dtype", "bf16", "--delta-rank", "16", "--ranks", "4", "--deadline-s", "inf"]
+    options += [
+        "--sequence-length",
+        "16",
+        "--dtype",
+        "bf16",
+        "--delta-rank",
+        "16",
+        "--ranks",
+        "4",
+        "--deadline-s",
+        "inf",
+    ]
     cuts, told = {}, {}
     for method in ("none", "nf4"):
         assert main([*options, "--quantization", method, "--output", str(tmp_path / method)]) == 0
