@@ -69,7 +69,9 @@ def check_task(task: "RoundTask") -> None:
     _check_plan(task)
     _check_training(asdict(task.training))
     for name, value in asdict(task.workload).items() if task.workload else ():
-        if not isinstance(value, str | bool):
+        if isinstance(value, float):
+            _number(f"{name} of the workload", value, LARGEST_RATE)
+        elif not isinstance(value, str | bool):
             _whole(f"{name} of the workload", value, 0, MOST_OF_ANYTHING)
 
 

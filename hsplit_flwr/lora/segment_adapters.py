@@ -1,7 +1,7 @@
 """LoRA adapters on a segment, through PEFT: put in, restart, read out."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.common.state import State
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
+from hsplit_flwr.lora.dropout import LayerDropout, PassDropout
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.block_layout import PATCHING
@@ -43,6 +44,10 @@ class SegmentAdapters:
                 )
         self._segment = segment
         self._layers = _inject(segment, spec, names) if names else {}
+        self._seed = 0
+        self._dropout = PassDropout()
+        for name, layer in self._layers.items():
+            layer.get_submodule("lora_dropout").add_module(ADAPTER, LayerDropout(name, self._dropout))
 
     @property
     def module_names(self) -> list[str]:
@@ -57,9 +62,10 @@ class SegmentAdapters:
         """Restart: B = 0, A by `seed` and the module's name (so that it does not depend on who holds what).
 
         Args:
-            seed: of A.
+            seed: of A; and of the masks of dropout from now on.
             names: of the modules that do; default: all.
         """
+        self._seed = seed
         for name in self._layers if names is None else names:
             A, B = _pair(self._layers[name])
             A.data.copy_(init_lora_A(A.shape[0], A.shape[1], derive_seed(seed, name)))
@@ -96,6 +102,13 @@ class SegmentAdapters:
             yield
         finally:
             self.adopt(own)
+
+    def dropping_out(self, share: float, *which: object) -> AbstractContextManager[None]:
+        """Inside, `share` of what each adapter is given is dropped; by the seed of `reset` and `which` pass it is.
+
+        Around the backward pass, too, if blocks are computed again in it.
+        """
+        return self._dropout.during(share, derive_seed(self._seed, *which))
 
     def take_gradients(self, copies: Pairs) -> None:
         """Make the gradients of `copies` those of the adapters."""

@@ -64,6 +64,11 @@ class Segment(nn.Module):
         """of the activations, and of the frozen weights that are not quantised"""
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
+    @property
     def config(self) -> PretrainedConfig:
         """The config of the whole model."""
         return self.model.config

@@ -9,6 +9,8 @@ from hsplit_flwr.lora.spec import LoraSpec
 WIRE_CODECS = ("fp32", "bf16", "fp16", "int8", "int4", "int4_stochastic")
 """keys of `exchange.codecs.CODECS`, which lies above and is not imported here"""
 SCHEDULES = ("linear", "cosine", "constant")
+AUTOCASTS = ("none", "bf16")
+"""torch's; fp16 would need its losses scaled, and the tail's and the heads' gradients with them"""
 
 
 def require_codecs(activation_codec: str, gradient_codec: str) -> None:
@@ -19,6 +21,17 @@ def require_codecs(activation_codec: str, gradient_codec: str) -> None:
     """
     for name, value in (("activation_codec", activation_codec), ("gradient_codec", gradient_codec)):
         require(value in WIRE_CODECS, name, f"as one of {WIRE_CODECS}", value)
+
+
+def require_passes(lora_dropout: float, autocast: str) -> None:
+    """Refuses training passes that there are not.
+
+    Raises:
+        ConfigError: naming the setting, what there is and what was found.
+    """
+    share = is_at_least(lora_dropout, 0) and lora_dropout < 1
+    require(share, "lora_dropout", ">= 0 and < 1", lora_dropout)
+    require(autocast in AUTOCASTS, "autocast", f"as one of {AUTOCASTS}", autocast)
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,10 @@ class TrainingConfig:
     activation_cache_mib: int = 0
     """the most that the server keeps of activations of heads that train nothing, of all clients together: what comes
     again is not sent again. 0: nothing"""
+    lora_dropout: float = 0.0
+    """share of what each adapter is given that is dropped in training, in heads and tail"""
+    autocast: str = "none"
+    """one of `AUTOCASTS`: what torch's autocast computes in during training passes, whatever the weights are"""
 
     def __post_init__(self) -> None:
         from hsplit_flwr.training.optimizer import OPTIMIZERS  # torch: who only reads the defaults need not wait for it
@@ -76,6 +93,7 @@ class TrainingConfig:
         require(is_at_least(self.max_grad_norm, 0), "max_grad_norm", ">= 0 (0: no clipping)", self.max_grad_norm)
         require(self.schedule in SCHEDULES, "schedule", f"as one of {SCHEDULES}", self.schedule)
         require(self.optimizer in OPTIMIZERS, "optimizer", f"as one of {tuple(OPTIMIZERS)}", self.optimizer)
+        require_passes(self.lora_dropout, self.autocast)
         require_codecs(self.activation_codec, self.gradient_codec)
         by_chance = self.activation_cache_mib > 0 and self.activation_codec == "int4_stochastic"
         expected = "that rounds the same every time where activation-cache-mib is above 0"

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -20,6 +20,7 @@ from hsplit_flwr.training.host_memory import trim_heap
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
 from hsplit_flwr.training.loss import target_tokens, tensors_of
 from hsplit_flwr.training.optimizer import Optimizer
+from hsplit_flwr.training.passes import training_pass
 from hsplit_flwr.training.session import BatchPart, ScoreReply, StepReply, TailSession, is_measured
 
 
@@ -179,8 +180,8 @@ class HeadTraining:
 
     def _send(self, part: BatchPart, input_ids: Tensor, mask: Tensor, labels: Tensor, objective_tokens: int) -> None:
         copies = self._adapters.copies() if self._moves_on else None
-        with self._adapters.standing_in(copies) if copies else nullcontext():
-            hidden = self._head(input_ids, mask)
+        with self._adapters.standing_in(copies) if copies else nullcontext(), self._pass(part):
+            hidden = self._head(input_ids, mask).to(self._head.dtype)
         share = target_tokens(labels) / objective_tokens if objective_tokens else 0.0
         self._in_flight.append(_Sent(part=part, hidden=hidden, share=share, adapters=copies))
         with self._exchanging():
@@ -199,8 +200,8 @@ class HeadTraining:
                     "server takes it for a head without adapters: see that its task came from this server's plan.",
                 )
             gradient = reply.gradient.to(sent.hidden.device, sent.hidden.dtype)
-            # Gradient checkpointing computes the part again: with the adapters that it went through.
-            with self._adapters.standing_in(sent.adapters) if sent.adapters else nullcontext():
+            # Gradient checkpointing computes the part again: with the adapters that it went through, and their masks.
+            with self._adapters.standing_in(sent.adapters) if sent.adapters else nullcontext(), self._drop(sent.part):
                 torch.autograd.backward(sent.hidden, gradient if sent.share == 1 else gradient * sent.share)
             if sent.adapters:
                 self._adapters.take_gradients(sent.adapters)
@@ -209,6 +210,16 @@ class HeadTraining:
                 self._optimizer.zero_grad()
         trim_heap()
         self._count(sent.part, reply)
+
+    def _pass(self, part: BatchPart) -> AbstractContextManager[None]:
+        device, config = self._head.device, self._config
+        return training_pass(self._adapters, device, config.lora_dropout, config.autocast, *self._which(part))
+
+    def _drop(self, part: BatchPart) -> AbstractContextManager[None]:
+        return self._adapters.dropping_out(self._config.lora_dropout, *self._which(part))
+
+    def _which(self, part: BatchPart) -> tuple[int, int]:
+        return self._first_step + part.step, part.number
 
     def _count(self, part: BatchPart, reply: StepReply) -> None:
         self._nll += reply.loss * reply.tokens

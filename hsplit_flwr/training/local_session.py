@@ -68,6 +68,7 @@ class LocalSession(TailSession):
             activations=activations,
             attention_mask=attention_mask,
             labels=labels,
+            number=part.number,
             ends_batch=part.is_last or self.micro_steps,
             wants_gradient=wants_gradient(part, trains=self.trains, importance_steps=self.measured_steps),
             measured=is_measured(part, self.measured_steps),

@@ -7,7 +7,7 @@ A new optimizer is a row of `OPTIMIZERS`, for instance::
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,22 @@ Factory = Callable[[list[nn.Parameter], "TrainingConfig"], torch.optim.Optimizer
 remembers parameter by parameter"""
 OPTIMIZERS: dict[str, Factory] = {
     "adamw": lambda parameters, config: torch.optim.AdamW(parameters, weight_decay=config.weight_decay),
+    "adamw_8bit": lambda parameters, config: _adamw_8bit(parameters, config),
 }
 """`TrainingConfig.optimizer` -> how it is made"""
+
+
+def _adamw_8bit(parameters: list[nn.Parameter], config: "TrainingConfig") -> torch.optim.Optimizer:
+    """AdamW whose moments are kept in 8 bits, by blocks; those of factors below 4,096 values stay float32."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f'Expected the package bitsandbytes for optimizer = "adamw_8bit", found: {error}. '
+            "Run: pip install 'hsplit_flwr[quantized]', or set optimizer = \"adamw\"."
+        ) from error
+    made: torch.optim.Optimizer = AdamW8bit(parameters, weight_decay=config.weight_decay)
+    return made
 
 
 class Optimizer:
@@ -108,4 +122,10 @@ class Optimizer:
 
 
 def _copies(values: State) -> State:
-    return {key: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v for key, v in values.items()}
+    return {key: _copy(value) for key, value in values.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return _copies(value) if isinstance(value, dict) else value

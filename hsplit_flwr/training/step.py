@@ -44,6 +44,10 @@ class StepRequest:
     """(B, T)"""
     labels: Tensor
     """(B, T)"""
+    number: int = 0
+    """of the parts of its batch, from 0"""
+    pass_number: int = 0
+    """of the passes over the batch, from 0"""
     ends_batch: bool = True
     """no further part of what the client's optimizer step is taken on follows"""
     wants_gradient: bool = True

@@ -31,6 +31,7 @@ from hsplit_flwr.training.gradient_mean import GradientMean
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, SampledRows, sample_rows
 from hsplit_flwr.training.loss import target_tokens, token_losses
 from hsplit_flwr.training.optimizer import Optimizer
+from hsplit_flwr.training.passes import training_pass
 from hsplit_flwr.training.session import ScoreReply, StepReply
 from hsplit_flwr.training.step import StepRequest, TrainedBatch
 
@@ -60,7 +61,7 @@ class TailTrainer:
     @property
     def device(self) -> torch.device:
         """Where the tail computes."""
-        return next(self.segment.parameters()).device
+        return self.segment.device
 
     def open_round(self, adapter_seed: int, keep: Collection[str] = ()) -> None:
         """Restart the adapters by `adapter_seed`, and what the optimizer knows of them, but for the modules `keep`."""
@@ -135,8 +136,10 @@ class TailTrainer:
         """
         under_way, self._open = self._open, {}  # of a client that is late with the rest of its batch
         with self._further_passes.spared():
-            for requests, ends_step in (turn for _ in range(self.config.tail_passes - 1) for turn in turns):
-                self._accumulate_all([replace(r, measured=False, wants_gradient=False) for r in requests])
+            further = range(1, self.config.tail_passes)
+            for number, (requests, ends_step) in ((number, turn) for number in further for turn in turns):
+                again = [replace(r, measured=False, wants_gradient=False, pass_number=number) for r in requests]
+                self._accumulate_all(again)
                 self._collect(requests, ends_step)
         self._open = under_way
 
@@ -246,7 +249,12 @@ class TailTrainer:
         hidden.requires_grad_(any(request.wants_gradient or request.measured for request in group))
         mask = torch.cat([r.attention_mask for r in group])
         labels = torch.cat([r.labels for r in group]).to(self.device, torch.int64)
-        losses = token_losses(self._logits(hidden, mask, group[0].cut), labels)
+        config = self.config
+        which = [part for r in group for part in (r.pass_number, r.client, r.run_step, r.number)]
+        with training_pass(self.adapters, self.device, config.lora_dropout, config.autocast, *which):
+            logits = self._logits(hidden, mask, group[0].cut)
+        losses = token_losses(logits, labels)
+        del logits
         sizes = [len(r.labels) for r in group]
         sums = torch.stack([part.sum() for part in torch.split(losses, sizes)])
         _require_finite("loss", sums)

@@ -6,7 +6,7 @@ from typing import Self
 from hsplit_flwr.common.checks import require, require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.update_coding import DELTA_RANK
-from hsplit_flwr.training.config import TrainingConfig, require_codecs
+from hsplit_flwr.training.config import TrainingConfig, require_codecs, require_passes
 
 WEIGHT_DTYPES = ("fp32", "bf16", "fp16")
 """keys of `models.dtypes.DTYPES`"""
@@ -51,6 +51,10 @@ class Workload:
     """of the tail over the batches of a step; those after the first once the clients have their answers"""
     activation_cache_mib: int = TrainingConfig.activation_cache_mib
     """the most that the tail keeps of activations from round to round"""
+    lora_dropout: float = TrainingConfig.lora_dropout
+    """share of an adapter's input that is dropped: masks are kept for the backward pass"""
+    autocast: str = TrainingConfig.autocast
+    """what training passes compute in, beside the weights' dtype"""
     quantization: str = PLAIN
     """of the linear layers' frozen weights, which then compute in `dtype`; one of `QUANTIZATIONS`"""
     delta_rank: int = DELTA_RANK
@@ -70,6 +74,7 @@ class Workload:
         require(self.quantization in QUANTIZATIONS, "quantization", f"as one of {QUANTIZATIONS}", self.quantization)
         require_whole("delta_rank", self.delta_rank, 0)
         require_codecs(self.activation_codec, self.gradient_codec)
+        require_passes(self.lora_dropout, self.autocast)
 
     @classmethod
     def of(
@@ -106,6 +111,8 @@ class Workload:
             joint_steps=training.joint_steps,
             tail_passes=training.tail_passes,
             activation_cache_mib=training.activation_cache_mib,
+            lora_dropout=training.lora_dropout,
+            autocast=training.autocast,
         )
 
     @property
@@ -137,6 +144,7 @@ class Workload:
         for name in (
             *("local_steps", "activation_codec", "gradient_codec", "measured_rows", "joint_steps"),
             *("micro_batches", "parts_alive", "micro_steps", "tail_passes", "activation_cache_mib"),
+            *("lora_dropout", "autocast"),
         ):
             expected, found = getattr(trained, name), getattr(self, name)
             if expected != found:

@@ -340,7 +340,7 @@ def keys_in_code(app: str) -> set[str]:
 
 
 def test_what_gets_an_adapter_and_how_it_scales_is_for_heads_tail_and_planner_alike() -> None:
-    chosen = {"exclude-modules": "k_proj 0.q_proj", "layers-to-transform": "0,2,3", "use-rslora": True}
+    chosen: dict[str, Any] = {"exclude-modules": "k_proj 0.q_proj", "layers-to-transform": "0,2,3", "use-rslora": True}
     settings = read_settings({**SMALLEST, **chosen, "tail-rank": 3}, HERE)
     assert settings.plans is not None
     for lora, rank in ((settings.plans["0"].lora, 2), (settings.plans["1"].lora, 4), (settings.tail_lora, 3)):

@@ -259,7 +259,8 @@ def test_importance_is_of_the_weights_that_are_computed_with(method: str, tmp_pa
     one = batch()
     with ImportanceProbe(whole, [SampledRows(0, 3, 1.0)], one["labels"].shape) as probe:
         tokens = (one["labels"][:, 1:] >= 0).sum()
-        (token_losses(whole(one["input_ids"], one["attention_mask"]), one["labels"]).sum() / tokens).backward()
+        loss = token_losses(whole(one["input_ids"], one["attention_mask"]), one["labels"]).sum() / tokens
+        loss.backward()  # type: ignore[no-untyped-call]
     (values,) = probe.values()
     plain(**one).loss.backward()
     for name, value in values.items():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -131,3 +132,47 @@ def test_a_foreign_state_is_refused(change: Callable[[dict[str, object]], dict[s
     optimizer = Optimizer(parameters(*SHAPES), CONFIG)
     with pytest.raises(ConfigError, match=rf"Expected .*{message}.*Resume with the"):
         optimizer.load_state(change(optimizer.state()))
+
+
+def test_8_bit_adamw_is_that_of_bitsandbytes_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Factors of 4,096 values and more have moments in 8 bits; smaller ones in float32."""
+    from bitsandbytes.optim import AdamW8bit
+
+    config = TrainingConfig(1, 6, 1e-2, warmup_steps=0, schedule="constant", max_grad_norm=0.0, optimizer="adamw_8bit")
+    shapes = [(8, 1024), (1024, 8), (4, 16)]
+
+    def parameters() -> list[nn.Parameter]:
+        return [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(7))) for s in shapes]
+
+    def steps(optimizer: Any, of: list[nn.Parameter], first: int, last: int, ours: bool) -> None:
+        for step in range(first, last):
+            for index, parameter in enumerate(of):
+                generator = torch.Generator().manual_seed(100 * step + index)
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step(step) if ours else optimizer.step()
+
+    expected, found, resumed = parameters(), parameters(), parameters()
+    steps(AdamW8bit(expected, lr=1e-2, weight_decay=0.0), expected, 0, 6, ours=False)
+    optimizer = Optimizer(found, config)
+    steps(optimizer, found, 0, 3, ours=True)
+    state = through_disk(optimizer.state(), tmp_path)
+    values = [torch.clone(parameter.detach()) for parameter in found]
+    steps(optimizer, found, 3, 6, ours=True)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    moments = [t for t in _tensors(state["parameters"]["0"]) if t.shape == shapes[0]]
+    assert {moment.dtype for moment in moments} == {torch.uint8}
+
+    for parameter, value in zip(resumed, values, strict=True):
+        parameter.data.copy_(value)
+    again = Optimizer(resumed, config)
+    again.load_state(state)
+    steps(again, resumed, 3, 6, ours=True)
+    for one, other in zip(resumed, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def _tensors(state: Any) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state]
+    return [t for value in state.values() for t in _tensors(value)] if isinstance(state, dict) else []

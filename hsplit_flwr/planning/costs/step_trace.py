@@ -24,6 +24,7 @@ from hsplit_flwr.models.trial import cause, innermost_module
 from hsplit_flwr.planning.costs.grouped_products import GroupedProducts
 from hsplit_flwr.planning.costs.step_recorder import BlockTrace, StepRecorder
 from hsplit_flwr.training.loss import token_losses
+from hsplit_flwr.training.passes import training_pass
 from hsplit_flwr.training.workload import Workload
 
 
@@ -64,7 +65,7 @@ def trace_step(skeleton: PreTrainedModel, layout: BlockLayout, workload: Workloa
             for parameter in adapters.parameters():
                 # Their gradients are counted apart, for their real ranks.
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
-            _run(segment, blocks, recorder, workload)
+            _run(segment, adapters, blocks, recorder, workload)
     except HSplitError:
         raise
     except Exception as error:  # whatever a model's code raises
@@ -127,11 +128,18 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _run(segment: Segment, blocks: list[nn.Module], recorder: StepRecorder, workload: Workload) -> None:
+def _run(
+    segment: Segment,
+    adapters: SegmentAdapters,
+    blocks: list[nn.Module],
+    recorder: StepRecorder,
+    workload: Workload,
+) -> None:
     input_ids = torch.zeros(workload.batch_size, workload.sequence_length, dtype=torch.int64)
     attention_mask, labels = torch.ones_like(input_ids), torch.zeros_like(input_ids)
     with recorder.attached(segment, blocks), recorder:
-        logits = segment(input_ids, attention_mask)
+        with training_pass(adapters, torch.device("cpu"), workload.lora_dropout, workload.autocast):
+            logits = segment(input_ids, attention_mask)
         losses = token_losses(logits, labels)
         del logits
         loss = losses.sum()
