@@ -82,7 +82,8 @@ def _prepared(side: ServerSide) -> tuple[GlobalModel, Any, dict[str, Any]]:
     settings = side.settings
     log_as(settings.log_format, side.run_id)
     log_through_flower()
-    files = side.files.quantized_by(settings.workload.quantization)
+    files = side.files.attending_by(settings.workload.attn_implementation)
+    files = files.quantized_by(settings.workload.quantization)
     _check_rows(settings, files)
     side.check_data()
     if settings.server_threads:

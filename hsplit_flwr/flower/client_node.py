@@ -27,7 +27,7 @@ from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import Link, measure_link
 from hsplit_flwr.training.host_memory import return_freed_tensors
-from hsplit_flwr.training.workload import PLAIN, QUANTIZATIONS
+from hsplit_flwr.training.workload import ATTENTIONS, PLAIN, QUANTIZATIONS
 
 if TYPE_CHECKING:
     from hsplit_flwr.federation.head_client import HeadClient
@@ -60,6 +60,7 @@ class ClientNode:
         dtype: of the frozen weights: fp32, bf16 or fp16.
         quantization: of the linear layers' frozen weights, which then compute in `dtype`: none, nf4, fp4 or int8; must
             be the server's.
+        attn_implementation: of attention: sdpa, eager, or auto (what transformers chooses).
         device: ``auto`` takes a GPU if this process was given one.
         tls: for the connection to the tail; default: by the files that the node's or the run's config names
             (`client_settings.read_tls`), without TLS where neither does.
@@ -80,12 +81,16 @@ class ClientNode:
         client_ids: Sequence[str] | None = None,
         dtype: str = "fp32",
         quantization: str = PLAIN,
+        attn_implementation: str = "auto",
         device: str = "auto",
         tls: ClientTls | None = None,
         budgets: Callable[[str, int], Budget] | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"Expected dtype in {sorted(DTYPES)}, found {dtype!r}.")
+        require(
+            attn_implementation in ATTENTIONS, "attn_implementation", f"as one of {ATTENTIONS}", attn_implementation
+        )
         require(quantization in QUANTIZATIONS, "quantization", f"as one of {QUANTIZATIONS}", quantization)
         log_as(get(context.run_config, "log-format", TEXT), context.run_id)
         return_freed_tensors()
@@ -99,6 +104,7 @@ class ClientNode:
         self._deltas = delta_store(context)
         self._dtype = DTYPES[dtype]
         self._quantization = quantization
+        self._attention = attn_implementation
 
     def answer(self, config: Config) -> NodeAnswer:
         """Who lives here, how many clients the simulation runs at a time, what they can afford.
@@ -158,7 +164,7 @@ class ClientNode:
 
         return HeadClient(
             self._model,
-            ModelFiles.resolve(self._model).quantized_by(self._quantization),
+            ModelFiles.resolve(self._model).attending_by(self._attention).quantized_by(self._quantization),
             self._data,
             self._connect,
             self._deltas,

@@ -152,6 +152,7 @@ def _workload(run_config: RunConfig, training: TrainingConfig, strategy: Strateg
         dtype=get(run_config, "dtype", Workload.dtype),
         quantization=get(run_config, "quantization", Workload.quantization),
         delta_rank=strategy.delta_rank,
+        attn_implementation=get(run_config, "attn-implementation", Workload.attn_implementation),
         gradient_checkpointing=get(run_config, "gradient-checkpointing", Workload.gradient_checkpointing),
     )
 

@@ -5,6 +5,7 @@ tokenizer files. Tensors go by the names of the model's own ``state_dict``, what
 them.
 """
 
+import copy
 import logging
 from collections.abc import Mapping
 from functools import cached_property
@@ -24,6 +25,7 @@ from transformers import (
 )
 from transformers import __version__ as transformers_version
 
+from hsplit_flwr.common.checks import require
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import build_skeleton
 from hsplit_flwr.models.conversions import Parameters, Source, converted, sources_of
@@ -34,6 +36,7 @@ from hsplit_flwr.models.tensor_files import StoredTensor, stored_tensors
 from hsplit_flwr.models.token_limits import TokenLimits
 
 ADAPTER_CONFIG = "adapter_config.json"
+ATTENTIONS = AUTO, *_ = ("auto", "sdpa", "eager")
 GENERATION_CONFIG = "generation_config.json"
 _CHUNK_ELEMENTS = 2**21
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -49,15 +52,17 @@ class ModelFiles:
     Args:
         folder: where they are.
         quantization: how the linear layers are held, see `quantized_by`; None: as they are stored.
+        attention: transformers' implementation of attention, see `attending_by`; empty: what it chooses.
 
     Raises:
         ConfigError: no such folder, no config in it, an adapter beside the model, or broken files.
         UnsupportedModelError: no safetensors in it.
     """
 
-    def __init__(self, folder: Path, quantization: Quantization | None = None) -> None:
+    def __init__(self, folder: Path, quantization: Quantization | None = None, attention: str = "") -> None:
         self.folder = folder
         self.quantization = quantization
+        self.attention = attention
         if not (folder / "config.json").is_file():
             raise ConfigError(
                 f"Expected a folder with config.json, found none in {folder}. "
@@ -95,7 +100,17 @@ class ModelFiles:
         Raises:
             ConfigError: no such method, or the checkpoint is quantised by another.
         """
-        return ModelFiles(self.folder, Quantization.chosen(self.config, method))
+        return ModelFiles(self.folder, Quantization.chosen(self.config, method), self.attention)
+
+    def attending_by(self, implementation: str) -> "ModelFiles":
+        """The same files as a model with that implementation of attention: ``sdpa``, ``eager``, or ``auto``.
+
+        Raises:
+            ConfigError: another one: what is not tested here is not offered.
+        """
+        chosen = implementation in ATTENTIONS
+        require(chosen, "attn_implementation", f"as one of {ATTENTIONS}, which are tested here", implementation)
+        return ModelFiles(self.folder, self.quantization, "" if implementation == AUTO else implementation)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -105,7 +120,9 @@ class ModelFiles:
             ConfigError: config.json is none, or of a model type that transformers does not know.
         """
         config: PretrainedConfig = self._parsed("config.json", AutoConfig)
-        return plain_config(config) if self.quantization and Quantization.of_config(config) else config
+        if self.quantization and Quantization.of_config(config):
+            config = plain_config(config)
+        return with_attention(config, self.attention or AUTO)
 
     def generation_config(self) -> GenerationConfig | None:
         """How the checkpoint says that texts are written (end tokens, penalties); None if it says nothing.
@@ -285,6 +302,15 @@ class ModelFiles:
         if path not in self._mapped:
             self._mapped[path] = safe_open(path, framework="pt")
         return self._mapped[path]
+
+
+def with_attention(config: PretrainedConfig, implementation: str) -> PretrainedConfig:
+    """The config of a model with that implementation of attention, one of `ATTENTIONS`."""
+    if implementation == AUTO:
+        return config
+    chosen = copy.deepcopy(config)
+    chosen._attn_implementation = implementation
+    return chosen
 
 
 def _read_converted(path: Path, stored: str, dtype: torch.dtype) -> Tensor:

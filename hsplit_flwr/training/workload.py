@@ -10,6 +10,8 @@ from hsplit_flwr.training.config import TrainingConfig, require_codecs, require_
 
 WEIGHT_DTYPES = ("fp32", "bf16", "fp16")
 """keys of `models.dtypes.DTYPES`"""
+ATTENTIONS = ("auto", "sdpa", "eager")
+"""as `models.files` has them"""
 QUANTIZATIONS = PLAIN, *_ = ("none", "nf4", "fp4", "int8")
 """as `models.quantized` has them, which takes seconds to import"""
 
@@ -59,6 +61,8 @@ class Workload:
     """of the linear layers' frozen weights, which then compute in `dtype`; one of `QUANTIZATIONS`"""
     delta_rank: int = DELTA_RANK
     """largest rank of what training changed, where it stands beside quantised weights; 0: any"""
+    attn_implementation: str = ATTENTIONS[0]
+    """of attention, one of `ATTENTIONS`"""
 
     def __post_init__(self) -> None:
         require_whole("batch_size", self.batch_size, 1)
@@ -72,6 +76,8 @@ class Workload:
         require_whole("tail_passes", self.tail_passes, 1)
         require(self.dtype in WEIGHT_DTYPES, "dtype", f"as one of {WEIGHT_DTYPES}", self.dtype)
         require(self.quantization in QUANTIZATIONS, "quantization", f"as one of {QUANTIZATIONS}", self.quantization)
+        attention = self.attn_implementation
+        require(attention in ATTENTIONS, "attn_implementation", f"as one of {ATTENTIONS}", attention)
         require_whole("delta_rank", self.delta_rank, 0)
         require_codecs(self.activation_codec, self.gradient_codec)
         require_passes(self.lora_dropout, self.autocast)
@@ -86,6 +92,7 @@ class Workload:
         dtype: str = dtype,
         quantization: str = quantization,
         delta_rank: int = delta_rank,
+        attn_implementation: str = attn_implementation,
         gradient_checkpointing: bool = gradient_checkpointing,
     ) -> Self:
         """The workload of a run that trains by `training`, on batches of at most this size.
@@ -100,6 +107,7 @@ class Workload:
             dtype=dtype,
             quantization=quantization,
             delta_rank=delta_rank,
+            attn_implementation=attn_implementation,
             activation_codec=training.activation_codec,
             gradient_codec=training.gradient_codec,
             gradient_checkpointing=gradient_checkpointing,

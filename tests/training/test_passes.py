@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import ConfigError
@@ -16,7 +18,8 @@ from hsplit_flwr.lora.dropout import mask_seed
 from hsplit_flwr.lora.factors import init_lora_A
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
-from hsplit_flwr.models.segments import block_of, linear_shapes, segment_from_model
+from hsplit_flwr.models.files import ATTENTIONS, ModelFiles
+from hsplit_flwr.models.segments import block_of, linear_shapes, load_segment, segment_from_model
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.head import HeadTraining
@@ -24,6 +27,7 @@ from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import StepReply
 from hsplit_flwr.training.step import StepRequest
 from hsplit_flwr.training.tail_step import TailTrainer
+from hsplit_flwr.training.workload import ATTENTIONS as WORKLOAD_ATTENTIONS
 from hsplit_flwr.training.workload import Workload
 from tests.helpers.models import tiny_config, tiny_model
 
@@ -253,6 +257,33 @@ def test_further_passes_have_masks_of_their_own() -> None:
 
     first, second = losses(2)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_attention_is_computed_as_it_is_chosen(name: str, tmp_path: Path) -> None:
+    """Heads and tail ask transformers for that implementation, and compute what its whole model does with it."""
+    tiny_model(name).save_pretrained(tmp_path)
+    one = batch_of()
+    plain = ModelFiles.resolve(str(tmp_path))
+    for chosen in ("sdpa", "eager"):
+        files = plain.attending_by(chosen)
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=chosen).eval()
+        head, tail = load_segment(files, 0, CUT), load_segment(files, CUT)
+        shared = segment_from_model(load_segment(files).model, CUT)
+        assert {s.config._attn_implementation for s in (head, tail, shared)} == {chosen}
+        with torch.no_grad():
+            hidden = head(one["input_ids"], one["attention_mask"])
+            expected = whole(input_ids=one["input_ids"], attention_mask=one["attention_mask"], use_cache=False).logits
+            seen = one["attention_mask"].bool()
+            for segment in (tail, shared):
+                assert torch.equal(segment(hidden, one["attention_mask"])[seen], expected[seen])
+        costs = ModelCosts(plain.config, Workload(4, 10, attn_implementation=chosen))
+        assert costs.head_memory(CUT, {}).total_bytes > 0
+    assert plain.attending_by("auto").config._attn_implementation is None
+    for attend in (plain.attending_by, lambda name: Workload(attn_implementation=name)):
+        with pytest.raises(ConfigError, match=r"attn_implementation as one of .*, found 'flash_attention_2'"):
+            attend("flash_attention_2")
+    assert ATTENTIONS == WORKLOAD_ATTENTIONS
 
 
 @pytest.mark.parametrize(

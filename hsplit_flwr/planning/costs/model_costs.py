@@ -21,6 +21,7 @@ from hsplit_flwr.lora.update_rounding import TensorForm, tensor_forms
 from hsplit_flwr.models.adaptable import layout_of
 from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton
 from hsplit_flwr.models.dtypes import DTYPES
+from hsplit_flwr.models.files import with_attention
 from hsplit_flwr.models.quantized import Quantization, plain_config
 from hsplit_flwr.planning.costs import npy_bytes
 from hsplit_flwr.planning.costs.delta_costs import DeltaCosts
@@ -58,6 +59,7 @@ class ModelCosts:
         quantization = Quantization.chosen(config, workload.quantization)
         if quantization:
             config = plain_config(config)
+        config = with_attention(config, workload.attn_implementation)
         skeleton, layout = self._skeleton(config)
         self.hidden_size = layout.width
         """values of the activations at one position"""

@@ -20,6 +20,7 @@ def node(context: Context) -> ClientNode:
         client_ids=hosted_clients(context.node_config, num_clients),
         dtype=get(run_config, "dtype", "fp32"),
         quantization=get(run_config, "quantization", "none"),
+        attn_implementation=get(run_config, "attn-implementation", "auto"),
         budgets=fleet.budget if fleet else None,
     )
 

@@ -20,6 +20,7 @@ def client_fn(context: Context) -> Client:
         client_ids=hosted_clients(context.node_config, num_clients),
         dtype=get(context.run_config, "dtype", "fp32"),
         quantization=get(context.run_config, "quantization", "none"),
+        attn_implementation=get(context.run_config, "attn-implementation", "auto"),
         budgets=fleet.budget if fleet else None,
     ).to_client()
 
