@@ -21,7 +21,7 @@ from hsplit_flwr.planning.exchange_choice import AUTO, CHOICES, describe
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.round_plan import Exchange
 from hsplit_flwr.training.config import WIRE_CODECS, TrainingConfig
-from hsplit_flwr.training.workload import PLAIN, QUANTIZATIONS, Workload
+from hsplit_flwr.training.workload import ATTENTIONS, PLAIN, QUANTIZATIONS, Workload
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,6 +64,11 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     work.add_argument("--joint-steps", action="store_true", help="the tail steps on all clients at once")
     cache = "the most that the server keeps of activations of heads that train nothing"
     number(work, "--activation-cache-mib", TrainingConfig.activation_cache_mib, cache)
+    dropped = "share of an adapter's input that is dropped"
+    work.add_argument("--lora-dropout", type=float, default=TrainingConfig.lora_dropout, metavar="P", help=dropped)
+    work.add_argument("--autocast", default=TrainingConfig.autocast, help="of training passes: none or bf16")
+    attention = f"of attention: {', '.join(ATTENTIONS)}"
+    work.add_argument("--attn-implementation", default=Workload.attn_implementation, metavar="NAME", help=attention)
     work.add_argument("--gradient-checkpointing", action="store_true", help="heads recompute activations")
     measured = "first steps of a round that measure importance, too; 0: none"
     number(work, "--importance-steps", TrainingConfig.importance_steps, measured)
@@ -174,7 +179,7 @@ def _workload(options: argparse.Namespace) -> Workload:
     names = (
         *("local_steps", "activation_codec", "gradient_codec", "importance_steps", "importance_rows", "micro_batches"),
         *("micro_batches_in_flight", "micro_steps", "joint_steps", "tail_passes"),
-        "activation_cache_mib",
+        *("activation_cache_mib", "lora_dropout", "autocast"),
     )
     stated = {name: value for name in names if (value := getattr(options, name)) != AUTO}
     training = TrainingConfig(**stated)
@@ -185,6 +190,7 @@ def _workload(options: argparse.Namespace) -> Workload:
         dtype=options.dtype,
         quantization=options.quantization,
         delta_rank=options.delta_rank,
+        attn_implementation=options.attn_implementation,
         gradient_checkpointing=options.gradient_checkpointing,
     )
 

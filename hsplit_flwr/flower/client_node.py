@@ -88,9 +88,8 @@ class ClientNode:
     ) -> None:
         if dtype not in DTYPES:
             raise ConfigError(f"Expected dtype in {sorted(DTYPES)}, found {dtype!r}.")
-        require(
-            attn_implementation in ATTENTIONS, "attn_implementation", f"as one of {ATTENTIONS}", attn_implementation
-        )
+        attention = attn_implementation
+        require(attention in ATTENTIONS, "attn_implementation", f"as one of {ATTENTIONS}", attention)
         require(quantization in QUANTIZATIONS, "quantization", f"as one of {QUANTIZATIONS}", quantization)
         log_as(get(context.run_config, "log-format", TEXT), context.run_id)
         return_freed_tensors()
@@ -104,7 +103,7 @@ class ClientNode:
         self._deltas = delta_store(context)
         self._dtype = DTYPES[dtype]
         self._quantization = quantization
-        self._attention = attn_implementation
+        self._attention = attention
 
     def answer(self, config: Config) -> NodeAnswer:
         """Who lives here, how many clients the simulation runs at a time, what they can afford.
