@@ -95,18 +95,21 @@ def planning() -> AdaptivePlanning:
 class Federation:
     """The clients of a run, which outlive its server, behind either face."""
 
-    def __init__(self, face: str, planned: bool, **config: Any) -> None:
+    def __init__(self, face: str, planned: bool, quantization: str = "none", **config: Any) -> None:
         self.face = face
+        self.quantization = quantization
         self.config = config
         self.planned = planned
         hosted = budgets if planned else None
-        self.nodes = [LocalNode(c, [c], MODEL, data_of, budgets=hosted) for c in CLIENTS]
+        self.nodes = [LocalNode(c, [c], MODEL, data_of, quantization=quantization, budgets=hosted) for c in CLIENTS]
         self.grid = ThreadGrid({100 + int(c): self._app(c) for c in CLIENTS}) if face == "messages" else None
 
     def _app(self, client: str) -> ClientApp:
         def node(context: Context) -> ClientNode:
             hosted = budgets if self.planned else None
-            return ClientNode(MODEL, data_of, context, client_ids=[client], budgets=hosted)
+            return ClientNode(
+                MODEL, data_of, context, client_ids=[client], quantization=self.quantization, budgets=hosted
+            )
 
         return client_app(node)
 
@@ -118,7 +121,7 @@ class Federation:
         training: TrainingConfig = TRAINING,
     ) -> RoundServer:
         """A server's life: all rounds that are left, unless the `trap` ends it."""
-        model = GlobalModel(ModelFiles.resolve(MODEL))
+        model = GlobalModel(ModelFiles.resolve(MODEL).quantized_by(self.quantization))
         samples = [Sample("name[The Mill] =>", "The Mill.")]
         output = RunOutput(model, MODEL, folder, samples=samples, resume=resume)
         options: dict[str, Any] = {
@@ -245,6 +248,20 @@ def test_what_was_not_sent_yet_is_not_lost_either(face: str, coding: dict[str, A
     found = federation.run(tmp_path / "broken", resume="latest")
     assert found.resumed_after == 2
     assert_same_run(found, tmp_path / "broken", expected, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_dropout_and_what_stands_beside_a_quantised_base_go_on(quantization: str, tmp_path: Path) -> None:
+    """Masks are drawn by seeds alone; the factors beside the base, and what they lack, are in the checkpoint."""
+    training = replace(TRAINING, lora_dropout=0.2)
+    federation = Federation("legacy", False, quantization, delta_rank=4)
+    expected = federation.run(tmp_path / "whole", training=training)
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(tmp_path / "broken", trap=ended("open_training", 3), training=training)
+    found = federation.run(tmp_path / "broken", resume="latest", training=training)
+    assert found.resumed_after == 2
+    assert_same_run(found, tmp_path / "broken", expected, tmp_path / "whole")
+    assert (found.model.delta_error or 0) > 0 or quantization == "none"
 
 
 @FACES
