@@ -102,7 +102,8 @@ class Quantization:
                 f"bnb_4bit_quant_storage={known.bnb_4bit_quant_storage}. Quantise it with the defaults of these two."
             )
         kept = ("llm_int8_threshold" if method == INT8 else "bnb_4bit_use_double_quant", "llm_int8_skip_modules")
-        return cls(method, tuple((key, getattr(known, key)) for key in kept if getattr(known, key)))
+        stated_values = {key: getattr(known, key) for key in kept}
+        return cls(method, tuple((key, value) for key, value in stated_values.items() if value is not None))
 
     @classmethod
     def chosen(cls, config: PretrainedConfig, method: str) -> Self | None:

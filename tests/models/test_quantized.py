@@ -21,7 +21,7 @@ from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models import quantized_layers
 from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.quantized import METHODS, PLAIN, QuantizedLayer, weight_of
+from hsplit_flwr.models.quantized import METHODS, PLAIN, QUANTIZATION_FILE, Quantization, QuantizedLayer, weight_of
 from hsplit_flwr.models.segments import Segment, linear_shapes, load_segment, segment_from_model
 from hsplit_flwr.training.importance import ImportanceProbe, SampledRows
 from hsplit_flwr.training.loss import token_losses
@@ -387,3 +387,23 @@ def test_without_bitsandbytes_the_extra_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.delattr(models, "quantized_layers")
     with pytest.raises(ConfigError, match=r"package bitsandbytes .* pip install 'hsplit_flwr\[quantized\]'"):
         load_segment(files, 0, 1)
+
+
+def test_a_checkpoints_own_settings_are_kept(tmp_path: Path) -> None:
+    """Also a threshold of 0, which is not transformers' default; and the file beside an adapter gives them back."""
+    stated = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 0.0}
+    found = Quantization.of_stated({**stated, "llm_int8_skip_modules": ["lm_head"]})
+    assert found is not None
+    config = found.transformers_config(torch.float32)
+    assert (config.llm_int8_threshold, config.llm_int8_skip_modules) == (0.0, ["lm_head"])
+    found.save(tmp_path, torch.float32)
+    assert Quantization.of_folder(tmp_path) == found
+    (tmp_path / QUANTIZATION_FILE).write_text('{"quant_method": "gptq"}')
+    with pytest.raises(ConfigError, match="how the base is quantised by bitsandbytes, found nothing of it"):
+        Quantization.of_folder(tmp_path)
+    (tmp_path / QUANTIZATION_FILE).write_text("{")
+    with pytest.raises(ConfigError, match="to say how the base is quantised, found"):
+        Quantization.of_folder(tmp_path)
+    for odd in ({"llm_int8_has_fp16_weight": True}, {"bnb_4bit_quant_storage": "bfloat16"}):
+        with pytest.raises(ConfigError, match=r"packed into uint8 or int8, found .*Quantise it with the defaults"):
+            Quantization.of_stated({**stated, **odd})
