@@ -30,5 +30,7 @@ def _node(folder: Path, context: Context) -> ClientNode:
         context,
         client_ids=hosted,
         dtype=get(run_config, "dtype", "fp32"),
+        quantization=get(run_config, "quantization", "none"),
+        attn_implementation=get(run_config, "attn-implementation", "auto"),
         budgets=fleet.budget if fleet else None,
     )
