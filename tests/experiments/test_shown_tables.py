@@ -22,6 +22,7 @@ TABLES = {
         ("--ours", ours, "--rivals", "splitlora_16,splitlora_16_int8,splitlora_16_pipelined,frozen_head_pipelined")
         for ours in ("hsplitlora_pipelined", "hsplitlora_all")
     ),
+    "smollm2_wire.csv": (("--ours", "hsplitlora_int8", "--rivals", "hsplitlora_fp32"),),
     "exchange_one_block.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
 }
 """store -> options of the tables that are shown of it, where they are not the default ones"""
