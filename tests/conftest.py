@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from typing import Any
 
+import bitsandbytes  # noqa: F401, here: it logs an exception as it is imported, whose frames pytest keeps
 import pytest
 import torch
 
