@@ -155,7 +155,7 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
             "round": options.round,
             "seed": options.seed,
             "workload": asdict(costs.workload),
-            "planner": {**asdict(config), "exact": options.exact},
+            "planner": {**_json_able(asdict(config)), "exact": options.exact},
             "importance": {"source": source, "by_module": dict(importance)},
             "budgets": {client: asdict(budget) for client, budget in budgets.items()},
             "server": asdict(fleet.server),
@@ -297,6 +297,11 @@ def _importance(path: Path | None, costs: "ModelCosts") -> tuple[Mapping[str, fl
             "Take it from a run of the same model."
         )
     return {name: found[name] for name in names}, f"measured ({path})"
+
+
+def _json_able(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What people typed of a config; JSON has no infinity, which is a deadline."""
+    return {name: str(value) if value == float("inf") else value for name, value in config.items()}
 
 
 def _write(folder: Path, content: Mapping[str, Any]) -> Path:

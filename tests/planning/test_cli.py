@@ -85,6 +85,12 @@ def test_a_plan_is_printed_before_anyone_trains(run: Run) -> None:
     assert table_row(output, "tail")
 
 
+def test_no_deadline_is_written_as_it_is_typed(run: Run, tmp_path: Path) -> None:
+    """JSON has no number for it: the command ended in a raw ValueError, after it had printed the plan."""
+    assert run("--deadline-s", "inf", "--output", tmp_path)[0] == 0
+    assert saved(tmp_path)["planner"]["deadline_s"] == "inf"
+
+
 def test_the_files_say_what_the_table_says(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "out"
     code, output, _ = run("--output", folder)
