@@ -80,6 +80,8 @@ class Method:
     """planned adapters have one alpha; else one scaling alpha / r"""
     keep_tail: bool = True
     """adapters that the tail alone trains are kept from round to round; else all restart"""
+    keep_heads: bool = False
+    """adapters of blocks that heads hold are kept, too, and what a round changed in them is merged"""
     tail_passes: int = 1
     """passes of the tail over the batches of a step"""
     self_pruning: bool = False
@@ -103,6 +105,7 @@ class Method:
     def training_settings(self) -> dict[str, Any]:
         """Fields of `TrainingConfig` that the method decides."""
         return {
+            "keep_adapters": self.keep_heads,
             "joint_steps": self.joint_steps,
             "tail_passes": self.tail_passes,
             "activation_codec": self.codec,
@@ -130,6 +133,7 @@ METHODS: Mapping[str, Method] = {
     "hsplitlora_all": replace(
         _HSPLITLORA, title="HSplitLoRA, int8, micro-steps, small updates", **_PIPELINED, **_SMALL_UPDATES
     ),
+    "hsplitlora_keep": replace(_HSPLITLORA, title="HSplitLoRA, heads keep their adapters", keep_heads=True),
     "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),

@@ -1,6 +1,6 @@
 """A client's part of a split model in the engine's process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -9,13 +9,16 @@ import numpy as np
 from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.experiments.work import recorded
+from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.trained_head import HeadReply, TrainedHead
-from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors, changes
+from hsplit_flwr.lora.merge import merge_beneath
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import ClientPlan
 from hsplit_flwr.training.head import train_head
+from hsplit_flwr.training.kept_adapters import KeptAdapters
 from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import TailSession
 
@@ -34,6 +37,10 @@ class SplitHead:
     """forms of the round's batches, of each its parts"""
     snapshot: dict[str, LoraFactors] = field(default_factory=dict)
     """its adapters before its last step"""
+    sent_ranks: dict[str, int] = field(default_factory=dict)
+    """of what it handed in"""
+    start: Mapping[str, LoraFactors] = field(default_factory=dict)
+    """what its adapters started the round from, where they were kept"""
 
     @classmethod
     def of(cls, task: RoundTask, whole: Segment) -> Self:
@@ -43,6 +50,16 @@ class SplitHead:
         adapters.reset(task.adapter_seed)
         optimizer = Optimizer(adapters.parameters(), task.training)
         return cls(plan=task.plan, segment=segment, adapters=adapters, optimizer=optimizer)
+
+    def go_on(self, kept: KeptAdapters | None, model: GlobalModel) -> None:
+        """Train on with the adapters `kept`, if any, on weights of its own: those of `model` without what they bring."""
+        self.start = kept.resume(self.adapters, self.optimizer) if kept else {}
+        names = [name for name in model.log.total.names() if name in self.segment.linear_modules()]
+        merge_beneath(self.segment, model.files, model.log.total, self.start, names)
+
+    def kept(self) -> KeptAdapters:
+        """What a later round may go on from."""
+        return KeptAdapters.of(self.adapters, self.optimizer)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -58,11 +75,12 @@ class SplitHead:
         report = train_head(self.segment, self.adapters, noted, session, task.training, task.first_step, self.optimizer)
         trained = TrainedHead(
             client=task.client,
-            factors=self.adapters.factors(),
+            factors=changes(self.adapters.factors(), self.start),
             importance=report.importance,
             tokens=report.tokens,
             loss=float(np.mean(report.losses)),
         )
+        self.sent_ranks = {name: pair.rank for name, pair in trained.factors.items()}
         return HeadReply(
             client=task.client,
             arrays=trained.to_arrays(),

@@ -26,6 +26,8 @@ class Expected(NamedTuple):
     plan: ClientPlan
     head_shapes: Shapes
     """the linear layers of its head, in the order of the model"""
+    kept: bool = False
+    """its adapters may go on from an earlier round"""
 
 
 class Accepted(NamedTuple):
@@ -37,7 +39,7 @@ class Accepted(NamedTuple):
     def record(self) -> ClientRecord:
         """A client's round, as far as possible from what the tail itself counted; its seconds are its own word."""
         trained, ticket = self
-        ranks = [factors.rank for factors in trained.factors.values()]
+        ranks = [factors.rank for factors in trained.factors.values()]  # of the changes, where adapters are kept
         return ClientRecord(
             client_id=ticket.client,
             cut=ticket.cut,
@@ -79,7 +81,7 @@ def _checked(client: str, reply: HeadReply | Refusal, ticket: Ticket, expected: 
     if ticket.steps != steps:
         raise AggregationError(f"Expected {steps} steps at the tail, found {ticket.steps}.")
     _check_figures(reply)
-    return read_trained(reply, client, expected.plan, expected.head_shapes)
+    return read_trained(reply, client, expected.plan, expected.head_shapes, kept=expected.kept)
 
 
 def _check_figures(reply: HeadReply) -> None:

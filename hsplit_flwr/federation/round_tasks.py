@@ -47,6 +47,7 @@ class RoundTasks:
         self._reconnect_grace_s = reconnect_grace_s
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._asked: dict[str, ClientPlan] = {}
+        self._kept = False
         self.opened: Door | None = None
         """the door; None before the first task"""
 
@@ -67,6 +68,7 @@ class RoundTasks:
         plans = self._asked = {
             client: self._plans.plan(client) for client in self._sample(round_number, present, training)
         }
+        self._kept = training.keep_adapters
         tokens = self.door.open_round(
             round_number,
             mode,
@@ -81,7 +83,7 @@ class RoundTasks:
     def expected(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Expected]:
         """What each client of the round was asked for; `shapes` are of all linear layers."""
         return {
-            client: Expected(plan, {name: shapes[name] for name in self._model.head_names(plan.cut)})
+            client: Expected(plan, {name: shapes[name] for name in self._model.head_names(plan.cut)}, self._kept)
             for client, plan in self._asked.items()
         }
 

@@ -32,7 +32,7 @@ class TrainedHead:
 
     client: str
     factors: Mapping[str, LoraFactors]
-    """whole-model module name -> its adapter"""
+    """whole-model module name -> its adapter, or what training changed in one that was kept (`lora.factors.change`)"""
     importance: Mapping[str, float]
     """of every linear layer of the head by whole-model name; empty where none was measured"""
     tokens: int
@@ -82,7 +82,9 @@ class HeadReply:
     upload_bytes: int
 
 
-def read_trained(reply: HeadReply, client: str, plan: ClientPlan, head_shapes: Shapes) -> TrainedHead:
+def read_trained(
+    reply: HeadReply, client: str, plan: ClientPlan, head_shapes: Shapes, *, kept: bool = False
+) -> TrainedHead:
     """The trained head in `reply`, if it is what `client` was asked for.
 
     Args:
@@ -90,6 +92,7 @@ def read_trained(reply: HeadReply, client: str, plan: ClientPlan, head_shapes: S
         client: who was asked.
         plan: what it was asked for.
         head_shapes: the linear layers of its head, in the order of the model.
+        kept: adapters may be the changes of some that were kept, of twice the rank.
 
     Raises:
         AggregationError: of another client, not exactly the planned arrays, not finite, or absurdly large.
@@ -105,7 +108,7 @@ def read_trained(reply: HeadReply, client: str, plan: ClientPlan, head_shapes: S
         )
     return TrainedHead(
         client=client,
-        factors={name: _read_factors(reply.arrays, name, plan, head_shapes[name]) for name in names},
+        factors={name: _read_factors(reply.arrays, name, plan, head_shapes[name], kept) for name in names},
         importance=_read_importance(reply, list(head_shapes)),
         tokens=reply.tokens,
         loss=reply.loss,
@@ -115,9 +118,13 @@ def read_trained(reply: HeadReply, client: str, plan: ClientPlan, head_shapes: S
     )
 
 
-def _read_factors(arrays: Mapping[str, Array], name: str, plan: ClientPlan, shape: tuple[int, int]) -> LoraFactors:
+def _read_factors(
+    arrays: Mapping[str, Array], name: str, plan: ClientPlan, shape: tuple[int, int], kept: bool
+) -> LoraFactors:
     A, B = arrays[f"{name}{A_SUFFIX}"], arrays[f"{name}{B_SUFFIX}"]
     (d_out, d_in), rank = shape, plan.lora.rank(name)
+    if kept and A.shape == (2 * rank, d_in):
+        rank *= 2
     if A.shape != (rank, d_in) or B.shape != (d_out, rank) or {str(A.dtype), str(B.dtype)} != {"float32"}:
         raise AggregationError(
             f"Expected float32 A {(rank, d_in)} and B {(d_out, rank)} for {name}, "

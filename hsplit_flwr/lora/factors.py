@@ -99,6 +99,24 @@ def stack(pieces: Iterable[LoraFactors]) -> LoraFactors:
     )
 
 
+def change(end: LoraFactors, start: LoraFactors | None) -> LoraFactors:
+    """What an adapter has moved by since it was `start`, exactly: ``c B A - c' B' A'``, stacked (rank r + r').
+
+    Args:
+        end: the adapter now; its scaling c is that of the change.
+        start: what it was; None: it restarted since, and all of it is new.
+    """
+    if start is None:
+        return end
+    B = torch.cat([end.B, start.B * (-start.scaling / end.scaling)], dim=1)
+    return LoraFactors(torch.cat([end.A, start.A]), B, end.scaling)
+
+
+def changes(end: Increment, start: Increment) -> dict[str, LoraFactors]:
+    """See `change`; module by module of `end`."""
+    return {name: change(pair, start.get(name)) for name, pair in end.items()}
+
+
 def factor_bytes(factors: LoraFactors) -> int:
     """Bytes of A and B."""
     return FLOAT32_BYTES * (factors.A.numel() + factors.B.numel())

@@ -1,0 +1,56 @@
+"""A head's adapters from one round to a later one: where the next one goes on, module by module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from hsplit_flwr.common.state import State
+from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.training.optimizer import Optimizer
+
+
+@dataclass(frozen=True)
+class KeptAdapters:
+    """Adapters as a round left them, and what the optimizer remembers of them."""
+
+    factors: Mapping[str, LoraFactors]
+    """by whole-model module name"""
+    optimizer: str
+    """one of `optimizer.OPTIMIZERS`"""
+    remembered: Mapping[str, Mapping[str, State]]
+    """module name -> what the optimizer's state has of its ``A`` and ``B``; absent: not stepped yet"""
+
+    @classmethod
+    def of(cls, adapters: SegmentAdapters, optimizer: Optimizer) -> Self:
+        """Copies of `adapters` and of what `optimizer`, which is over all their parameters, remembers."""
+        state = optimizer.state()
+        remembered: dict[str, dict[str, State]] = {}
+        for index, values in state["parameters"].items():
+            module, factor = divmod(int(index), 2)
+            remembered.setdefault(adapters.module_names[module], {})["AB"[factor]] = values
+        return cls(adapters.factors(), state["optimizer"], remembered)
+
+    def resume(self, adapters: SegmentAdapters, optimizer: Optimizer) -> dict[str, LoraFactors]:
+        """Make `adapters` and `optimizer` go on where rank and scaling are still the same; returns what they start from.
+
+        All others stay as they are, and are not in what is returned.
+
+        Raises:
+            ConfigError: another optimizer.
+        """
+        fresh = adapters.factors()
+        start = {name: pair for name, pair in self.factors.items() if name in fresh and _alike(pair, fresh[name])}
+        adapters.set({**fresh, **start})
+        remembered = {
+            str(2 * index + "AB".index(factor)): values
+            for index, name in enumerate(adapters.module_names)
+            if name in start
+            for factor, values in self.remembered.get(name, {}).items()
+        }
+        optimizer.load_state({"optimizer": self.optimizer, "parameters": remembered})
+        return start
+
+
+def _alike(one: LoraFactors, other: LoraFactors) -> bool:
+    return one.rank == other.rank and one.scaling == other.scaling
