@@ -11,7 +11,7 @@ from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.experiments.work import recorded
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.trained_head import HeadReply, TrainedHead
-from hsplit_flwr.lora.factors import LoraFactors, changes
+from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.lora.merge import merge_beneath
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, segment_from_model
@@ -37,10 +37,8 @@ class SplitHead:
     """forms of the round's batches, of each its parts"""
     snapshot: dict[str, LoraFactors] = field(default_factory=dict)
     """its adapters before its last step"""
-    sent_ranks: dict[str, int] = field(default_factory=dict)
-    """of what it handed in"""
-    start: Mapping[str, LoraFactors] = field(default_factory=dict)
-    """what its adapters started the round from, where they were kept"""
+    kept_from: int = 0
+    """the round whose adapters it goes on from; 0: they restarted"""
 
     @classmethod
     def of(cls, task: RoundTask, whole: Segment) -> Self:
@@ -51,15 +49,17 @@ class SplitHead:
         optimizer = Optimizer(adapters.parameters(), task.training)
         return cls(plan=task.plan, segment=segment, adapters=adapters, optimizer=optimizer)
 
-    def go_on(self, kept: KeptAdapters | None, model: GlobalModel) -> None:
-        """Train on with the adapters `kept`, if any, on weights of its own: those of `model` without what they bring."""
-        self.start = kept.resume(self.adapters, self.optimizer) if kept else {}
+    def go_on(self, task: RoundTask, kept: KeptAdapters | None, model: GlobalModel) -> None:
+        """Train on with the adapters `kept`, if `task` says so, on the weights of `model` without what they bring."""
+        start: Mapping[str, LoraFactors] = {}
+        if kept and kept.round_number == task.kept_from:
+            start, self.kept_from = kept.resume(self.adapters, self.optimizer), kept.round_number
         names = [name for name in model.log.total.names() if name in self.segment.linear_modules()]
-        merge_beneath(self.segment, model.files, model.log.total, self.start, names)
+        merge_beneath(self.segment, model.files, model.log.total, start, names)
 
-    def kept(self) -> KeptAdapters:
+    def kept(self, round_number: int) -> KeptAdapters:
         """What a later round may go on from."""
-        return KeptAdapters.of(self.adapters, self.optimizer)
+        return KeptAdapters.of(round_number, self.adapters, self.optimizer)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -75,12 +75,11 @@ class SplitHead:
         report = train_head(self.segment, self.adapters, noted, session, task.training, task.first_step, self.optimizer)
         trained = TrainedHead(
             client=task.client,
-            factors=changes(self.adapters.factors(), self.start),
+            factors=self.adapters.factors(),
             importance=report.importance,
             tokens=report.tokens,
             loss=float(np.mean(report.losses)),
         )
-        self.sent_ranks = {name: pair.rank for name, pair in trained.factors.items()}
         return HeadReply(
             client=task.client,
             arrays=trained.to_arrays(),
@@ -90,6 +89,7 @@ class SplitHead:
             seconds=trained.seconds,
             budget=None,
             upload_bytes=0,
+            kept_from=self.kept_from,
         )
 
     def _with_snapshot(self, batches: Iterator[Batch], steps: int) -> Iterator[Batch]:

@@ -152,7 +152,7 @@ class SplitTrainer:
         if average:
             head.adapters.set(average)
         if self._method.keep_heads:
-            head.go_on(former.kept() if former else None, self.server.model)
+            head.go_on(task, former.kept(self._trained[task.client]) if former else None, self.server.model)
         head.download_bytes = self._lacking_bytes(task) + factor_bytes(average)
         if self._method.carried or self._method.keep_heads:
             self._kept[task.client] = head
@@ -197,7 +197,7 @@ class SplitTrainer:
             self._tail_ranks(),
             head.forms,
             download_bytes=head.download_bytes,
-            upload_bytes=costs.update_bytes(head.plan.cut, head.sent_ranks),
+            upload_bytes=costs.update_bytes(head.plan.cut, head.ranks),
         )
 
     def _tail_ranks(self) -> dict[str, int]:

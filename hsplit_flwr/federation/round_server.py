@@ -357,7 +357,12 @@ class RoundServer:
         """Close the tail; note and return what the clients brought that did all their steps."""
         dropped = self._tail.close_training()
         expected = self._tasks.expected(self._shapes)
-        accepted, refused = accept(replies, self._tasks.door.close_round(), expected, self.training.local_steps)
+        handed_in = self._tasks.handed_in if self.training.keep_adapters else None
+        tickets, steps = self._tasks.door.close_round(), self.training.local_steps
+        accepted, refused = accept(replies, tickets, expected, steps, handed_in)
+        if handed_in:
+            for client, done in accepted.items():
+                handed_in.take(client, self._round_number, done.trained.adapters)
         accepted, beyond = bound_updates(accepted, self.config)
         late = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
         incidents = (*failures, *refused, *beyond, *late)

@@ -9,6 +9,7 @@ from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.federation.acceptance import Expected
 from hsplit_flwr.federation.door import Door
 from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.federation.handed_in import HandedIn
 from hsplit_flwr.federation.roster import Present
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.lora.aggregation import STACKING
@@ -47,7 +48,8 @@ class RoundTasks:
         self._reconnect_grace_s = reconnect_grace_s
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._asked: dict[str, ClientPlan] = {}
-        self._kept = False
+        self.handed_in = HandedIn()
+        """what clients' adapters may go on from"""
         self.opened: Door | None = None
         """the door; None before the first task"""
 
@@ -68,7 +70,6 @@ class RoundTasks:
         plans = self._asked = {
             client: self._plans.plan(client) for client in self._sample(round_number, present, training)
         }
-        self._kept = training.keep_adapters
         tokens = self.door.open_round(
             round_number,
             mode,
@@ -83,7 +84,7 @@ class RoundTasks:
     def expected(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Expected]:
         """What each client of the round was asked for; `shapes` are of all linear layers."""
         return {
-            client: Expected(plan, {name: shapes[name] for name in self._model.head_names(plan.cut)}, self._kept)
+            client: Expected(plan, {name: shapes[name] for name in self._model.head_names(plan.cut)})
             for client, plan in self._asked.items()
         }
 
@@ -110,4 +111,5 @@ class RoundTasks:
             workload=self._plans.workload,
             common_start=self._config.rule not in STACKING,
             reconnect_grace_s=self._reconnect_grace_s,
+            kept_from=self.handed_in.round_of(client),
         )

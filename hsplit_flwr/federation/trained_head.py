@@ -1,7 +1,7 @@
 """What a client brings home from a training round: by name, whoever carries it, and checked before it is used."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.lora.factors import LoraFactors, check_factors
+from hsplit_flwr.lora.factors import LoraFactors, changes, check_factors
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.training.config import ClientPlan
 
@@ -32,7 +32,7 @@ class TrainedHead:
 
     client: str
     factors: Mapping[str, LoraFactors]
-    """whole-model module name -> its adapter, or what training changed in one that was kept (`lora.factors.change`)"""
+    """whole-model module name -> its adapter, or what training changed in one that was kept (`lora.factors.changes`)"""
     importance: Mapping[str, float]
     """of every linear layer of the head by whole-model name; empty where none was measured"""
     tokens: int
@@ -45,11 +45,24 @@ class TrainedHead:
     """what the client can afford from the next round on, if it says"""
     upload_bytes: int = 0
     """of the arrays that carried it"""
+    kept_from: int = 0
+    """the round whose adapters these go on from; 0: they restarted"""
+    handed_in: Mapping[str, LoraFactors] = field(default_factory=dict)
+    """the adapters themselves, where they may be kept"""
+
+    @property
+    def adapters(self) -> Mapping[str, LoraFactors]:
+        """The adapters themselves by module name, whether or not they were kept."""
+        return self.handed_in or self.factors
+
+    def since(self, start: Mapping[str, LoraFactors]) -> "TrainedHead":
+        """The same with what training changed since the adapters were `start`."""
+        return replace(self, factors=changes(self.adapters, start), handed_in=self.adapters)
 
     def to_arrays(self) -> dict[str, Array]:
         """Arrays by name: ``NAME|A`` (r, d_in) and ``NAME|B`` (d_out, r) of every adapter, then ``importance``."""
         arrays: dict[str, Array] = {}
-        for name, factors in self.factors.items():
+        for name, factors in self.adapters.items():
             arrays[f"{name}{A_SUFFIX}"], arrays[f"{name}{B_SUFFIX}"] = factors.A.numpy(), factors.B.numpy()
         arrays[IMPORTANCE] = np.array(list(self.importance.values()), dtype=np.float32)
         return arrays
@@ -80,11 +93,11 @@ class HeadReply:
     seconds: Mapping[str, float]
     budget: Budget | None
     upload_bytes: int
+    kept_from: int = 0
+    """see `TrainedHead`"""
 
 
-def read_trained(
-    reply: HeadReply, client: str, plan: ClientPlan, head_shapes: Shapes, *, kept: bool = False
-) -> TrainedHead:
+def read_trained(reply: HeadReply, client: str, plan: ClientPlan, head_shapes: Shapes) -> TrainedHead:
     """The trained head in `reply`, if it is what `client` was asked for.
 
     Args:
@@ -92,7 +105,6 @@ def read_trained(
         client: who was asked.
         plan: what it was asked for.
         head_shapes: the linear layers of its head, in the order of the model.
-        kept: adapters may be the changes of some that were kept, of twice the rank.
 
     Raises:
         AggregationError: of another client, not exactly the planned arrays, not finite, or absurdly large.
@@ -108,23 +120,20 @@ def read_trained(
         )
     return TrainedHead(
         client=client,
-        factors={name: _read_factors(reply.arrays, name, plan, head_shapes[name], kept) for name in names},
+        factors={name: _read_factors(reply.arrays, name, plan, head_shapes[name]) for name in names},
         importance=_read_importance(reply, list(head_shapes)),
         tokens=reply.tokens,
         loss=reply.loss,
         seconds=reply.seconds,
         budget=reply.budget,
         upload_bytes=reply.upload_bytes,
+        kept_from=reply.kept_from,
     )
 
 
-def _read_factors(
-    arrays: Mapping[str, Array], name: str, plan: ClientPlan, shape: tuple[int, int], kept: bool
-) -> LoraFactors:
+def _read_factors(arrays: Mapping[str, Array], name: str, plan: ClientPlan, shape: tuple[int, int]) -> LoraFactors:
     A, B = arrays[f"{name}{A_SUFFIX}"], arrays[f"{name}{B_SUFFIX}"]
     (d_out, d_in), rank = shape, plan.lora.rank(name)
-    if kept and A.shape == (2 * rank, d_in):
-        rank *= 2
     if A.shape != (rank, d_in) or B.shape != (d_out, rank) or {str(A.dtype), str(B.dtype)} != {"float32"}:
         raise AggregationError(
             f"Expected float32 A {(rank, d_in)} and B {(d_out, rank)} for {name}, "

@@ -99,22 +99,22 @@ def stack(pieces: Iterable[LoraFactors]) -> LoraFactors:
     )
 
 
-def change(end: LoraFactors, start: LoraFactors | None) -> LoraFactors:
-    """What an adapter has moved by since it was `start`, exactly: ``c B A - c' B' A'``, stacked (rank r + r').
-
-    Args:
-        end: the adapter now; its scaling c is that of the change.
-        start: what it was; None: it restarted since, and all of it is new.
-    """
-    if start is None:
-        return end
-    B = torch.cat([end.B, start.B * (-start.scaling / end.scaling)], dim=1)
-    return LoraFactors(torch.cat([end.A, start.A]), B, end.scaling)
+def alike(one: LoraFactors, other: LoraFactors) -> bool:
+    """Whether an adapter can go on from the other one: they have one rank and one scaling."""
+    return one.rank == other.rank and one.scaling == other.scaling
 
 
 def changes(end: Increment, start: Increment) -> dict[str, LoraFactors]:
-    """See `change`; module by module of `end`."""
-    return {name: change(pair, start.get(name)) for name, pair in end.items()}
+    """What adapters have moved by since they were `start`, exactly: ``c B A - c B' A'``, stacked (rank 2 r).
+
+    An adapter that is not there, or not `alike`, has restarted: all of it is new.
+    """
+    kept = {name: start[name] for name, pair in end.items() if name in start and alike(pair, start[name])}
+    return {name: _change(pair, kept[name]) if name in kept else pair for name, pair in end.items()}
+
+
+def _change(end: LoraFactors, start: LoraFactors) -> LoraFactors:
+    return LoraFactors(torch.cat([end.A, start.A]), torch.cat([end.B, -start.B], dim=1), end.scaling)
 
 
 def factor_bytes(factors: LoraFactors) -> int:

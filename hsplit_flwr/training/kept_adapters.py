@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from hsplit_flwr.common.state import State
-from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.factors import LoraFactors, alike
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.training.optimizer import Optimizer
 
@@ -14,6 +14,8 @@ from hsplit_flwr.training.optimizer import Optimizer
 class KeptAdapters:
     """Adapters as a round left them, and what the optimizer remembers of them."""
 
+    round_number: int
+    """of that round"""
     factors: Mapping[str, LoraFactors]
     """by whole-model module name"""
     optimizer: str
@@ -22,25 +24,25 @@ class KeptAdapters:
     """module name -> what the optimizer's state has of its ``A`` and ``B``; absent: not stepped yet"""
 
     @classmethod
-    def of(cls, adapters: SegmentAdapters, optimizer: Optimizer) -> Self:
+    def of(cls, round_number: int, adapters: SegmentAdapters, optimizer: Optimizer) -> Self:
         """Copies of `adapters` and of what `optimizer`, which is over all their parameters, remembers."""
         state = optimizer.state()
         remembered: dict[str, dict[str, State]] = {}
         for index, values in state["parameters"].items():
             module, factor = divmod(int(index), 2)
             remembered.setdefault(adapters.module_names[module], {})["AB"[factor]] = values
-        return cls(adapters.factors(), state["optimizer"], remembered)
+        return cls(round_number, adapters.factors(), state["optimizer"], remembered)
 
     def resume(self, adapters: SegmentAdapters, optimizer: Optimizer) -> dict[str, LoraFactors]:
-        """Make `adapters` and `optimizer` go on where rank and scaling are still the same; returns what they start from.
+        """Make `adapters` and `optimizer` go on where rank and scaling are the same; returns what those start from.
 
-        All others stay as they are, and are not in what is returned.
+        All others stay as they are.
 
         Raises:
             ConfigError: another optimizer.
         """
         fresh = adapters.factors()
-        start = {name: pair for name, pair in self.factors.items() if name in fresh and _alike(pair, fresh[name])}
+        start = {name: pair for name, pair in self.factors.items() if name in fresh and alike(pair, fresh[name])}
         adapters.set({**fresh, **start})
         remembered = {
             str(2 * index + "AB".index(factor)): values
@@ -50,7 +52,3 @@ class KeptAdapters:
         }
         optimizer.load_state({"optimizer": self.optimizer, "parameters": remembered})
         return start
-
-
-def _alike(one: LoraFactors, other: LoraFactors) -> bool:
-    return one.rank == other.rank and one.scaling == other.scaling

@@ -1,4 +1,4 @@
-"""Adapters that are kept from round to round, of unequal cuts and ranks, against the rule written out on dense weights."""
+"""Adapters that are kept, of unequal cuts and ranks, against the rule written out on dense weights."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -143,7 +143,7 @@ class Reference:
             holder.start = {n: holder.product(n).detach() for n in holder.pairs}
 
 
-# ------------------------------------------------------------------------------------------- the same through the server
+# ------------------------------------------------------------------------------------------- the server
 
 
 class Rounds:
@@ -162,6 +162,7 @@ class Rounds:
             config=StrategyConfig(federated_evaluation=False),
         )
         self.heads: dict[str, SplitHead] = {}
+        self.last: dict[str, int] = {}
 
     def _open_door(self, tail: SharedTail, *_: object) -> LocalDoor:
         self._door = LocalDoor(tail, self._training, self._workload)
@@ -172,7 +173,8 @@ class Rounds:
         for client, task in tasks.items():
             former = self.heads.get(client)
             self.heads[client] = SplitHead.of(task, self.server.model.segment)
-            self.heads[client].go_on(former.kept() if former else None, self.server.model)
+            self.heads[client].go_on(task, former.kept(self.last[client]) if former else None, self.server.model)
+            self.last[client] = number
 
         def train(client: str) -> object:
             task = tasks[client]
