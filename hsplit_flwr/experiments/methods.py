@@ -13,6 +13,7 @@ Activations and their gradients travel in bfloat16 unless a method's name says o
 in four parts of which three may be in flight, each an optimizer step; SplitLoRA gets it too (it is not its authors').
 ``hsplitlora_all`` also sends a round's update in bf16, as its best factors of rank 16, and carries what they lack.
 ``hsplitlora_step_ahead`` sends a batch before the gradient of the one before it is there.
+``hsplitlora_keep`` keeps all adapters from round to round, those of heads too, and merges what a round changed in them.
 
 Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's proposal:
 
@@ -134,6 +135,9 @@ METHODS: Mapping[str, Method] = {
         _HSPLITLORA, title="HSplitLoRA, int8, micro-steps, small updates", **_PIPELINED, **_SMALL_UPDATES
     ),
     "hsplitlora_keep": replace(_HSPLITLORA, title="HSplitLoRA, heads keep their adapters", keep_heads=True),
+    "hsplitlora_keep_pipelined": replace(
+        _HSPLITLORA, title="HSplitLoRA, heads keep, int8, micro-steps", keep_heads=True, **_PIPELINED
+    ),
     "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
