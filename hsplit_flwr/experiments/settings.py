@@ -135,7 +135,6 @@ SETTINGS: Mapping[str, Setting] = {
         ranks={str(client): 8 for client in range(5)},
     ),
     "heterogeneous": _HETEROGENEOUS,
-    "deep_heads": replace(_HETEROGENEOUS, cut_eighths={str(c): cut for c, cut in enumerate((1, 3, 4, 6, 7))}),
     "highly_heterogeneous": Setting(
         clients={
             str(client): _device(memory, 16 * 2.0 ** (client - 2), link=2.0 ** (client - 2))
@@ -144,6 +143,7 @@ SETTINGS: Mapping[str, Setting] = {
         ranks={str(client): rank for client, rank in enumerate(_UNEQUAL_RANKS)},
         away=0.3,
     ),
+    "deep_heads": replace(_HETEROGENEOUS, cut_eighths={str(c): cut for c, cut in enumerate((1, 3, 4, 6, 7))}),
 }
 """settings by name
 
@@ -152,8 +152,8 @@ setting               memory, GB        compute, TFLOP/s     uplink, Mbit/s  dow
 ====================  ================  ===================  ==============  =================  =============
 homogeneous           12                16                   60              110                never
 heterogeneous         5, 8, 12, 16, 20  8, 11, 16, 23, 32    60              110                never
-deep_heads            5, 8, 12, 16, 20  8, 11, 16, 23, 32    60              110                never
 highly_heterogeneous  5, 8, 12, 16, 20  4, 8, 16, 32, 64     15 to 241 (x2)  28 to 441 (x2)     0.3 of rounds
+deep_heads            5, 8, 12, 16, 20  8, 11, 16, 23, 32    60              110                never
 ====================  ================  ===================  ==============  =================  =============
 
 In ``deep_heads`` methods with a planner have stated cuts instead, 1, 3, 4, 6 and 7 of 8 blocks, at one rank.
