@@ -25,8 +25,10 @@ from filelock import FileLock, Timeout
 from hsplit_flwr.common.tables import format_bytes
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.delta_folder import DeltaFolder, Stamp
+from hsplit_flwr.federation.kept_files import load_kept, save_kept
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
+from hsplit_flwr.training.kept_adapters import KeptAdapters
 
 if TYPE_CHECKING:
     from hsplit_flwr.federation.kept_round import RoundFolder
@@ -97,6 +99,25 @@ class FileStore:
         if lock := self._lock(path):
             with lock:
                 DeltaFolder(path, run, client).save_own(own)
+
+    def keep_adapters(self, run: str, client: str, kept: KeptAdapters) -> None:
+        """See `DeltaStore`."""
+        path = self._folder_of(run, client)
+        if lock := self._lock(path):
+            with lock:
+                try:
+                    save_kept(path, kept)
+                except OSError as error:
+                    _say_once(f"client {client} cannot keep its adapters, they restart in the next round: {error}")
+
+    def kept_adapters(self, run: str, client: str, round_number: int) -> KeptAdapters | None:
+        """See `DeltaStore`."""
+        path = self._folder_of(run, client)
+        lock = self._lock(path)
+        if lock is None:
+            return None
+        with lock:
+            return load_kept(path, round_number)
 
     @contextmanager
     def open_round(self, run: str, client: str) -> Iterator["RoundFolder"]:

@@ -100,8 +100,8 @@ def stack(pieces: Iterable[LoraFactors]) -> LoraFactors:
 
 
 def alike(one: LoraFactors, other: LoraFactors) -> bool:
-    """Whether an adapter can go on from the other one: they have one rank and one scaling."""
-    return one.rank == other.rank and one.scaling == other.scaling
+    """Whether an adapter can go on from the other one: they have one form and one scaling."""
+    return (one.A.shape, one.B.shape, one.scaling) == (other.A.shape, other.B.shape, other.scaling)
 
 
 def changes(end: Increment, start: Increment) -> dict[str, LoraFactors]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from hsplit_flwr.common.state import State
+from hsplit_flwr.lora.deltas import factors_from_state, factors_to_state
 from hsplit_flwr.lora.factors import LoraFactors, alike
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.training.optimizer import Optimizer
@@ -32,6 +33,21 @@ class KeptAdapters:
             module, factor = divmod(int(index), 2)
             remembered.setdefault(adapters.module_names[module], {})["AB"[factor]] = values
         return cls(round_number, adapters.factors(), state["optimizer"], remembered)
+
+    def state(self) -> State:
+        """All of it; `of_state` takes it back."""
+        return {
+            "round": self.round_number,
+            "factors": {name: factors_to_state(pair) for name, pair in self.factors.items()},
+            "optimizer": self.optimizer,
+            "remembered": {name: dict(values) for name, values in self.remembered.items()},
+        }
+
+    @classmethod
+    def of_state(cls, state: State) -> Self:
+        """What gave this `state`."""
+        factors = {name: factors_from_state(saved) for name, saved in state["factors"].items()}
+        return cls(state["round"], factors, state["optimizer"], state["remembered"])
 
     def resume(self, adapters: SegmentAdapters, optimizer: Optimizer) -> dict[str, LoraFactors]:
         """Make `adapters` and `optimizer` go on where rank and scaling are the same; returns what those start from.

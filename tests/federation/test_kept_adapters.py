@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from hsplit_flwr.common.seeds import derive_seed, head_seed, tail_seed
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.local_rounds import Everyone, LocalDoor
 from hsplit_flwr.experiments.split_head import SplitHead
+from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.round_server import RoundServer
+from hsplit_flwr.flower.local_federation import LocalNode
+from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.factors import init_lora_A
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
@@ -22,7 +26,7 @@ from hsplit_flwr.models.segments import block_of
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.workload import Workload
-from tests.helpers.federation import random_batches
+from tests.helpers.federation import build_one_at_a_time, manager_of, play_round, random_batches
 from tests.helpers.models import tiny_model
 
 pytestmark = pytest.mark.timeout(300)
@@ -189,15 +193,9 @@ class Rounds:
         record = self.server.close_training(replies)  # type: ignore[arg-type]
         assert not record.failures
 
-    def whole(self) -> Weights:
-        """W_0 and all that was learnt."""
-        learnt = self.server.tail_rounds.evaluated_delta()
-        files = self.server.model.files
-        return {n: files.read(f"{n}.weight") + learnt.dense(n) for n in learnt.names()}
-
 
 @pytest.fixture
-def model(tmp_path: object) -> GlobalModel:
+def model(tmp_path: Path) -> GlobalModel:
     tiny_model("llama").save_pretrained(tmp_path)
     return GlobalModel(ModelFiles.resolve(str(tmp_path)))
 
@@ -209,12 +207,42 @@ def test_kept_adapters_equal_the_rule_written_out(model: GlobalModel) -> None:
     for number, present in PRESENT.items():
         rounds.round(number, present)
         reference.round(number, present, every=STEPS)
-        expected, found = reference.whole(), rounds.whole()
+        expected, found = reference.whole(), whole_weights(rounds.server)
         assert found.keys() == expected.keys()
         for name, weight in expected.items():
             assert (found[name] - weight).abs().max() <= TOLERANCE, (number, name)
             assert (weight - start[name]).abs().max() > 100 * TOLERANCE, name
         require_tail_computes(rounds, expected)
+
+
+def test_over_grpc_they_are_the_same(model: GlobalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients that are built anew for every message, and keep their adapters and the optimizer's state on disk."""
+    build_one_at_a_time(monkeypatch, "load_segment", "SegmentAdapters")
+    strategy = HSplitLoRAStrategy(
+        model,
+        PLANS,
+        TRAINING,
+        tail_lora=TAIL,
+        workload=Workload.of(TRAINING, batch_size=4, sequence_length=10),
+        config=StrategyConfig(federated_evaluation=False),
+    )
+    data = {c: ClientData(lambda step, c=c: BATCHES[c][step:]) for c in PLANS}  # type: ignore[misc]
+    nodes = {c: LocalNode(c, [c], tmp_path, data.__getitem__) for c in PLANS}
+    reference = Reference()
+    for number, present in PRESENT.items():
+        play_round(strategy, manager_of(*(nodes[c] for c in present)), number)
+        assert not strategy.history[-1].failures
+        reference.round(number, present, every=STEPS)
+        found = whole_weights(strategy.rounds)
+        for name, weight in reference.whole().items():
+            assert (found[name] - weight).abs().max() <= TOLERANCE, (number, name)
+    strategy.rounds.close()
+
+
+def whole_weights(server: RoundServer) -> Weights:
+    """W_0 and all that was learnt."""
+    learnt = server.tail_rounds.evaluated_delta()
+    return {n: server.model.files.read(f"{n}.weight") + learnt.dense(n) for n in learnt.names()}
 
 
 def require_tail_computes(rounds: Rounds, expected: Weights) -> None:
