@@ -85,7 +85,7 @@ class GlobalModel:
         """The linear layers of blocks 0..cut-1, in the order of the model."""
         return [name for name in self.segment.linear_modules() if block_of(name) < cut]
 
-    def apply_update(self, update: Increment, parts: Parts, brought: Increment) -> int:
+    def apply_update(self, update: Increment, parts: Parts, brought: Increment | None = None) -> int:
         """Add what is sent of a round's update, `parts` of which are clients' own; merge it; returns the version."""
         sent = self._rounding.round(update)
         return self.apply(sent, parts if sent is update else None, brought)
