@@ -1,6 +1,6 @@
 """Adapters that are kept, of unequal cuts and ranks, against the rule written out on dense weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,23 +17,29 @@ from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.round_server import RoundServer
+from hsplit_flwr.federation.tail_rounds import TailRounds
 from hsplit_flwr.flower.local_federation import LocalNode
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
+from hsplit_flwr.lora.aggregation import Contribution
 from hsplit_flwr.lora.factors import init_lora_A
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
-from hsplit_flwr.models.segments import block_of
+from hsplit_flwr.models.segments import block_of, linear_shapes
+from hsplit_flwr.planning.configured_plans import ConfiguredPlans
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.tail import SharedTail
 from hsplit_flwr.training.workload import Workload
 from tests.helpers.federation import build_one_at_a_time, manager_of, play_round, random_batches
 from tests.helpers.models import tiny_model
+from tests.helpers.states import through_disk
 
 pytestmark = pytest.mark.timeout(300)
 
 ROUNDS, STEPS = 3, 4
 TOLERANCE = 1e-5
 """largest absolute difference of fp32 weights to the reference after 12 AdamW steps"""
+SAME = 2e-6
+"""largest absolute difference where only the form of a sum changes"""
 TRAINING = TrainingConfig(
     ROUNDS, STEPS, 5e-3, warmup_steps=3, max_grad_norm=0.0, importance_steps=0, keep_adapters=True
 )
@@ -268,3 +274,135 @@ def test_restarting_adapters_are_what_they_were(model: GlobalModel) -> None:
     idle = [pair for n, pair in rounds.server.tail_rounds.tail.adapters.factors().items() if block_of(n) < 3]
     assert idle
     assert not any(pair.B.any() for pair in idle)
+
+
+# ------------------------------------------------------------------------------------------- new plans, states
+
+
+def deeper(book: ConfiguredPlans) -> None:
+    book.plans = {"0": ClientPlan(1, TAIL), "1": ClientPlan(3, TAIL)}
+
+
+def shallower(book: ConfiguredPlans) -> None:
+    book.plans = ClientPlan(1, TAIL)
+
+
+def other_rank(book: ConfiguredPlans) -> None:
+    book.tail_lora = LoraSpec(4, 8.0, rank_pattern={r"layers\.1\..*": 2})
+
+
+def alike(book: ConfiguredPlans) -> None:
+    """Another plan that is the old one."""
+
+
+KEPT = {deeper: {1, 2}, shallower: set(), other_rank: set(), alike: {1}}
+"""blocks whose adapters the tail keeps though heads hold them, after the plan has changed"""
+
+
+def tail_rounds_of(model: GlobalModel) -> tuple[TailRounds, ConfiguredPlans]:
+    plans = {"0": ClientPlan(1, TAIL), "1": ClientPlan(2, TAIL)}
+    book = ConfiguredPlans(plans, TAIL, None, linear_shapes(model.segment))
+    return TailRounds(model, book, TRAINING), book
+
+
+def move(rounds: TailRounds, seed: int) -> None:
+    """Something is learnt: every factor of the tail's adapters moves at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for factor in rounds.tail.adapters.parameters():
+        factor.data.add_(torch.randn(factor.shape, generator=generator), alpha=0.1)
+
+
+def merge(rounds: TailRounds, cuts: Sequence[int]) -> None:
+    """A round of two clients whose heads learnt nothing; the second has three quarters of the tokens."""
+    contributions = [Contribution(share, cut, {}) for share, cut in zip((0.25, 0.75), cuts, strict=True)]
+    rounds.merge(contributions, rounds.trained(), "noise_free")
+
+
+def learnt(rounds: TailRounds) -> Weights:
+    delta = rounds.evaluated_delta()
+    return {name: delta.dense(name) for name in delta.names()}
+
+
+def require_computed(model: GlobalModel, rounds: TailRounds) -> None:
+    """What the tail computes with, weights and adapters, is W_0 and all that was learnt."""
+    layers, adapters = rounds.tail.segment.linear_modules(), rounds.tail.adapters.factors()
+    for name, delta in learnt(rounds).items():
+        found = layers[name].weight + (adapters[name].delta() if name in adapters else 0.0)  # type: ignore[operator]
+        assert (found - model.files.read(f"{name}.weight") - delta).abs().max() <= SAME, name
+
+
+@pytest.mark.parametrize("change", KEPT, ids=lambda change: change.__name__)
+def test_a_new_plan_loses_nothing(model: GlobalModel, change: Callable[[ConfiguredPlans], None]) -> None:
+    """Block 1 is the tail's for a quarter of the tokens; block 2 is the tail's alone, until it is given to a head."""
+    rounds, book = tail_rounds_of(model)
+    rounds.open(1, ["0", "1"], 2)
+    rounds.tail.close_training()
+    move(rounds, 1)
+    merge(rounds, (1, 2))
+    before, adapters = learnt(rounds), rounds.tail.adapters.factors()
+    assert {block_of(name) for name in model.brought} == {1}
+    for name, pair in adapters.items():
+        share = 0.25 if block_of(name) == 1 else 1.0
+        assert (before[name] - share * pair.delta()).abs().max() <= SAME, name
+    require_computed(model, rounds)
+    change(book)
+    rounds.replan()
+    assert {block_of(name) for name in model.brought} == KEPT[change]
+    for name, pair in rounds.tail.adapters.factors().items():
+        stays = block_of(name) in KEPT[change] or block_of(name) >= max(2, book.deepest_cut)
+        assert torch.equal(pair.B, adapters[name].B) if stays else not pair.B.any(), name
+    for name, delta in learnt(rounds).items():
+        assert (delta - before[name]).abs().max() <= SAME, name
+    require_computed(model, rounds)
+    require_next_round(model, rounds, book)
+    rounds.merge_remaining()
+    assert not model.brought
+    require_computed(model, rounds)
+
+
+def require_next_round(model: GlobalModel, rounds: TailRounds, book: ConfiguredPlans) -> None:
+    """It adds the tail's change, by the tokens that the tail had of each block."""
+    rounds.open(2, ["0", "1"], 2)
+    rounds.tail.close_training()
+    before, start = learnt(rounds), rounds.tail.adapters.factors()
+    move(rounds, 2)
+    moved = rounds.tail.adapters.factors()
+    merge(rounds, (1, book.deepest_cut))
+    for name, delta in learnt(rounds).items():
+        share = 0.25 if block_of(name) < book.deepest_cut else 1.0
+        change = share * (moved[name].delta() - start[name].delta())
+        assert (delta - before.get(name, torch.zeros(())) - change).abs().max() <= SAME, name
+    require_computed(model, rounds)
+
+
+def test_what_moved_for_nobody_who_finished_restarts(model: GlobalModel) -> None:
+    """The client that left block 1 to the tail was refused: nobody's share takes what the tail learnt there."""
+    rounds, _ = tail_rounds_of(model)
+    for number, seed in ((1, 1), (2, 2)):
+        rounds.open(number, ["0", "1"], 2)
+        rounds.tail.close_training()
+        move(rounds, seed)
+        if number == 1:
+            merge(rounds, (1, 2))
+    before = {name: delta for name, delta in learnt(rounds).items() if block_of(name) == 1}
+    rounds.merge([Contribution(1.0, 2, {})], rounds.trained(), "noise_free")
+    assert not model.brought
+    after = learnt(rounds)
+    assert all(torch.equal(after[name], delta) for name, delta in before.items())
+    require_computed(model, rounds)
+
+
+def test_rounds_go_on_from_their_state(model: GlobalModel, tmp_path: Path) -> None:
+    rounds, _ = tail_rounds_of(model)
+    rounds.open(1, ["0", "1"], 2)
+    rounds.tail.close_training()
+    move(rounds, 1)
+    merge(rounds, (1, 2))
+    again = GlobalModel(model.files)
+    again.load_state(through_disk(model.state(), tmp_path))
+    resumed, _ = tail_rounds_of(again)
+    resumed.load_state(through_disk(rounds.state(), tmp_path))
+    assert again.brought.keys() == model.brought.keys() != set()
+    for name, layer in model.segment.linear_modules().items():
+        assert torch.equal(layer.weight, again.segment.linear_modules()[name].weight), name  # type: ignore[arg-type]
+    require_computed(again, resumed)
