@@ -138,13 +138,6 @@ METHODS: Mapping[str, Method] = {
     "hsplitlora_keep_pipelined": replace(
         _HSPLITLORA, title="HSplitLoRA, heads keep, int8, micro-steps", keep_heads=True, **_PIPELINED
     ),
-    "hsplitlora_keep_all": replace(
-        _HSPLITLORA,
-        title="HSplitLoRA, heads keep, int8, micro-steps, small updates",
-        keep_heads=True,
-        **_PIPELINED,
-        **_SMALL_UPDATES,
-    ),
     "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),

@@ -25,13 +25,12 @@ from filelock import FileLock, Timeout
 from hsplit_flwr.common.tables import format_bytes
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.delta_folder import DeltaFolder, Stamp
-from hsplit_flwr.federation.kept_files import load_kept, save_kept
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
-from hsplit_flwr.training.kept_adapters import KeptAdapters
 
 if TYPE_CHECKING:
     from hsplit_flwr.federation.kept_round import RoundFolder
+    from hsplit_flwr.training.kept_adapters import KeptAdapters
 
 LIMIT_BYTES = 64 << 30
 LOCK_LIMIT_S = 10.0
@@ -100,8 +99,10 @@ class FileStore:
             with lock:
                 DeltaFolder(path, run, client).save_own(own)
 
-    def keep_adapters(self, run: str, client: str, kept: KeptAdapters) -> None:
+    def keep_adapters(self, run: str, client: str, kept: "KeptAdapters") -> None:
         """See `DeltaStore`."""
+        from hsplit_flwr.federation.kept_files import save_kept  # who keeps nothing does not need it
+
         path = self._folder_of(run, client)
         if lock := self._lock(path):
             with lock:
@@ -110,8 +111,10 @@ class FileStore:
                 except OSError as error:
                     _say_once(f"client {client} cannot keep its adapters, they restart in the next round: {error}")
 
-    def kept_adapters(self, run: str, client: str, round_number: int) -> KeptAdapters | None:
+    def kept_adapters(self, run: str, client: str, round_number: int) -> "KeptAdapters | None":
         """See `DeltaStore`."""
+        from hsplit_flwr.federation.kept_files import load_kept
+
         path = self._folder_of(run, client)
         lock = self._lock(path)
         if lock is None:

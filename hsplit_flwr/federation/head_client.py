@@ -25,7 +25,6 @@ from hsplit_flwr.models.segments import Segment, linear_shapes, load_segment
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.head import HeadTraining, score_head, train_head
-from hsplit_flwr.training.kept_adapters import KeptAdapters
 from hsplit_flwr.training.loss import Score
 from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.workload import PLAIN, Workload
@@ -113,6 +112,8 @@ class HeadClient:
         ).since(start or {})
         self._deltas.keep_own(task.run, task.client, OwnFactors(task.round, trained.factors))
         if task.training.keep_adapters:
+            from hsplit_flwr.training.kept_adapters import KeptAdapters  # who keeps nothing does not need it
+
             self._deltas.keep_adapters(task.run, task.client, KeptAdapters.of(task.round, adapters, optimizer))
         return trained
 
