@@ -295,7 +295,12 @@ def alike(book: ConfiguredPlans) -> None:
     """Another plan that is the old one."""
 
 
-KEPT = {deeper: {1, 2}, shallower: set(), other_rank: set(), alike: {1}}
+KEPT: dict[Callable[[ConfiguredPlans], None], set[int]] = {
+    deeper: {1, 2},
+    shallower: set(),
+    other_rank: set(),
+    alike: {1},
+}
 """blocks whose adapters the tail keeps though heads hold them, after the plan has changed"""
 
 
