@@ -12,7 +12,7 @@ from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 Mode = Literal["train", "evaluate", "probe"]
 
 
@@ -36,6 +36,8 @@ class RoundTask:
     """see `head_seed`"""
     reconnect_grace_s: float = 0.0
     """how long the client may take to come back when its connection breaks; 0: it may not"""
+    kept_from: int = 0
+    """the round whose adapters of this client the server has, to go on from; 0: none, all restart"""
 
     @property
     def first_step(self) -> int:

@@ -62,6 +62,7 @@ def check_task(task: "RoundTask") -> None:
         text = getattr(task, name)
         _require(isinstance(text, str) and len(text) <= LONGEST_TEXT, name, _TEXT, text)
     _whole("round", task.round, 0, MOST_OF_ANYTHING)
+    _whole("kept_from", task.kept_from, 0, MOST_OF_ANYTHING)
     _whole("max_frame_bytes", task.max_frame_bytes, 1, MOST_FRAME_BYTES)
     _number("time_limit_s", task.time_limit_s, LONGEST_S)
     _require(task.time_limit_s > 0, "time_limit_s", "> 0 s", task.time_limit_s)

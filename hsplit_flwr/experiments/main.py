@@ -36,7 +36,7 @@ PROGRAM = "python -m hsplit_flwr.experiments"
 FAILED = 1
 USER_ERROR = 2
 OURS = "hsplitlora"
-SETTING_NAMES = ("homogeneous", "heterogeneous", "highly_heterogeneous")
+SETTING_NAMES = ("homogeneous", "heterogeneous", "highly_heterogeneous", "deep_heads")
 """those of `settings.SETTINGS`, whose import takes seconds for torch"""
 
 

@@ -13,6 +13,7 @@ Activations and their gradients travel in bfloat16 unless a method's name says o
 in four parts of which three may be in flight, each an optimizer step; SplitLoRA gets it too (it is not its authors').
 ``hsplitlora_all`` also sends a round's update in bf16, as its best factors of rank 16, and carries what they lack.
 ``hsplitlora_step_ahead`` sends a batch before the gradient of the one before it is there.
+``hsplitlora_keep`` keeps all adapters from round to round, those of heads too, and merges what a round changed in them.
 
 Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's proposal:
 
@@ -80,6 +81,8 @@ class Method:
     """planned adapters have one alpha; else one scaling alpha / r"""
     keep_tail: bool = True
     """adapters that the tail alone trains are kept from round to round; else all restart"""
+    keep_heads: bool = False
+    """adapters of blocks that heads hold are kept, too, and what a round changed in them is merged"""
     tail_passes: int = 1
     """passes of the tail over the batches of a step"""
     self_pruning: bool = False
@@ -103,6 +106,7 @@ class Method:
     def training_settings(self) -> dict[str, Any]:
         """Fields of `TrainingConfig` that the method decides."""
         return {
+            "keep_adapters": self.keep_heads,
             "joint_steps": self.joint_steps,
             "tail_passes": self.tail_passes,
             "activation_codec": self.codec,
@@ -129,6 +133,10 @@ METHODS: Mapping[str, Method] = {
     "hsplitlora_pipelined": replace(_HSPLITLORA, title="HSplitLoRA, int8 wire, micro-steps", **_PIPELINED),
     "hsplitlora_all": replace(
         _HSPLITLORA, title="HSplitLoRA, int8, micro-steps, small updates", **_PIPELINED, **_SMALL_UPDATES
+    ),
+    "hsplitlora_keep": replace(_HSPLITLORA, title="HSplitLoRA, heads keep their adapters", keep_heads=True),
+    "hsplitlora_keep_pipelined": replace(
+        _HSPLITLORA, title="HSplitLoRA, heads keep, int8, micro-steps", keep_heads=True, **_PIPELINED
     ),
     "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),

@@ -72,6 +72,13 @@ class Setting:
     """client -> the LoRA rank of a rival with unequal ranks (HetLoRA, FLoRA, FlexLoRA) that trains the whole model"""
     away: float = 0.0
     """probability that a client is not there in a round"""
+    cut_eighths: Mapping[str, int] | None = None
+    """client -> its cut, in eighths of the model, whatever a planner would choose; None: nobody states cuts"""
+
+    def cuts(self, num_blocks: int) -> dict[str, int]:
+        """Every client's stated cut of a model with so many blocks; none where they are not stated."""
+        eighths = (self.cut_eighths or {}).items()
+        return {client: min(num_blocks - 1, max(1, round(num_blocks * part / 8))) for client, part in eighths}
 
     def devices(self, costs: ModelCosts) -> dict[str, Budget]:
         """Every client's device, scaled to the model and workload of `costs`."""
@@ -118,15 +125,16 @@ def _device(memory_gb: float, tflops: float, link: float = 1.0) -> Budget:
 SERVER = replace(DEVICES["datacenter-gpu"], memory_bytes=134_000_000_000, flops_per_s=GPU_UTILISATION * 989e12)
 _MEMORY_GB = (5, 8, 12, 16, 20)
 _UNEQUAL_RANKS = (2, 4, 8, 12, 16)
+_HETEROGENEOUS = Setting(
+    clients={str(client): _device(memory, 16 * 2 ** (client / 2 - 1)) for client, memory in enumerate(_MEMORY_GB)},
+    ranks={str(client): rank for client, rank in enumerate(_UNEQUAL_RANKS)},
+)
 SETTINGS: Mapping[str, Setting] = {
     "homogeneous": Setting(
         clients={str(client): _device(12, 16) for client in range(5)},
         ranks={str(client): 8 for client in range(5)},
     ),
-    "heterogeneous": Setting(
-        clients={str(client): _device(memory, 16 * 2 ** (client / 2 - 1)) for client, memory in enumerate(_MEMORY_GB)},
-        ranks={str(client): rank for client, rank in enumerate(_UNEQUAL_RANKS)},
-    ),
+    "heterogeneous": _HETEROGENEOUS,
     "highly_heterogeneous": Setting(
         clients={
             str(client): _device(memory, 16 * 2.0 ** (client - 2), link=2.0 ** (client - 2))
@@ -135,6 +143,7 @@ SETTINGS: Mapping[str, Setting] = {
         ranks={str(client): rank for client, rank in enumerate(_UNEQUAL_RANKS)},
         away=0.3,
     ),
+    "deep_heads": replace(_HETEROGENEOUS, cut_eighths={str(c): cut for c, cut in enumerate((1, 3, 4, 6, 7))}),
 }
 """settings by name
 
@@ -144,5 +153,8 @@ setting               memory, GB        compute, TFLOP/s     uplink, Mbit/s  dow
 homogeneous           12                16                   60              110                never
 heterogeneous         5, 8, 12, 16, 20  8, 11, 16, 23, 32    60              110                never
 highly_heterogeneous  5, 8, 12, 16, 20  4, 8, 16, 32, 64     15 to 241 (x2)  28 to 441 (x2)     0.3 of rounds
+deep_heads            5, 8, 12, 16, 20  8, 11, 16, 23, 32    60              110                never
 ====================  ================  ===================  ==============  =================  =============
+
+In ``deep_heads`` methods with a planner have stated cuts instead, 1, 3, 4, 6 and 7 of 8 blocks, at one rank.
 """

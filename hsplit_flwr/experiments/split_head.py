@@ -1,6 +1,6 @@
 """A client's part of a split model in the engine's process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -9,13 +9,16 @@ import numpy as np
 from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.experiments.work import recorded
+from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.trained_head import HeadReply, TrainedHead
 from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.merge import merge_beneath
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.config import ClientPlan
 from hsplit_flwr.training.head import train_head
+from hsplit_flwr.training.kept_adapters import KeptAdapters
 from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.session import TailSession
 
@@ -34,6 +37,8 @@ class SplitHead:
     """forms of the round's batches, of each its parts"""
     snapshot: dict[str, LoraFactors] = field(default_factory=dict)
     """its adapters before its last step"""
+    kept_from: int = 0
+    """the round whose adapters it goes on from; 0: they restarted"""
 
     @classmethod
     def of(cls, task: RoundTask, whole: Segment) -> Self:
@@ -43,6 +48,18 @@ class SplitHead:
         adapters.reset(task.adapter_seed)
         optimizer = Optimizer(adapters.parameters(), task.training)
         return cls(plan=task.plan, segment=segment, adapters=adapters, optimizer=optimizer)
+
+    def go_on(self, task: RoundTask, kept: KeptAdapters | None, model: GlobalModel) -> None:
+        """Train on with the adapters `kept`, if `task` says so, on the weights of `model` without what they bring."""
+        start: Mapping[str, LoraFactors] = {}
+        if kept and kept.round_number == task.kept_from:
+            start, self.kept_from = kept.resume(self.adapters, self.optimizer), kept.round_number
+        names = [name for name in model.log.total.names() if name in self.segment.linear_modules()]
+        merge_beneath(self.segment, model.files, model.log.total, start, names)
+
+    def kept(self, round_number: int) -> KeptAdapters:
+        """What a later round may go on from."""
+        return KeptAdapters.of(round_number, self.adapters, self.optimizer)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -72,6 +89,7 @@ class SplitHead:
             seconds=trained.seconds,
             budget=None,
             upload_bytes=0,
+            kept_from=self.kept_from,
         )
 
     def _with_snapshot(self, batches: Iterator[Batch], steps: int) -> Iterator[Batch]:

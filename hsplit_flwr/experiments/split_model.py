@@ -86,7 +86,7 @@ class SplitTrainer:
         self.heads: dict[str, SplitHead] = {}
         """client -> its head in the last round"""
         self._kept: dict[str, SplitHead] = {}
-        """client -> the head that it carries from round to round, also while it is away"""
+        """client -> its last head, where it keeps or carries the adapters of that, also while it is away"""
         plans = plans_of(task, method)
         self._training = replace(task.training, **method.training_settings())
         self.server = MethodServer(
@@ -147,11 +147,14 @@ class SplitTrainer:
     def _head(self, task: RoundTask) -> SplitHead:
         """The client's head of this round: at the newest weights with fresh adapters, or the one it kept."""
         average = self.server.average
-        head = self._kept.get(task.client) or SplitHead.of(task, self.server.model.segment)
+        former = self._kept.get(task.client)
+        head = former if former and self._method.carried else SplitHead.of(task, self.server.model.segment)
         if average:
             head.adapters.set(average)
+        if self._method.keep_heads:
+            head.go_on(task, former.kept(self._trained[task.client]) if former else None, self.server.model)
         head.download_bytes = self._lacking_bytes(task) + factor_bytes(average)
-        if self._method.carried:
+        if self._method.carried or self._method.keep_heads:
             self._kept[task.client] = head
         return head
 

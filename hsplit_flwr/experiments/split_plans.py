@@ -13,6 +13,7 @@ from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.importance_history import ImportanceHistory
 from hsplit_flwr.planning.planner import PlannerConfig
+from hsplit_flwr.planning.plans import Plans
 from hsplit_flwr.planning.replanning import AdaptivePlanning
 from hsplit_flwr.training.config import ClientPlan
 from hsplit_flwr.training.workload import Workload
@@ -44,7 +45,7 @@ class OneScalingPlanning(AdaptivePlanning):
 class SplitPlans(NamedTuple):
     """What a `RoundServer` is given to plan by."""
 
-    plans: AdaptivePlanning | ClientPlan
+    plans: Plans
     tail_lora: LoraSpec | None = None
     """the tail's adapters where plans are configured"""
     workload: Workload | None = None
@@ -52,12 +53,18 @@ class SplitPlans(NamedTuple):
 
 
 def plans_of(task: Task, method: Method) -> SplitPlans:
-    """The plans of `method` under `task`; a cut or rank that the run's spec states goes for all clients.
+    """The plans of `method` under `task`; cuts that the setting states are taken, and a cut or rank that the
+    run's spec states goes for all clients.
 
     Raises:
         ConfigError: a device that cannot hold any head.
     """
     spec = task.spec
+    cuts = task.setting.cuts(task.costs.num_blocks)
+    if method.planned and cuts and not spec.cut:
+        adapters = LoraSpec(spec.rank or LARGEST_RANK, LORA_ALPHA)
+        stated = {client: ClientPlan(cut, adapters) for client, cut in cuts.items()}
+        return SplitPlans(stated, adapters, task.costs.workload)
     if method.planned and not (spec.cut or spec.rank):
         return SplitPlans(_planning(task, method))
     plan, tail = _one_plan(task, method)

@@ -8,6 +8,7 @@ from hsplit_flwr.common.tables import describe_ranks
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.exchange.admission import Ticket
 from hsplit_flwr.exchange.task_limits import LONGEST_S
+from hsplit_flwr.federation.handed_in import HandedIn
 from hsplit_flwr.federation.trained_head import HeadReply, Refusal, Shapes, TrainedHead, read_trained
 from hsplit_flwr.reports.records import CLIENT_PHASES, ClientRecord
 from hsplit_flwr.training.config import ClientPlan
@@ -37,7 +38,7 @@ class Accepted(NamedTuple):
     def record(self) -> ClientRecord:
         """A client's round, as far as possible from what the tail itself counted; its seconds are its own word."""
         trained, ticket = self
-        ranks = [factors.rank for factors in trained.factors.values()]
+        ranks = [factors.rank for factors in trained.adapters.values()]
         return ClientRecord(
             client_id=ticket.client,
             cut=ticket.cut,
@@ -54,14 +55,21 @@ class Accepted(NamedTuple):
 
 
 def accept(
-    replies: Replies, tickets: Mapping[str, Ticket], expected: Mapping[str, Expected], steps: int
+    replies: Replies,
+    tickets: Mapping[str, Ticket],
+    expected: Mapping[str, Expected],
+    steps: int,
+    handed_in: HandedIn | None = None,
 ) -> tuple[dict[str, Accepted], list[str]]:
-    """The clients that did all their `steps` and sent usable adapters, by id, and why others are left out."""
+    """The clients that did all their `steps` and sent usable adapters, by id, and why others are left out.
+
+    With `handed_in` adapters may go on from those, and what training changed in them is what is brought.
+    """
     accepted, refused = {}, []
     for client, reply in replies.items():
         try:
             accepted[client] = Accepted(
-                _checked(client, reply, tickets[client], expected[client], steps), tickets[client]
+                _checked(client, reply, tickets[client], expected[client], steps, handed_in), tickets[client]
             )
         except Exception as error:  # whatever a client sends must not stop the run
             refused.append(describe_failure(client, f"{type(error).__name__}: {error}"))
@@ -73,13 +81,21 @@ def tokens_of(accepted: Mapping[str, Accepted]) -> int:
     return sum(done.ticket.tokens for done in accepted.values())
 
 
-def _checked(client: str, reply: HeadReply | Refusal, ticket: Ticket, expected: Expected, steps: int) -> TrainedHead:
+def _checked(
+    client: str,
+    reply: HeadReply | Refusal,
+    ticket: Ticket,
+    expected: Expected,
+    steps: int,
+    handed_in: HandedIn | None,
+) -> TrainedHead:
     if isinstance(reply, Refusal):
         raise AggregationError(f"refused: {reply.reason}")
     if ticket.steps != steps:
         raise AggregationError(f"Expected {steps} steps at the tail, found {ticket.steps}.")
     _check_figures(reply)
-    return read_trained(reply, client, expected.plan, expected.head_shapes)
+    trained = read_trained(reply, client, expected.plan, expected.head_shapes)
+    return trained.since(handed_in.adapters(client, trained.kept_from)) if handed_in else trained
 
 
 def _check_figures(reply: HeadReply) -> None:

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 from hsplit_flwr.training.batch import Batch
+
+if TYPE_CHECKING:
+    from hsplit_flwr.training.kept_adapters import KeptAdapters
 
 
 @dataclass(frozen=True)
@@ -36,3 +39,9 @@ class DeltaStore(Protocol):
 
     def keep_own(self, run: str, client: str, own: OwnFactors) -> None:
         """Keep what the client trained itself for the next `open`: the server need not send that back."""
+
+    def keep_adapters(self, run: str, client: str, kept: "KeptAdapters") -> None:
+        """Keep `kept` for a later round; without room for it, they restart there."""
+
+    def kept_adapters(self, run: str, client: str, round_number: int) -> "KeptAdapters | None":
+        """Those of that round; None: they are lost."""

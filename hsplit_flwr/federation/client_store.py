@@ -30,6 +30,7 @@ from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 
 if TYPE_CHECKING:
     from hsplit_flwr.federation.kept_round import RoundFolder
+    from hsplit_flwr.training.kept_adapters import KeptAdapters
 
 LIMIT_BYTES = 64 << 30
 LOCK_LIMIT_S = 10.0
@@ -97,6 +98,29 @@ class FileStore:
         if lock := self._lock(path):
             with lock:
                 DeltaFolder(path, run, client).save_own(own)
+
+    def keep_adapters(self, run: str, client: str, kept: "KeptAdapters") -> None:
+        """See `DeltaStore`."""
+        from hsplit_flwr.federation.kept_files import save_kept  # who keeps nothing does not need it
+
+        path = self._folder_of(run, client)
+        if lock := self._lock(path):
+            with lock:
+                try:
+                    save_kept(path, kept)
+                except OSError as error:
+                    _say_once(f"client {client} cannot keep its adapters, they restart in the next round: {error}")
+
+    def kept_adapters(self, run: str, client: str, round_number: int) -> "KeptAdapters | None":
+        """See `DeltaStore`."""
+        from hsplit_flwr.federation.kept_files import load_kept
+
+        path = self._folder_of(run, client)
+        lock = self._lock(path)
+        if lock is None:
+            return None
+        with lock:
+            return load_kept(path, round_number)
 
     @contextmanager
     def open_round(self, run: str, client: str) -> Iterator["RoundFolder"]:

@@ -5,6 +5,7 @@
     SHA256.json            what is held: run, client, version, modules, and the files of their deltas
     SHA256.safetensors     a pair of factors, or a dense matrix
     round-...              where the client is in its round (`federation/kept_round.py`)
+    kept-...               adapters that it keeps for a later round (`federation/kept_files.py`)
     own-ROUND-SHA256.safetensors    the adapters that the client trained in its last round, until its next update
 
 Files are named by their content, written beside and renamed, and all checked before a version counts as held: so it
@@ -35,8 +36,8 @@ from hsplit_flwr.lora.places import (
     write_tensors,
 )
 
-KEPT_ROUND = "round-"
-"""how the names of files begin that are of the client's round, not of its delta"""
+KEPT_ROUND, KEPT_ADAPTERS = "round-", "kept-"
+"""how the names of files begin that are of the client's round, or of adapters that it keeps, not of its delta"""
 _OWN = "own-"
 FORMAT = 1
 """of the files; another one counts as nothing held"""
@@ -249,7 +250,7 @@ class DeltaFolder:
         """Lists first: at no time does one name a file that is gone."""
         for path in sorted(self._path.iterdir(), key=lambda path: path.suffix != ".json"):
             unnamed = self._unwritten is not None or path.name not in named
-            if unnamed and not path.name.startswith(KEPT_ROUND):
+            if unnamed and not path.name.startswith((KEPT_ROUND, KEPT_ADAPTERS)):
                 path.unlink(missing_ok=True)
 
 

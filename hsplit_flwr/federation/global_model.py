@@ -1,7 +1,7 @@
 """The weights everyone agrees on: the base W_0 on disk plus the cumulative delta, in any segment of the model."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 
 import torch
@@ -12,7 +12,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.delta_log import DeltaLog, Parts
 from hsplit_flwr.lora.delta_update import OwnRound
 from hsplit_flwr.lora.factors import Increment
-from hsplit_flwr.lora.merge import merge_delta
+from hsplit_flwr.lora.merge import merge_beneath
 from hsplit_flwr.lora.places import Place
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.lora.update_rounding import UpdateRounding, shortened
@@ -47,6 +47,8 @@ class GlobalModel:
         self.segment = load_segment(files, dtype=dtype, device=device)
         self.log = DeltaLog()
         self._rounding = UpdateRounding()
+        self.brought: Increment = {}
+        """the part of the delta that the tail's adapters bring, and that the weights therefore lack"""
 
     def keep_delta_in(self, place: Place) -> None:
         """Keep what the delta grows by there, instead of in memory."""
@@ -83,16 +85,23 @@ class GlobalModel:
         """The linear layers of blocks 0..cut-1, in the order of the model."""
         return [name for name in self.segment.linear_modules() if block_of(name) < cut]
 
-    def apply_update(self, update: Increment, parts: Parts) -> int:
+    def apply_update(self, update: Increment, parts: Parts, brought: Increment | None = None) -> int:
         """Add what is sent of a round's update, `parts` of which are clients' own; merge it; returns the version."""
         sent = self._rounding.round(update)
-        return self.apply(sent, parts if sent is update else None)
+        return self.apply(sent, parts if sent is update else None, brought)
 
-    def apply(self, increment: Increment, parts: Parts | None = None) -> int:
-        """Add an increment as it is and merge it; returns the new version."""
+    def apply(self, increment: Increment, parts: Parts | None = None, brought: Increment | None = None) -> int:
+        """Add an increment as it is and merge it; returns the new version. `brought`: None, what it is stays so."""
         version = self._append(increment, parts)
-        merge_delta(self.segment, self.files, self.log.total, increment)
+        self.bring(self.brought if brought is None else brought, increment)
         return version
+
+    def bring(self, adapters: Increment, changed: Collection[str] = ()) -> None:
+        """Form the weights anew for `adapters` to be what is `brought`, and where the delta has `changed`."""
+        former, self.brought = self.brought, adapters
+        names = {**former, **adapters}
+        moved = [name for name in names if name not in changed and former.get(name) is not adapters.get(name)]
+        self._merge([*changed, *moved])
 
     def add_residuals(self) -> None:
         """Add what the updates that were sent lack of the exact ones. At the end of a run.
@@ -103,7 +112,7 @@ class GlobalModel:
             return
         if residuals := self._rounding.take_residuals():
             self.log.add_dense(residuals)
-            merge_delta(self.segment, self.files, self.log.total, residuals)
+            self._merge(residuals)
 
     @property
     def delta_error(self) -> float | None:
@@ -145,4 +154,7 @@ class GlobalModel:
         shapes = linear_shapes(self.segment)
         self._rounding.load_state(state["residuals"], shapes)
         self.log.load_state(state["log"], shapes)
-        merge_delta(self.segment, self.files, self.log.total, self.log.total.names())
+        self._merge(self.log.total.names())
+
+    def _merge(self, names: Iterable[str]) -> None:
+        merge_beneath(self.segment, self.files, self.log.total, self.brought, names)

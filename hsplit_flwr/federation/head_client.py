@@ -1,7 +1,7 @@
 """A client of a round, whoever carries the messages: load the head, bring it up to date, train or score, report."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,8 @@ from hsplit_flwr.federation.client_data import ClientData, DeltaStore
 from hsplit_flwr.federation.head_turns import RoundInTurns
 from hsplit_flwr.federation.trained_head import Refusal, Shapes, TrainedHead
 from hsplit_flwr.lora.delta_update import DeltaReplica, DeltaUpdate, OwnFactors
-from hsplit_flwr.lora.factors import dense_bytes
-from hsplit_flwr.lora.merge import merge_delta
+from hsplit_flwr.lora.factors import LoraFactors, dense_bytes
+from hsplit_flwr.lora.merge import merge_beneath
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import Segment, linear_shapes, load_segment
@@ -26,6 +26,7 @@ from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.training.batch import Batch
 from hsplit_flwr.training.head import HeadTraining, score_head, train_head
 from hsplit_flwr.training.loss import Score
+from hsplit_flwr.training.optimizer import Optimizer
 from hsplit_flwr.training.workload import PLAIN, Workload
 
 if TYPE_CHECKING:
@@ -87,27 +88,34 @@ class HeadClient:
         head = self._load_head(task)
         started = time.perf_counter()
         with self._open_tail(task, head, turns) as tail:
-            self._update_weights(task, head, tail, turns)
             adapters = SegmentAdapters(head, task.plan.lora, head.linear_modules())
             adapters.reset(task.adapter_seed)
+            optimizer = Optimizer(adapters.parameters(), task.training)
+            start = self._go_on(task, adapters, optimizer)
+            self._update_weights(task, head, tail, turns, start or {})
             load_s = time.perf_counter() - started
             batches = _bounded(self._data(task.client).training_batches(task.first_step), task.workload)
             if turns:
                 turns.load_s = load_s
             begin = turns.begin if turns else _anew
-            report = train_head(head, adapters, batches, tail, task.training, task.first_step, None, begin)
-        factors = adapters.factors()
-        self._deltas.keep_own(task.run, task.client, OwnFactors(task.round, factors))
-        return TrainedHead(
+            report = train_head(head, adapters, batches, tail, task.training, task.first_step, optimizer, begin)
+        trained = TrainedHead(
             client=task.client,
-            factors=factors,
+            factors=adapters.factors(),
             importance={name: report.importance[name] for name in head.linear_modules() if report.importance},
             tokens=report.tokens,
             loss=float(np.mean(report.losses)),
             seconds=turns.seconds(report.compute_s)
             if turns
             else {"load": load_s, "compute": report.compute_s, "exchange": report.exchange_s},
-        )
+            kept_from=0 if start is None else task.kept_from,
+        ).since(start or {})
+        self._deltas.keep_own(task.run, task.client, OwnFactors(task.round, trained.factors))
+        if task.training.keep_adapters:
+            from hsplit_flwr.training.kept_adapters import KeptAdapters  # who keeps nothing does not need it
+
+            self._deltas.keep_adapters(task.run, task.client, KeptAdapters.of(task.round, adapters, optimizer))
+        return trained
 
     def score(self, task: RoundTask, budget: Budget | None = None, turns: RoundInTurns | None = None) -> Score:
         """Loss of the client's held-out batches: head here, tail on the server, no gradients.
@@ -124,7 +132,7 @@ class HeadClient:
             raise ConfigError(reason)
         head = self._load_head(task)
         with self._open_tail(task, head, turns) as tail:
-            self._update_weights(task, head, tail, turns)
+            self._update_weights(task, head, tail, turns, {})
             batches = _bounded(self._data(task.client).evaluate, task.workload)
             reply = turns.score(head, batches, tail) if turns else score_head(head, batches, tail)
         return Score(reply.nll, reply.tokens)
@@ -137,6 +145,11 @@ class HeadClient:
                 f"Expected a base with quantization = {task.workload.quantization!r}, as the server holds it, found "
                 f"{held!r} at client {task.client}. Give server and clients the same quantization."
             )
+
+    def _go_on(self, task: RoundTask, adapters: SegmentAdapters, optimizer: Optimizer) -> dict[str, LoraFactors] | None:
+        """Go on with the adapters that the server has of this client; returns those; None where all restart."""
+        kept = self._deltas.kept_adapters(task.run, task.client, task.kept_from) if task.kept_from else None
+        return kept.resume(adapters, optimizer) if kept else None
 
     def _refusal(self, task: RoundTask, budget: Budget | None) -> str | None:
         """Why this client cannot afford its head, with the figures; None if it can, or nobody set a budget."""
@@ -164,14 +177,22 @@ class HeadClient:
         connect = turns.connect if turns else self._connect
         return RemoteTail(task, frame_bytes, connect, max_delta_bytes=sum(dense))
 
-    def _update_weights(self, task: RoundTask, head: Segment, tail: RemoteTail, turns: RoundInTurns | None) -> None:
+    def _update_weights(
+        self,
+        task: RoundTask,
+        head: Segment,
+        tail: RemoteTail,
+        turns: RoundInTurns | None,
+        brought: Mapping[str, LoraFactors],
+    ) -> None:
+        """The newest weights, without what adapters bring that go on."""
         shapes = linear_shapes(head)
         with self._deltas.open(task.run, task.client, shapes) as replica:
             if turns and turns.version is not None:
                 turns.expect_version(replica.version)
             else:
                 _fetch(tail, replica, shapes)
-            merge_delta(head, self._files, replica.total, replica.total.names())
+            merge_beneath(head, self._files, replica.total, brought, replica.total.names())
         if turns:
             turns.fetched(replica.version)
 

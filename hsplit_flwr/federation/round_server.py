@@ -27,7 +27,7 @@ from hsplit_flwr.federation.round_config import WAITING, RoundOptions, StrategyC
 from hsplit_flwr.federation.round_tasks import RoundTasks
 from hsplit_flwr.federation.tail_metrics import TailMetrics
 from hsplit_flwr.federation.tail_rounds import TailRounds
-from hsplit_flwr.lora.aggregation import Contribution, token_shares
+from hsplit_flwr.lora.aggregation import STACKING, Contribution, token_shares
 from hsplit_flwr.lora.factors import LoraFactors
 from hsplit_flwr.models.segments import block_of, linear_shapes
 from hsplit_flwr.planning.plans import Plans, plans_in_force
@@ -81,6 +81,11 @@ class RoundServer:
             raise ConfigError(
                 f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
                 f"{self.config.round_limit_s}: a round must not end at its gate. Lower start_gate_s."
+            )
+        if training.keep_adapters and self.config.rule not in STACKING:
+            raise ConfigError(
+                f"Expected an aggregation rule that sums what was trained, one of {sorted(STACKING)}, where "
+                f"keep-adapters is on, found {self.config.rule!r}: it takes changes for adapters. Change one of them."
             )
         scored = options.get("eval_batches") is not None or self.config.federated_evaluation
         if self.config.patience and not scored:
@@ -215,7 +220,7 @@ class RoundServer:
                 ) from failure
             return self._journal.record(number)
         contributions = [Contribution(shares[c], a.ticket.cut, a.trained.factors, c) for c, a in accepted.items()]
-        tail_factors = self._tail.adapters.factors()
+        tail_factors = self.tail_rounds.trained()
         self.merge(contributions, tail_factors)
         self._journal.note(number, delta_error=self.model.delta_error)
         self._learn_importance(accepted, shares)
@@ -352,7 +357,12 @@ class RoundServer:
         """Close the tail; note and return what the clients brought that did all their steps."""
         dropped = self._tail.close_training()
         expected = self._tasks.expected(self._shapes)
-        accepted, refused = accept(replies, self._tasks.door.close_round(), expected, self.training.local_steps)
+        handed_in = self._tasks.handed_in if self.training.keep_adapters else None
+        tickets, steps = self._tasks.door.close_round(), self.training.local_steps
+        accepted, refused = accept(replies, tickets, expected, steps, handed_in)
+        if handed_in:
+            for client, done in accepted.items():
+                handed_in.take(client, self._round_number, done.trained.adapters)
         accepted, beyond = bound_updates(accepted, self.config)
         late = [f"client {client}: too late for {steps} steps" for client, steps in sorted(dropped.items())]
         incidents = (*failures, *refused, *beyond, *late)

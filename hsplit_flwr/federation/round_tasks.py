@@ -9,6 +9,7 @@ from hsplit_flwr.exchange.task import Mode, RoundTask
 from hsplit_flwr.federation.acceptance import Expected
 from hsplit_flwr.federation.door import Door
 from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.federation.handed_in import HandedIn
 from hsplit_flwr.federation.roster import Present
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.lora.aggregation import STACKING
@@ -47,6 +48,8 @@ class RoundTasks:
         self._reconnect_grace_s = reconnect_grace_s
         self._run = f"{random.SystemRandom().getrandbits(64):016x}"
         self._asked: dict[str, ClientPlan] = {}
+        self.handed_in = HandedIn()
+        """what clients' adapters may go on from"""
         self.opened: Door | None = None
         """the door; None before the first task"""
 
@@ -108,4 +111,5 @@ class RoundTasks:
             workload=self._plans.workload,
             common_start=self._config.rule not in STACKING,
             reconnect_grace_s=self._reconnect_grace_s,
+            kept_from=self.handed_in.round_of(client),
         )

@@ -1,7 +1,7 @@
 """What a client brings home from a training round: by name, whoever carries it, and checked before it is used."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hsplit_flwr.errors import AggregationError
-from hsplit_flwr.lora.factors import LoraFactors, check_factors
+from hsplit_flwr.lora.factors import LoraFactors, changes, check_factors
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.training.config import ClientPlan
 
@@ -32,7 +32,7 @@ class TrainedHead:
 
     client: str
     factors: Mapping[str, LoraFactors]
-    """whole-model module name -> its adapter"""
+    """whole-model module name -> its adapter, or what training changed in one that was kept (`lora.factors.changes`)"""
     importance: Mapping[str, float]
     """of every linear layer of the head by whole-model name; empty where none was measured"""
     tokens: int
@@ -45,11 +45,24 @@ class TrainedHead:
     """what the client can afford from the next round on, if it says"""
     upload_bytes: int = 0
     """of the arrays that carried it"""
+    kept_from: int = 0
+    """the round whose adapters these go on from; 0: they restarted"""
+    handed_in: Mapping[str, LoraFactors] = field(default_factory=dict)
+    """the adapters themselves, where they may be kept"""
+
+    @property
+    def adapters(self) -> Mapping[str, LoraFactors]:
+        """The adapters themselves by module name, whether or not they were kept."""
+        return self.handed_in or self.factors
+
+    def since(self, start: Mapping[str, LoraFactors]) -> "TrainedHead":
+        """The same with what training changed since the adapters were `start`."""
+        return replace(self, factors=changes(self.adapters, start), handed_in=self.adapters)
 
     def to_arrays(self) -> dict[str, Array]:
         """Arrays by name: ``NAME|A`` (r, d_in) and ``NAME|B`` (d_out, r) of every adapter, then ``importance``."""
         arrays: dict[str, Array] = {}
-        for name, factors in self.factors.items():
+        for name, factors in self.adapters.items():
             arrays[f"{name}{A_SUFFIX}"], arrays[f"{name}{B_SUFFIX}"] = factors.A.numpy(), factors.B.numpy()
         arrays[IMPORTANCE] = np.array(list(self.importance.values()), dtype=np.float32)
         return arrays
@@ -80,6 +93,8 @@ class HeadReply:
     seconds: Mapping[str, float]
     budget: Budget | None
     upload_bytes: int
+    kept_from: int = 0
+    """see `TrainedHead`"""
 
 
 def read_trained(reply: HeadReply, client: str, plan: ClientPlan, head_shapes: Shapes) -> TrainedHead:
@@ -112,6 +127,7 @@ def read_trained(reply: HeadReply, client: str, plan: ClientPlan, head_shapes: S
         seconds=reply.seconds,
         budget=reply.budget,
         upload_bytes=reply.upload_bytes,
+        kept_from=reply.kept_from,
     )
 
 

@@ -28,6 +28,7 @@ REFUSED_KEY = "refused"
 ARRAYS_KEY = "hsplit-arrays"
 """names of the arrays, where they travel as a list"""
 LAYERS_KEY = "hsplit-layers"
+KEPT_FROM_KEY = "hsplit-kept-from"
 """names that the array of importance is about"""
 TURN_KEY, MORE_KEY, FRAME_KEY = "hsplit-turn", "hsplit-more", "hsplit-frame-"
 """where the exchange goes over messages: number of the turn, `Turn.more`, and how the keys of frames begin"""
@@ -73,6 +74,7 @@ def pack_trained(trained: TrainedHead | Refusal) -> tuple[dict[str, Array], dict
         "tokens": trained.tokens,
         "loss": trained.loss,
         LAYERS_KEY: json.dumps(list(trained.importance)),
+        KEPT_FROM_KEY: trained.kept_from,
         **{f"{phase}_s": seconds for phase, seconds in trained.seconds.items()},
     }
     return trained.to_arrays(), figures
@@ -101,6 +103,7 @@ def unpack_trained(arrays: Mapping[str, Array], figures: Figures, upload_bytes: 
             seconds={k.removesuffix("_s"): float(v) for k, v in figures.items() if k.endswith("_s")},
             budget=budget,
             upload_bytes=upload_bytes,
+            kept_from=int(figures.get(KEPT_FROM_KEY, 0)),
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"Expected the figures of a trained head, found {error!r:.300}.") from error

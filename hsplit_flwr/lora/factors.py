@@ -99,6 +99,24 @@ def stack(pieces: Iterable[LoraFactors]) -> LoraFactors:
     )
 
 
+def alike(one: LoraFactors, other: LoraFactors) -> bool:
+    """Whether an adapter can go on from the other one: they have one form and one scaling."""
+    return (one.A.shape, one.B.shape, one.scaling) == (other.A.shape, other.B.shape, other.scaling)
+
+
+def changes(end: Increment, start: Increment) -> dict[str, LoraFactors]:
+    """What adapters have moved by since they were `start`, exactly: ``c B A - c B' A'``, stacked (rank 2 r).
+
+    An adapter that is not there, or not `alike`, has restarted: all of it is new.
+    """
+    kept = {name: start[name] for name, pair in end.items() if name in start and alike(pair, start[name])}
+    return {name: _change(pair, kept[name]) if name in kept else pair for name, pair in end.items()}
+
+
+def _change(end: LoraFactors, start: LoraFactors) -> LoraFactors:
+    return LoraFactors(torch.cat([end.A, start.A]), torch.cat([end.B, -start.B], dim=1), end.scaling)
+
+
 def factor_bytes(factors: LoraFactors) -> int:
     """Bytes of A and B."""
     return FLOAT32_BYTES * (factors.A.numel() + factors.B.numel())

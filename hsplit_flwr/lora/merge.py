@@ -1,6 +1,7 @@
 """What training changed goes into the weights, rounded once."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from hsplit_flwr.errors import AggregationError
 from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.factors import LoraFactors, stack
+from hsplit_flwr.lora.places import MEMORY
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.quantized import QuantizedLayer
 from hsplit_flwr.models.segments import Segment
@@ -67,6 +69,21 @@ def merge_delta(segment: Segment, files: ModelFiles, delta: WeightDelta, names: 
             dtype=weight.dtype,
         )
         weight.data = merged.to(weight.device)
+
+
+def merge_beneath(
+    segment: Segment, files: ModelFiles, delta: WeightDelta, adapters: Mapping[str, LoraFactors], names: Iterable[str]
+) -> None:
+    """As `merge_delta`, under `adapters` that bring a part of `delta` themselves: ``W = round(W_0 + delta - c B A)``.
+
+    With those adapters on it the segment computes what ``W_0 + delta`` does.
+    """
+    for name in names:
+        beneath = delta.restricted([name])
+        if name in adapters:
+            beneath.place = MEMORY
+            beneath.add({name: replace(adapters[name], scaling=-adapters[name].scaling)})
+        merge_delta(segment, files, beneath, [name])
 
 
 def _matrices(form: Tensor | LoraFactors) -> tuple[Tensor, ...]:

@@ -38,7 +38,8 @@ def require_passes(lora_dropout: float, autocast: str) -> None:
 class TrainingConfig:
     """How heads and tail train: one optimizer under one learning-rate schedule that spans the whole run.
 
-    Adapters that are aggregated restart every round, and the optimizer with them; the schedule does not.
+    Adapters that are aggregated restart every round (unless `keep_adapters`), and the optimizer with them; the schedule
+    does not.
     Head and tail clip their own gradients to `max_grad_norm` (0: no clipping).
     """
 
@@ -73,6 +74,9 @@ class TrainingConfig:
     micro_steps: bool = False
     """heads and tail take an optimizer step on each part, and a head goes on with the next one, be it of the next
     batch, while others are in flight; else they take one on the whole batch, as if it were in one piece"""
+    keep_adapters: bool = False
+    """heads and tail keep the adapters of blocks that heads hold, and what the optimizer knows of them, from round to
+    round, and what a round changed in them is aggregated; else they are merged whole and restart"""
     activation_cache_mib: int = 0
     """the most that the server keeps of activations of heads that train nothing, of all clients together: what comes
     again is not sent again. 0: nothing"""

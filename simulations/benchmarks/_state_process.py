@@ -25,6 +25,7 @@ from hsplit_flwr.lora.places import ScratchFolder
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.segments import linear_shapes, load_segment
 from hsplit_flwr.training.host_memory import return_freed_tensors, trim_heap
+from hsplit_flwr.training.kept_adapters import KeptAdapters
 
 Play = Callable[[int], None]
 """plays the round of that number"""
@@ -42,6 +43,12 @@ class MemoryStore:
 
     def keep_own(self, run: str, client: str, own: OwnFactors) -> None:
         """See `DeltaStore`. Nothing is trained here."""
+
+    def keep_adapters(self, run: str, client: str, kept: KeptAdapters) -> None:
+        """See `DeltaStore`. Nothing is trained here."""
+
+    def kept_adapters(self, run: str, client: str, round_number: int) -> None:
+        """See `DeltaStore`: nothing."""
 
     @contextmanager
     def _opened(self) -> Iterator[DeltaReplica]:

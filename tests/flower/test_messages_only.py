@@ -4,7 +4,7 @@ import itertools
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,17 +199,28 @@ def test_a_process_that_ends_before_its_work_is_done_costs_nothing(
 def test_a_message_that_is_sent_again_changes_nothing(over_grpc: RoundServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """An actor of Flower's simulation that dies after its work, before its answer: the message goes to another one."""
     monkeypatch.setattr(watched_grid, "RETRY_S", 0.01)
-    app, asked = app_of("1"), itertools.count()
+    asked = itertools.count()
+    grid = ThreadGrid(nodes(c1=dying_every_third_time(app_of("1"), asked)))
+    assert_equal_first_rounds(message_run(MESSAGES, grid=grid, first_rounds=1), over_grpc)
+    assert next(asked) > 10
 
-    def dies_every_third_time(message: Message, context: Context) -> Message:
+
+def test_nor_does_it_where_adapters_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The round that is played again goes on from the round before, not from what it left itself."""
+    monkeypatch.setattr(watched_grid, "RETRY_S", 0.01)
+    training = replace(TRAINING, keep_adapters=True)
+    grid = ThreadGrid(nodes(c1=dying_every_third_time(app_of("1"), itertools.count())))
+    assert_equal_runs(message_run(MESSAGES, training, grid), message_run(GRPC, training))
+
+
+def dying_every_third_time(app: ClientApp, asked: Iterator[int]) -> Handler:
+    def handle(message: Message, context: Context) -> Message:
         reply = app(message, context)
         if next(asked) % 3 != 2 or message.metadata.message_type == "query":
             return reply
         return Message(Error(code=0, reason="<class 'ray.exceptions.ActorDiedError'>"), reply_to=message)
 
-    grid = ThreadGrid(nodes(c1=dies_every_third_time))
-    assert_equal_first_rounds(message_run(MESSAGES, grid=grid, first_rounds=1), over_grpc)
-    assert next(asked) > 10
+    return handle
 
 
 # --- who fails ---

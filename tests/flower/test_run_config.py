@@ -3,6 +3,7 @@
 import re
 import shlex
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,14 @@ def test_every_key_arrives() -> None:
             "micro-batches-in-flight": 3,
             "micro-steps": True,
             "activation-cache-mib": 40,
+            "keep-adapters": True,
         },
         HERE,
     )
     parts: dict[str, Any] = {"micro_batches": 4, "micro_batches_in_flight": 3, "micro_steps": True}
     parts["activation_cache_mib"] = 40
     expected = TrainingConfig(7, 8, 1.0, 0, "cosine", 0.1, 0.0, "bf16", "int8", 9, 2, 0, True, 3, **parts)
+    expected = replace(expected, keep_adapters=True)
     assert settings.training == expected
     assert settings.workload == Workload(
         *(3, 50, 8, "bf16", "bf16", "int8", True),
