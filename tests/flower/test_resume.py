@@ -426,7 +426,7 @@ def test_no_checkpoints(tmp_path: Path) -> None:
     output = RunOutput(model, MODEL, tmp_path / "out", keep_checkpoints=0)
     strategy = HSplitLoRAMessageStrategy(model, PLANS, TRAINING, output=output)
     output.after_round(strategy.rounds)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.json", "report.txt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"summary.json", "report.txt", "run.png"}
 
 
 def test_a_fresh_run_does_not_write_into_one_that_can_be_resumed(tmp_path: Path) -> None:
