@@ -1,7 +1,7 @@
 """What `exchange.py` makes of its measurements: predictions by the virtual clock, rows, a table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -81,6 +81,8 @@ class Link:
     """stated, or as measured where the link is not limited"""
     latency_s: float
     """one way, as `measure_link` measures it before"""
+    handling_s: float = 0.0
+    """what a part takes at head and tail beside compute: packing, checks, gRPC, threads (`handling_of`)"""
 
 
 @cache
@@ -105,8 +107,9 @@ def work_of(deployment: Deployment, training: TrainingConfig, measured: Measured
 def predicted_step_s(deployment: Deployment, training: TrainingConfig, measured: Measured, link: Link) -> float:
     """Seconds of a step by the virtual clock.
 
-    From the link's rates and latency, the frames' bytes and the cost model's FLOPs. How many of them head and tail do
-    in a second is taken from what they report of the same steps: this machine's pace is not the question.
+    From the link's rates and latency, the frames' bytes, what handling a part takes and the cost model's FLOPs. How
+    many of them head and tail do in a second is taken from what they report of the same steps: this machine's pace is
+    not the question.
     """
     works = work_of(deployment, training, measured)
     devices = {
@@ -114,9 +117,26 @@ def predicted_step_s(deployment: Deployment, training: TrainingConfig, measured:
         for work, head in zip(works, measured.heads, strict=True)
     }
     server = _device(sum(work.tail_flops * work.steps for work in works) / measured.tail_s, link)
-    return (
-        play_round(works, devices, server, workload=costs_of(deployment, training).workload).duration_s / measured.steps
-    )
+    each_s = training.micro_batches * link.handling_s / 2  # head and tail half of it
+    works = [
+        replace(
+            work,
+            forward_flops=work.forward_flops + each_s * devices[work.client].flops_per_s,
+            tail_flops=work.tail_flops + each_s * server.flops_per_s,
+        )
+        for work in works
+    ]
+    workload = costs_of(deployment, training).workload
+    return play_round(works, devices, server, workload=workload).duration_s / measured.steps
+
+
+def handling_of(measured: Measured, link: Link) -> float:
+    """Seconds of a step beside compute and transfer, of a round of whole batches."""
+    heads = measured.heads
+    up, down = (fmean(each) / measured.steps for each in zip(*((h.bytes_up, h.bytes_down) for h in heads), strict=True))
+    moved_s = up / (link.rates.up_mbit_s * BYTES_PER_S) + down / (link.rates.down_mbit_s * BYTES_PER_S)
+    computed_s = (fmean(head.compute_s for head in heads) + measured.tail_s) / measured.steps
+    return max(0.0, measured.step_s - computed_s - moved_s - 2 * link.latency_s)
 
 
 def in_proportion(deployment: Deployment, training: TrainingConfig, measured: Measured) -> Rates:

@@ -11,8 +11,9 @@ transfer takes the share of a step that it takes in the experiments' homogeneous
 
 * ``s/step``: measured, mean; ``predicted``: by `planning/clock.py` from stated rates, the cost model's FLOPs, the
   frames' bytes and the latency that a client's probe measures on the idle link (half of a small exchange). The FLOP/s
-  of heads and tail are calibrated on the compute seconds that they report of the very same steps. On loopback the rate
-  is that of the probe.
+  of heads and tail are calibrated on the compute seconds that they report of the very same steps; what handling a part
+  takes beside that (packing, checks, gRPC, threads) on one round of whole batches over loopback, before those of the
+  rows, for all links. On loopback the rate is that of the probe.
 * ``bytes/step``: both ways, one head; ``/payload``: over positions x hidden size x bits / 8, both ways
 * ``bytes/rate``: the least that the bytes can take; ``beyond``: what a step takes beyond that and the compute of head
   and tail: packet headers, gRPC, packing, threads; negative where transfer and compute overlap
@@ -47,6 +48,7 @@ from _exchange_rows import (
     Row,
     Technique,
     add_speedups,
+    handling_of,
     in_proportion,
     line_of,
     row_of,
@@ -168,6 +170,7 @@ def measure(
         child = Child("_exchange_tail.py", asdict(deployment), star.tail.enter, ENVIRONMENT)
         tail = running.enter_context(closing(child))
         tail.hear(START_LIMIT_S)
+        handling_s = 0.0
         for name in links:
             limited = rates[name]
             figures = checked(star, limited) if limited else {}
@@ -175,7 +178,11 @@ def measure(
                 processes = _joined(deployment, tail, star, loopback=limited is None, joined=joined)
                 processes.train(TECHNIQUES[CALIBRATION], training_of(TECHNIQUES[CALIBRATION], WARM_UP_STEPS))
                 link, probed = processes.link(name, limited)
-                found.append({"model": deployment.model, "link": name, **figures, **probed})
+                if name == LOOPBACK:
+                    plain = TECHNIQUES[CALIBRATION]
+                    handling_s = handling_of(processes.train(plain, training_of(plain, steps)), link)
+                link = replace(link, handling_s=handling_s)
+                found.append({"model": deployment.model, "link": name, "handling_s": handling_s, **figures, **probed})
                 rounds: dict[str, list[Measured]] = {technique: [] for technique in TECHNIQUES}
                 for _ in range(repeats):
                     for key, technique in TECHNIQUES.items():

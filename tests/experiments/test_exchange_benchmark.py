@@ -97,6 +97,20 @@ def test_of_two_heads_the_last_counts_and_the_tail_serves_one_after_the_other(
     assert rows.predicted_step_s(deployment, config, round_, link) == pytest.approx(0.7, rel=0.1)
 
 
+def test_what_handling_takes_comes_once_a_part(exchange: ModuleType, rows: ModuleType) -> None:
+    """What a step of whole batches takes beyond compute and transfer; parts, one at a time, take it each."""
+    deployment, config = exchange.DEPLOYMENTS["tiny-gpt2"], training(exchange, "bf16")
+    whole = measured(rows, 4.0, form=(BatchForm(4, 80, 250, 100),))
+    link = rows.Link(name="fast", rates=rows.Rates(1e9, 1e9), latency_s=0.001)
+    handling_s = rows.handling_of(whole, link)
+    assert handling_s == pytest.approx(2.0 - 0.5 - 0.2 - 0.002, rel=TOLERANCE)
+    told = exchange.replace(link, handling_s=handling_s)
+    assert rows.predicted_step_s(deployment, config, whole, told) == pytest.approx(2.0, rel=TOLERANCE)
+    parts = exchange.replace(config, micro_batches=4, micro_batches_in_flight=1)
+    plain, handled = (rows.predicted_step_s(deployment, parts, whole, one) for one in (link, told))
+    assert handled - plain == pytest.approx(4 * handling_s, rel=TOLERANCE)
+
+
 def test_a_link_in_proportion_takes_as_long_beside_compute_as_in_the_experiments(
     exchange: ModuleType, rows: ModuleType
 ) -> None:
