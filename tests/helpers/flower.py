@@ -41,6 +41,7 @@ class FlowerHome:
         self.environment = {
             **os.environ,
             "FLWR_HOME": str(folder),
+            "PYTHONUNBUFFERED": "1",  # what a test waits for must be in the file as soon as it is said
             "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
             "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
