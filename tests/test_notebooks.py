@@ -102,9 +102,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert executable.strip() == sys.executable
     assert any(committed)
     assert [text for text in texts if "Traceback" in text] == []
-    for cell in code_cells(
-        notebook
-    ):  # what is there to say differs: bitsandbytes does as it is imported, if it is there
+    for cell in code_cells(notebook):  # libraries' notices: bitsandbytes has one as it is imported, where it is there
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     # By cell: how many lines of progress a run prints depends on how fast the machine is.
     assert [bool(cell_texts(cell)) for cell in code_cells(notebook)[:-1]] == committed
