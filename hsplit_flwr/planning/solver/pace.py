@@ -10,7 +10,8 @@ the data; one that the tail trains for k clients takes k steps after another. So
 Fitted once to final perplexities of the embedded model (`simulations/benchmarks/pace.py`: 5 clients, cuts 1 to 7, ranks
 4 to 32, 24 and 40 steps), where the loss falls by `LOSS_PER_STEP` times the logarithm of pace times steps. Its figures
 are off by 2.6 % of perplexity (root mean square), 9 % at worst, at the deepest cut: for the pace itself that is some
-10 %. Other numbers of clients are an extrapolation.
+10 %. Other numbers of clients are an extrapolation. Those runs are scored on the test half, so what `auto` plans is not
+independent of it: a table of its plans needs constants that are fitted anew, on the validation half.
 """
 
 import numpy as np
