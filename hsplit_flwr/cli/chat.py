@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from hsplit_flwr.cli.parsing import OneLineParser, model_command, number
+from hsplit_flwr.cli.parsing import OneLineParser, asking_command, number
 from hsplit_flwr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ PROMPT = "> "
 
 def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     """Add the command and its options."""
-    chat = model_command(commands, "chat", "talk to a model", "Talk to a model, line by line; it answers greedily.")
+    chat = asking_command(commands, "chat", "talk to a model", "Talk to a model, line by line; it answers greedily.")
     chat.add_argument("--system", default="", metavar="TEXT", help="message of the system before all others")
     number(chat, "--max-new-tokens", 128, "tokens of an answer")
     chat.set_defaults(run=run)

@@ -3,19 +3,17 @@
 import argparse
 from pathlib import Path
 
-from hsplit_flwr.cli.parsing import Defaults, OneLineParser
+from hsplit_flwr.cli.parsing import OneLineParser, model_command
 
 
 def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     """Add the command and its options."""
-    command = commands.add_parser(
+    command = model_command(
+        commands,
         "export",
-        help="write a result as a GGUF file, for llama.cpp",
-        description="Write a merged model, or an adapter merged into its base, as a GGUF file.",
-        formatter_class=Defaults,
+        "write a result as a GGUF file, for llama.cpp",
+        "Write a merged model, or an adapter merged into its base, as a GGUF file.",
     )
-    command.add_argument("--model", required=True, help="merged_model or adapter of a run, or any base model")
-    command.add_argument("--base", default="", help="the base of the adapter (default: the one that it names)")
     command.add_argument("--gguf", required=True, type=Path, metavar="FILE", help="the file to write")
     command.add_argument("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"], help="of matrices")
     like = "the base's own GGUF file, whose metadata are taken (default: made of config and tokenizer)"

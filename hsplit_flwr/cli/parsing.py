@@ -49,10 +49,18 @@ def _whole_or_auto(text: str) -> int | str:
 def model_command(
     commands: "argparse._SubParsersAction[OneLineParser]", name: str, summary: str, description: str
 ) -> OneLineParser:
-    """A command that asks a model: which one, and how chats are written."""
+    """A command for a model: which one."""
     command = commands.add_parser(name, help=summary, description=description, formatter_class=Defaults)
     command.add_argument("--model", required=True, help="merged_model or adapter of a run, or any base model")
     command.add_argument("--base", default="", help="the base of the adapter (default: the one that it names)")
+    return command
+
+
+def asking_command(
+    commands: "argparse._SubParsersAction[OneLineParser]", name: str, summary: str, description: str
+) -> OneLineParser:
+    """A command that asks a model: which one, and how chats are written."""
+    command = model_command(commands, name, summary, description)
     template = 'Jinja file, or "plain" for a tokenizer without (default: the tokenizer\'s own)'
     command.add_argument("--chat-template", default="", metavar="FILE", help=template)
     return command

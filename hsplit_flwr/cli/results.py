@@ -7,19 +7,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from hsplit_flwr.cli.parsing import OneLineParser, model_command, number
+from hsplit_flwr.cli.parsing import OneLineParser, asking_command, number
 
 
 def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     """Add both commands and their options."""
-    generate = model_command(commands, "generate", "what a model answers", "Ask a model, greedily.")
+    generate = asking_command(commands, "generate", "what a model answers", "Ask a model, greedily.")
     generate.add_argument("--prompt", required=True, nargs="+", metavar="TEXT", help="questions, answered one by one")
     generate.add_argument("--raw", action="store_true", help="prompts are texts to continue, not messages of a user")
     number(generate, "--max-new-tokens", 128, "tokens of an answer")
     generate.set_defaults(run=run_generate)
 
     summary = "perplexity, answers, or tasks of lm-evaluation-harness"
-    evaluate = model_command(commands, "evaluate", summary, "Score a model on held-out examples, or on tasks.")
+    evaluate = asking_command(commands, "evaluate", summary, "Score a model on held-out examples, or on tasks.")
     source = "a .jsonl, .json, .csv or .parquet file, a folder or a name on the hub, as in docs/data.md"
     what = evaluate.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", metavar="FILE", help=source)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hsplit_flwr.common.file_digest import sha256_of
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 from hsplit_flwr.lora.deltas import SEPARATOR, MatrixDelta, WeightDelta
@@ -131,12 +132,12 @@ class DeltaFolder:
         }
         beside = self._written_beside(tensors)
         if beside:
-            beside.replace(self._path / f"{_OWN}{own.round_number}-{_digest_of(beside)}.safetensors")
+            beside.replace(self._path / f"{_OWN}{own.round_number}-{sha256_of(beside)}.safetensors")
 
     def _load_own(self) -> OwnFactors | None:
         for path in self._path.glob(f"{_OWN}*"):
             _, number, digest = path.stem.split("-")
-            if _digest_of(path) == digest:
+            if sha256_of(path) == digest:
                 pairs = load_file(path)
                 names = dict.fromkeys(key.rpartition(SEPARATOR)[0] for key in pairs)
                 factors = {n: LoraFactors(pairs[f"{n}{SEPARATOR}A"], pairs[f"{n}{SEPARATOR}B"], 1.0) for n in names}
@@ -190,7 +191,7 @@ class DeltaFolder:
 
     def _checked(self, name: str) -> Path:
         path = self._path / name
-        if path.name != name or _digest_of(path) != path.stem:
+        if path.name != name or sha256_of(path) != path.stem:
             raise ValueError(f"expected {path} as it was written, found other content")
         return path
 
@@ -218,7 +219,7 @@ class DeltaFolder:
         beside = self._written_beside(tensors)
         if beside is None:
             return None
-        path = self._path / f"{_digest_of(beside)}.safetensors"
+        path = self._path / f"{sha256_of(beside)}.safetensors"
         beside.replace(path)
         return path
 
@@ -252,8 +253,3 @@ class DeltaFolder:
             unnamed = self._unwritten is not None or path.name not in named
             if unnamed and not path.name.startswith((KEPT_ROUND, KEPT_ADAPTERS)):
                 path.unlink(missing_ok=True)
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@
 Those of the round before stay, too, for a round that is played again: a message may be sent twice.
 """
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hsplit_flwr.common.file_digest import sha256_of
 from hsplit_flwr.common.state_files import save_tensors, with_tensors, without_tensors
 from hsplit_flwr.federation.delta_folder import KEPT_ADAPTERS
 from hsplit_flwr.training.kept_adapters import KeptAdapters
@@ -37,7 +37,7 @@ def save_kept(folder: Path, kept: KeptAdapters) -> None:
     save_tensors(tensors, beside, {_VALUES: values})
     for path in folder.glob(f"{KEPT_ADAPTERS}{kept.round_number}-*"):
         path.unlink(missing_ok=True)
-    beside.replace(folder / f"{KEPT_ADAPTERS}{kept.round_number}-{_digest_of(beside)}.safetensors")
+    beside.replace(folder / f"{KEPT_ADAPTERS}{kept.round_number}-{sha256_of(beside)}.safetensors")
     for path in sorted(folder.glob(f"{KEPT_ADAPTERS}*"), key=_round_of)[:-_ROUNDS]:
         path.unlink(missing_ok=True)
 
@@ -46,7 +46,7 @@ def load_kept(folder: Path, round_number: int) -> KeptAdapters | None:
     """What round `round_number` left in `folder`; None: nothing, or nothing that is whole."""
     for path in folder.glob(f"{KEPT_ADAPTERS}{round_number}-*"):
         try:
-            if _digest_of(path) != path.stem.rpartition("-")[2]:
+            if sha256_of(path) != path.stem.rpartition("-")[2]:
                 raise ValueError("other content than was written")
             with safe_open(path, "pt") as file:
                 values = json.loads(file.metadata()[_VALUES])
@@ -59,8 +59,3 @@ def load_kept(folder: Path, round_number: int) -> KeptAdapters | None:
 
 def _round_of(path: Path) -> int:
     return int(path.stem.split("-")[1])
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

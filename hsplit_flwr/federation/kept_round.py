@@ -9,7 +9,6 @@ Files are named by their content, written beside and renamed. Those of a round s
 message which is sent again finds what the first one found.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Any, Protocol, Self
 
 from safetensors import SafetensorError, safe_open
 
+from hsplit_flwr.common.file_digest import sha256_of
 from hsplit_flwr.common.state import State
 from hsplit_flwr.common.state_files import save_tensors, with_tensors, without_tensors
 from hsplit_flwr.common.tables import format_bytes
@@ -87,7 +87,7 @@ class RoundFolder:
         values = json.dumps(without_tensors({**asdict(replace(kept, work={})), "said": [*kept.said]}, {}))
         work = json.dumps(without_tensors(kept.work, tensors))
         save_tensors(tensors, beside, {_VALUES: values, "work": work})
-        path = self._path / f"{KEPT_ROUND}{_digest_of(beside)}.safetensors"
+        path = self._path / f"{KEPT_ROUND}{sha256_of(beside)}.safetensors"
         beside.replace(path)
         for old in former:
             if old != path:
@@ -141,7 +141,7 @@ class RoundStore(Protocol):
 
 def _read(path: Path) -> KeptRound | None:
     try:
-        if _digest_of(path) != path.stem.removeprefix(KEPT_ROUND):
+        if sha256_of(path) != path.stem.removeprefix(KEPT_ROUND):
             raise ValueError("other content than was written")
         with safe_open(path, "pt") as file:
             told = file.metadata()
@@ -161,8 +161,3 @@ def _read_frame(path: Path) -> bytes:
     except OSError as error:
         found = str(error)
     raise ConfigError(f"Expected {path} as it was written, found {found}. Leave what is in state-dir alone.")
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

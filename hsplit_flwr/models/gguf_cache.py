@@ -5,7 +5,6 @@ here, so that every later load of a segment reads its own tensors only.
 """
 
 import copy
-import hashlib
 import logging
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ import transformers
 from filelock import FileLock, Timeout
 
 from hsplit_flwr.common.cache_folder import cache_folder
+from hsplit_flwr.common.file_digest import sha256_of
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import parameters_on_meta
 from hsplit_flwr.models.gguf_tokenizer import cut_words_as
@@ -41,9 +41,7 @@ def convert_once(gguf: Path) -> Path:
     """
     if not gguf.is_file():
         raise ConfigError(f"Expected a GGUF file, found none at {gguf}. Check the path.")
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / f"{gguf.stem}-{digest[:16]}-{FORMAT}"
+    folder = cache_folder() / f"{gguf.stem}-{sha256_of(gguf)[:16]}-{FORMAT}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

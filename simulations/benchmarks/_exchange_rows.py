@@ -132,11 +132,19 @@ def predicted_step_s(deployment: Deployment, training: TrainingConfig, measured:
 
 def handling_of(measured: Measured, link: Link) -> float:
     """Seconds of a step beside compute and transfer, of a round of whole batches."""
-    heads = measured.heads
-    up, down = (fmean(each) / measured.steps for each in zip(*((h.bytes_up, h.bytes_down) for h in heads), strict=True))
-    moved_s = up / (link.rates.up_mbit_s * BYTES_PER_S) + down / (link.rates.down_mbit_s * BYTES_PER_S)
-    computed_s = (fmean(head.compute_s for head in heads) + measured.tail_s) / measured.steps
+    moved_s = _bytes_over_rate_s(*_bytes_of(measured.heads, measured.steps), link)
+    computed_s = (fmean(head.compute_s for head in measured.heads) + measured.tail_s) / measured.steps
     return max(0.0, measured.step_s - computed_s - moved_s - 2 * link.latency_s)
+
+
+def _bytes_of(heads: Sequence[HeadRound], steps: int) -> tuple[float, float]:
+    """Bytes of a step up and down, mean over the heads."""
+    return fmean(head.bytes_up for head in heads) / steps, fmean(head.bytes_down for head in heads) / steps
+
+
+def _bytes_over_rate_s(up: float, down: float, link: Link) -> float:
+    """The least that they can take, one after the other."""
+    return up / (link.rates.up_mbit_s * BYTES_PER_S) + down / (link.rates.down_mbit_s * BYTES_PER_S)
 
 
 def in_proportion(deployment: Deployment, training: TrainingConfig, measured: Measured) -> Rates:
@@ -162,12 +170,12 @@ def row_of(
     predicted_s = fmean(predicted_step_s(deployment, training, one, link) for one in repeats)
     heads = [head for one in repeats for head in one.heads]
     steps = repeats[0].steps
-    up, down = (fmean(each) / steps for each in zip(*((h.bytes_up, h.bytes_down) for h in heads), strict=True))
+    up, down = _bytes_of(heads, steps)
     works = [work for one in repeats for work in work_of(deployment, training, one)]
     predicted_bytes = fmean(work.step_bytes_up + work.step_bytes_down for work in works)
     head_s = fmean(head.compute_s for head in heads) / steps
     tail_s = fmean(one.tail_s for one in repeats) / steps
-    limit_s = up / (link.rates.up_mbit_s * BYTES_PER_S) + down / (link.rates.down_mbit_s * BYTES_PER_S)
+    limit_s = _bytes_over_rate_s(up, down, link)
     return {
         "model": deployment.model,
         "cut": deployment.cut,

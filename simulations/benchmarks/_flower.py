@@ -115,6 +115,32 @@ def own_home(folder: Path) -> Iterator[dict[str, str]]:
         _end_processes(home)
 
 
+def run_simulation(
+    app: Path, federation: str, run_config: str, folder: Path, environment: dict[str, str], limit_s: float
+) -> Path:
+    """``flwr run`` of an app that writes to ``results`` in `folder`; returns its summary.json. The log is in `folder`.
+
+    Raises:
+        RuntimeError: it failed, or took longer than `limit_s`.
+    """
+    log, summary = folder / "log", folder / "results" / "summary.json"
+    command = [str(BIN / "flwr"), "run", str(app), "--stream"]
+    with log.open("wb") as output:
+        try:
+            done = subprocess.run(
+                [*command, "--federation-config", federation, "--run-config", run_config],
+                env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                timeout=limit_s, check=False,
+            )  # fmt: skip
+            end = f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            end = f"none after {limit_s:.0f} s"
+    if end != "exit code 0" or not summary.exists():
+        lines = log.read_text(errors="replace").splitlines()[-40:]
+        raise RuntimeError("\n".join([f"Expected flwr run to end well, found {end}:", *lines]))
+    return summary
+
+
 def _end_processes(home: Path) -> None:
     """SIGTERM, then SIGKILL for what is left; again, since a parent that ends may have started another child."""
     for process in (left := _started_in(home)):

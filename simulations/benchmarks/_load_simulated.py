@@ -1,14 +1,12 @@
 """Many simulated clients of `load.py`: a real ``flwr run`` in a FLWR_HOME of its own, of which nothing is left."""
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from _flower import own_home
+from _flower import own_home, run_simulation
 
 from hsplit_flwr.models.assets import tiny_checkpoint
 
@@ -29,21 +27,9 @@ def simulate(supernodes: int, per_round: int, rounds: int) -> dict[str, Any]:
         _write_texts(folder / "texts.jsonl", supernodes * ROWS_PER_CLIENT)
         config = _run_config(folder, supernodes, per_round, rounds)
         federation = f"num-supernodes={supernodes} client-resources-num-cpus=1 init-args-num-cpus={ACTORS}"
-        log = folder / "log"
         started = time.monotonic()
-        with log.open("wb") as output:
-            done = subprocess.run(
-                [
-                    str(Path(sys.executable).parent / "flwr"), "run", str(APP), "--stream",
-                    "--federation-config", federation, "--run-config", config,
-                ],
-                env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                timeout=LIMIT_S, check=False,
-            )  # fmt: skip
+        summary = run_simulation(APP, federation, config, folder, environment, LIMIT_S)
         seconds = time.monotonic() - started
-        summary = folder / "results" / "summary.json"
-        if done.returncode or not summary.exists():
-            raise RuntimeError(f"Expected flwr run to end well, found exit code {done.returncode}:\n{_tail(log)}")
         return {"supernodes": supernodes, "per_round": per_round, "seconds": seconds, **_told(summary)}
 
 
@@ -95,7 +81,3 @@ def _write_texts(path: Path, count: int) -> None:
         {"text": f"Order {number}: {number % 7} of item {number % 13}, to be sent today."} for number in range(count)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def _tail(log: Path, lines: int = 40) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])

@@ -15,8 +15,6 @@ Three tables:
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from _flower import own_home
+from _flower import own_home, run_simulation
 from _models import source_of
 from _provenance import provenance
 from split_overhead import Setting, measure, random_batch
@@ -97,16 +95,10 @@ def shares(device: str, share: float, local_steps: int) -> dict[str, Any]:
         f"client-resources-num-gpus={share if on_gpu else 0.0} init-args-num-cpus={cores}"
     )
     with tempfile.TemporaryDirectory(prefix="gpu-") as name, own_home(Path(name)) as environment:
-        results = Path(name) / "results"
-        config = f'rounds={ROUNDS} local-steps={local_steps} cuts="2,2,2,2,2" ranks="8,8,8,8,8" output-dir="{results}"'
-        command = [str(Path(sys.executable).parent / "flwr"), "run", str(APP), "--stream"]
-        done = subprocess.run(
-            [*command, "--federation-config", federation, "--run-config", config],
-            env=environment, cwd=name, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=RUN_LIMIT_S,
-        )  # fmt: skip
-        if done.returncode or not (results / "summary.json").exists():
-            raise RuntimeError(f"flwr run ended with {done.returncode}:\n{(done.stdout + done.stderr)[-4000:]}")
-        summary = json.loads((results / "summary.json").read_text())
+        folder = Path(name)
+        heads = f'cuts="2,2,2,2,2" ranks="8,8,8,8,8" output-dir="{folder / "results"}"'
+        config = f"rounds={ROUNDS} local-steps={local_steps} {heads}"
+        summary = json.loads(run_simulation(APP, federation, config, folder, environment, RUN_LIMIT_S).read_text())
     rounds = summary["history"]
     return {
         "share": share,

@@ -2,9 +2,7 @@
 
 import re
 import shutil
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -15,11 +13,12 @@ from hsplit_flwr.exchange.grpc_transport import GrpcListener, ServiceConfig, con
 from hsplit_flwr.exchange.tls_files import ClientTls
 from hsplit_flwr.exchange.transport import Caller
 from tests.helpers.certificates import GUIDE, Certificates
-from tests.helpers.flower import free_port
+from tests.helpers.flower import free_port, wait_for_port
 
 pytestmark = pytest.mark.timeout(60)
 
 LIMIT = 8 << 20
+LOG, START_S = "nginx.log", 20.0
 LARGE = 4 << 20
 """more bytes than nginx takes of a body by default"""
 STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
@@ -27,7 +26,7 @@ STREAM_MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 
 
 @contextmanager
-def nginx(folder: Path, places: dict[str, str]) -> Iterator[None]:
+def nginx(folder: Path, places: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
     """The guide's, in `folder`, where its certificates are; `places` are its own addresses and ours for them."""
     if not shutil.which("nginx"):
         pytest.skip("no nginx to stand before the tail")
@@ -40,23 +39,13 @@ def nginx(folder: Path, places: dict[str, str]) -> Iterator[None]:
     module = f"load_module {STREAM_MODULE};\n" if STREAM_MODULE.exists() else ""
     main = f"{module}daemon off;\npid nginx.pid;\nevents {{}}\n"
     (folder / "nginx.conf").write_text(main + lines)
-    command = ["nginx", "-p", str(folder), "-c", "nginx.conf", "-e", "nginx.log"]
+    command = ["nginx", "-p", str(folder), "-c", "nginx.conf", "-e", LOG]
     process = subprocess.Popen(command)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait(30)
-
-
-def wait_for_port(port: int) -> None:
-    """Until somebody listens there, for at most 20 s."""
-    for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.1)
-    pytest.fail(f"nobody listens on {port}")
 
 
 def echo(_: Caller, frames: Iterator[bytes]) -> Iterator[bytes]:
@@ -75,9 +64,9 @@ def test_either_server_of_the_guide_ends_tls_before_the_tail(tmp_path: Path) -> 
         "127.0.0.1:9095": listener.address,
     }
     try:
-        with nginx(tmp_path, places):
+        with nginx(tmp_path, places) as process:
             for port in (as_grpc, as_tcp):
-                wait_for_port(port)
+                wait_for_port(port, process, tmp_path / LOG, START_S)
                 tls = ClientTls.from_files(certificates.authority)
                 with closing(connect(f"localhost:{port}", "me:", 30.0, LIMIT, tls)) as stream:
                     for size in (1, LARGE, 2):

@@ -79,10 +79,17 @@ def one_origin(rows: Sequence[StoredEvaluation]) -> list[Finding]:
     commands = Counter(row.origin.command for row in rows)
     clean = len(commits) == 1 and not rows[0].origin.dirty and rows[0].origin.commit != ""
     return [
-        Finding("one clean commit", _some(commits), clean),
-        Finding("one set of versions", _some(versions), len(versions) == 1),
-        Finding("one command", _some(commands), len(commands) == 1),
+        Finding("one clean commit", _counted(commits), clean),
+        Finding("one set of versions", _counted(versions), len(versions) == 1),
+        Finding("one command", _counted(commands), len(commands) == 1),
     ]
+
+
+def _counted(counts: Counter[str]) -> str:
+    """What rows have; how many have each, where they differ."""
+    if len(counts) == 1:
+        return _some(counts)
+    return _some(f"{count} rows: {item or 'nothing'}" for item, count in counts.items())
 
 
 def _complete(wanted: Sequence[RunSpec], runs: Sequence[StoredRun]) -> Finding:
@@ -124,11 +131,7 @@ def _searched(plan: AuditPlan, wanted: Sequence[RunSpec], rows: Sequence[StoredE
 
 
 def _some(items: Iterable[object]) -> str:
-    """The first of them, and how many more there are; of a `Counter`, how often each."""
-    texts = (
-        [f"{count} rows: {item}" if item else f"{count} rows: nothing" for item, count in items.items()]
-        if (isinstance(items, Counter) and len(items) > 1)
-        else [str(item) for item in items]
-    )
+    """The first of them, and how many more there are."""
+    texts = [str(item) for item in items]
     more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
     return "; ".join(texts[:SHOWN]) + more
