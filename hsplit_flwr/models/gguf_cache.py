@@ -15,7 +15,6 @@ import transformers
 from filelock import FileLock, Timeout
 
 from hsplit_flwr.common.cache_folder import cache_folder
-from hsplit_flwr.common.file_digest import sha256_of
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import parameters_on_meta
 from hsplit_flwr.models.gguf_tokenizer import cut_words_as
@@ -41,6 +40,8 @@ def convert_once(gguf: Path) -> Path:
     """
     if not gguf.is_file():
         raise ConfigError(f"Expected a GGUF file, found none at {gguf}. Check the path.")
+    from hsplit_flwr.common.file_digest import sha256_of  # few clients have a GGUF file
+
     folder = cache_folder() / f"{gguf.stem}-{sha256_of(gguf)[:16]}-{FORMAT}"
     if folder.is_dir():
         return folder
