@@ -22,7 +22,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hsplit_flwr.common.file_digest import sha256_of
 from hsplit_flwr.common.provenance import versions
 from hsplit_flwr.common.state import State
 from hsplit_flwr.common.state_files import save_tensors, with_tensors, without_tensors
@@ -145,7 +144,8 @@ def rounds_of(folder: Path) -> list[int]:
 
 
 def _measure(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _digest(about: Mapping[str, Any]) -> str:

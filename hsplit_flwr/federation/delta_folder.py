@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hsplit_flwr.common.file_digest import sha256_of
 from hsplit_flwr.federation.trained_head import Shapes
 from hsplit_flwr.lora.delta_update import DeltaReplica, OwnFactors
 from hsplit_flwr.lora.deltas import SEPARATOR, MatrixDelta, WeightDelta
@@ -253,3 +252,9 @@ class DeltaFolder:
             unnamed = self._unwritten is not None or path.name not in named
             if unnamed and not path.name.startswith((KEPT_ROUND, KEPT_ADAPTERS)):
                 path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

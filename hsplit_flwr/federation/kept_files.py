@@ -14,9 +14,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hsplit_flwr.common.file_digest import sha256_of
 from hsplit_flwr.common.state_files import save_tensors, with_tensors, without_tensors
-from hsplit_flwr.federation.delta_folder import KEPT_ADAPTERS
+from hsplit_flwr.federation.delta_folder import KEPT_ADAPTERS, sha256_of
 from hsplit_flwr.training.kept_adapters import KeptAdapters
 
 _VALUES = "hsplit"

@@ -19,14 +19,13 @@ from typing import Any, Protocol, Self
 
 from safetensors import SafetensorError, safe_open
 
-from hsplit_flwr.common.file_digest import sha256_of
 from hsplit_flwr.common.state import State
 from hsplit_flwr.common.state_files import save_tensors, with_tensors, without_tensors
 from hsplit_flwr.common.tables import format_bytes
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange.task import RoundTask
 from hsplit_flwr.exchange.turns import digest
-from hsplit_flwr.federation.delta_folder import KEPT_ROUND
+from hsplit_flwr.federation.delta_folder import KEPT_ROUND, sha256_of
 
 _HEARD = f"{KEPT_ROUND}heard-"
 _VALUES = "hsplit"

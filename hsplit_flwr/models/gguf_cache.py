@@ -5,6 +5,7 @@ here, so that every later load of a segment reads its own tensors only.
 """
 
 import copy
+import hashlib
 import logging
 import tempfile
 from pathlib import Path
@@ -40,9 +41,9 @@ def convert_once(gguf: Path) -> Path:
     """
     if not gguf.is_file():
         raise ConfigError(f"Expected a GGUF file, found none at {gguf}. Check the path.")
-    from hsplit_flwr.common.file_digest import sha256_of  # few clients have a GGUF file
-
-    folder = cache_folder() / f"{gguf.stem}-{sha256_of(gguf)[:16]}-{FORMAT}"
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / f"{gguf.stem}-{digest[:16]}-{FORMAT}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
