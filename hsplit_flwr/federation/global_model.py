@@ -136,7 +136,7 @@ class GlobalModel:
         return score_segment(self.segment, batches)
 
     def state(self) -> State:
-        """The cumulative delta, its version, recent increments and residuals; the base W_0 stays in its files."""
+        """The cumulative delta, its version and residuals; the base W_0 stays in its files."""
         return {"log": self.log.state(), "residuals": self._rounding.state()}
 
     def load_state(self, state: State) -> None:

@@ -4,7 +4,7 @@ A round that changes the weights makes a new version. A client at version v is s
 of the increments it lacks (v+1..now, stacked) and the whole delta, so that a lagging client costs no more
 than a new one (`lora/delta_update.py`). Versions count one server's rounds: a client may be at a version that a
 restored log makes anew, with other increments, so ask it which run it was in, and treat those of another one as
-unknown (``None``).
+unknown (``None``). Nobody can lack an increment of before the restart, then, and a log's state has none.
 """
 
 from collections import deque
@@ -17,9 +17,9 @@ import torch
 from hsplit_flwr.common.state import State
 from hsplit_flwr.lora.aggregation import StackedPart
 from hsplit_flwr.lora.delta_update import DeltaUpdate, OwnPlace, OwnRound
-from hsplit_flwr.lora.deltas import MatrixDelta, WeightDelta, factors_from_state, factors_to_state
+from hsplit_flwr.lora.deltas import MatrixDelta, WeightDelta
 from hsplit_flwr.lora.factors import Increment, LoraFactors, Shape, dense_bytes, stack
-from hsplit_flwr.lora.places import Dense, Piece, Place, as_factors, as_tensor, piece_bytes
+from hsplit_flwr.lora.places import Dense, Piece, as_factors, as_tensor, piece_bytes
 
 Parts: TypeAlias = Mapping[str, Sequence[StackedPart]]
 """module name -> which columns of an increment are whose"""
@@ -56,19 +56,6 @@ class _ModuleLog:
         if version < self.complete_since:
             return None
         return [entry for entry in self.entries if entry.version > version]
-
-    def state(self) -> State:
-        # whose parts they are matters to nobody who could resume: all clients take the whole then
-        entries = {str(entry.version): factors_to_state(as_factors(entry.piece)) for entry in self.entries}
-        return {"complete_since": self.complete_since, "entries": entries}
-
-    @classmethod
-    def of_state(cls, state: State, place: Place) -> "_ModuleLog":
-        log = cls(state["complete_since"])
-        for at, saved in state["entries"].items():
-            log.entries.append(_Entry(int(at), place.keep_factors(factors_from_state(saved)), ()))
-        log.nbytes = sum(piece_bytes(entry.piece) for entry in log.entries)
-        return log
 
 
 class DeltaLog:
@@ -171,24 +158,22 @@ class DeltaLog:
         return entries
 
     def state(self) -> State:
-        """The version, the whole delta and the increments that are kept."""
-        return {
-            "version": self.version,
-            "first_version": self._first_version,
-            "total": self.total.state(),
-            "increments": {name: log.state() for name, log in self._logs.items()},
-        }
+        """The version and the whole delta."""
+        return {"version": self.version, "total": self.total.state()}
 
     def load_state(self, state: State, shapes: Mapping[str, Shape]) -> None:
-        """Go on from what `state` gave; `shapes` gives (d_out, d_in) of every module of the model.
+        """Go on from what `state` gave, as a log that starts there.
+
+        Args:
+            state: of any log.
+            shapes: module -> (d_out, d_in), every module of the model.
 
         Raises:
             AggregationError: as `WeightDelta.from_state`; the log stays as it is.
         """
-        place = self.total.place
-        self.total = WeightDelta.from_state(state["total"], shapes, place)
-        self.version, self._first_version = state["version"], state["first_version"]
-        self._logs = {name: _ModuleLog.of_state(saved, place) for name, saved in state["increments"].items()}
+        self.total = WeightDelta.from_state(state["total"], shapes, self.total.place)
+        self.version = self._first_version = state["version"]
+        self._logs = {}
 
     @property
     def nbytes(self) -> int:

@@ -103,16 +103,15 @@ class DeltaCosts:
         ]
         rest = sum(_dense_file(_shape(matrix)) for matrix in lacking)
         total = sum(self._kept(matrix, update_ranks[matrix.name], rounds) for matrix in held) if rounds else 0
-        alone = [self._increments(matrix, update_ranks[matrix.name], rounds) for matrix in held]
-        # As long as a matrix' delta is its increments, they share files; a checkpoint writes both.
+        # as long as a matrix' delta is its increments, they share files
         log = sum(
-            nbytes
-            for matrix, nbytes in zip(held, alone, strict=True)
+            self._increments(matrix, update_ranks[matrix.name], rounds)
+            for matrix in held
             if self._is_dense(_shape(matrix), update_ranks[matrix.name], rounds)
         )
         largest = max((_dense_file(_shape(matrix)) for matrix in held), default=0)
         tail = sum(_factor_bytes(_shape(m), tail_ranks.get(m.name, 0)) for m in self._matrices) * (1 + MOMENTS)
-        each = total + sum(alone) + rest + tail
+        each = total + rest + tail
         writes = keep_checkpoints + 1 if keep_checkpoints else 0
         return DiskEstimate(total + log + rest, largest, writes * each)
 
@@ -175,10 +174,8 @@ class DeltaCosts:
         return not is_bounded(self._total_rank, shape) and rounds * _factor_bytes(shape, rank) >= dense_bytes(shape)
 
     def _increments(self, matrix: Matrix, rank: int, rounds: int) -> int:
-        """Files of the increments in the log: fewer bytes than the dense matrix; none of a delta that is cut."""
+        """Files of the increments that the log keeps of a dense delta: fewer bytes than the matrix."""
         shape = _shape(matrix)
-        if self._is_cut(shape, rank, rounds):
-            return 0
         fit = (dense_bytes(shape) - 1) // max(1, _factor_bytes(shape, rank))
         return min(rounds, fit) * tensor_file_bytes(_factors(shape, rank))
 
