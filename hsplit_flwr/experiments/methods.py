@@ -24,6 +24,9 @@ Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's
 * ``frozen_head``, ``frozen_head_4_passes`` and ``frozen_head_pipelined``: HSplitLoRA's tail behind one block per client
   that trains nothing, so that clients only send activations and are sent no gradients. What HSplitLoRA ends lower than
   it is what training on clients brings.
+* ``one_model`` and ``one_model_pipelined``: heads and tail hold the same newest adapters at every step, blocks that
+  some head holds take one step on the mean gradient of all clients (`rivals.one_model`). Its clock is CenLoRA's: no
+  round is deployed like that. What deep heads end above it is what they lose by training apart.
 
 How we read the rivals, where their texts leave a choice:
 
@@ -121,6 +124,7 @@ _HSPLITLORA = Method(title="HSplitLoRA", trainer=SPLIT, planned=True)
 _SPLITLORA = Method(title="SplitLoRA", trainer=SPLIT, rule="fedavg", carried=True)
 _SPLITLORA_16 = replace(_SPLITLORA, title="SplitLoRA, rank 16", largest_rank=True)
 _FROZEN_HEAD = replace(_HSPLITLORA, title="Frozen head", planned=False, largest_rank=True, frozen_heads=True)
+_ONE_MODEL = Method(title="One model at every step", trainer="rivals.one_model:OneModelTrainer")
 _CENLORA = Method(title="CenLoRA", trainer="rivals.server_model:ServerTrainer", pooled_data=True)
 _PIPELINED: dict[str, Any] = {"codec": "int8", "micro_batches": 4, "in_flight": 3, "micro_steps": True}
 _SMALL_UPDATES: dict[str, Any] = {"update_codec": "bf16", "update_rank": 16}
@@ -156,6 +160,8 @@ METHODS: Mapping[str, Method] = {
     "frozen_head": _FROZEN_HEAD,
     "frozen_head_4_passes": replace(_FROZEN_HEAD, title="Frozen head, 4 tail passes", tail_passes=4),
     "frozen_head_pipelined": replace(_FROZEN_HEAD, title="Frozen head, int8, micro-steps", **_PIPELINED),
+    "one_model": _ONE_MODEL,
+    "one_model_pipelined": replace(_ONE_MODEL, title="One model at every step, micro-steps", **_PIPELINED),
     "hetlora": Method(title="HetLoRA", trainer=WHOLE, rule="zero_pad", carried=True, self_pruning=True),
     "flora": Method(title="FLoRA", trainer=WHOLE),
     "flexlora": Method(title="FlexLoRA", trainer=WHOLE, rule="svd", carried=True),

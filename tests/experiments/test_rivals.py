@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,7 @@ from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.records import RunSpec
 from hsplit_flwr.experiments.rivals import pruning, whole_model
 from hsplit_flwr.experiments.rivals.full_model import FullTrainer
+from hsplit_flwr.experiments.rivals.one_model import OneModelTrainer
 from hsplit_flwr.experiments.rivals.pruning import penalty, ranks_after
 from hsplit_flwr.experiments.rivals.server_model import ServerTrainer
 from hsplit_flwr.experiments.rivals.whole_model import WholeTrainer
@@ -29,6 +31,7 @@ from tests.helpers.references import (
     SCALING,
     SPEC,
     TRAINED,
+    Batch,
     Floats,
     Pair,
     adamw,
@@ -78,6 +81,50 @@ def test_cenlora_is_one_peft_training_on_everybodys_batches(task: Task, method: 
         assert trainer.score().perplexity == pytest.approx(perplexity(model, task), rel=RELATIVE)
     found = trainer._adapters.factors()
     assert found.keys() == pairs.keys()
+    for name, (A, B) in pairs.items():
+        require_trained_alike(name, found[name].A, A.detach())
+        require_trained_alike(name, found[name].B, B.detach())
+
+
+def step_of_one_model(
+    model: Any, shared: torch.optim.AdamW, alone: torch.optim.AdamW, batches: Sequence[Batch], rate: float
+) -> None:
+    """A step of `alone` on each batch, and one of `shared` on the mean of their gradients by tokens."""
+    factors = shared.param_groups[0]["params"]
+    means = [torch.zeros_like(factor) for factor in factors]
+    for batch in batches:
+        model.zero_grad()
+        train(model, alone, [[batch]], [rate])
+        for mean, factor in zip(means, factors, strict=True):
+            mean += factor.grad * (tokens_of([batch]) / tokens_of(batches))
+    for mean, factor in zip(means, factors, strict=True):
+        factor.grad = mean
+    torch.nn.utils.clip_grad_norm_(factors, 1.0)
+    shared.param_groups[0]["lr"] = rate
+    shared.step()
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_one_model_at_every_step(cut: int, parts: int) -> None:
+    """Blocks before the deepest cut take a step on everybody's mean gradient, all others one on each client's."""
+    task = Task.of(replace(SPEC, cut=cut))
+    trainer = OneModelTrainer(task, METHODS["one_model" if parts == 1 else "one_model_pipelined"])
+    model, pairs = with_adapters(fresh(16, derive_seed(0, "tail")), alpha=16.0)
+    blocks = {name: int(name.split(".")[2]) for name in pairs}
+    shared = adamw(flat({name: pair for name, pair in pairs.items() if blocks[name] < cut}))
+    alone = adamw(flat({name: pair for name, pair in pairs.items() if blocks[name] >= cut}))
+    for number in (1, 2):
+        present = "0134"
+        outcome = trainer.round(number, tuple(present))
+        steps = list(zip(*(client_batches(task, client, number) for client in present), strict=True))
+        assert outcome.tokens == tokens_of(batch for batches in steps for batch in batches)
+        for batches, rate in zip(steps, RATES[number - 1], strict=True):
+            for rows in torch.arange(SPEC.batch_size).chunk(parts):
+                together = [{key: value[rows] for key, value in batch.items()} for batch in batches]
+                step_of_one_model(model, shared, alone, together, rate)
+        assert trainer.score().perplexity == pytest.approx(perplexity(model, task), rel=RELATIVE)
+    found = trainer._adapters.factors()
     for name, (A, B) in pairs.items():
         require_trained_alike(name, found[name].A, A.detach())
         require_trained_alike(name, found[name].B, B.detach())
