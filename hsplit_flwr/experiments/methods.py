@@ -22,8 +22,8 @@ Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's
   the smallest lacks 0.25 % of the memory of that head; it trains all the same and counts as too large.
 * ``splitlora_4_passes``: the same with four tail passes, as ``hsplitlora_4_passes`` has.
 * ``frozen_head``, ``frozen_head_4_passes`` and ``frozen_head_pipelined``: HSplitLoRA's tail behind one block per client
-  that trains nothing, so that clients only send activations and are sent no gradients. What HSplitLoRA ends lower than
-  it is what training on clients brings.
+  (where a setting states cuts, behind those) that trains nothing, so that clients only send activations and are sent no
+  gradients. What HSplitLoRA ends lower than it is what training on clients brings.
 * ``one_model`` and ``one_model_pipelined``: heads and tail hold the same newest adapters at every step, blocks that
   some head holds take one step on the mean gradient of all clients (`rivals.one_model`). Its clock is CenLoRA's: no
   round is deployed like that. What deep heads end above it is what they lose by training apart.
@@ -75,7 +75,7 @@ class Method:
     largest_rank: bool = False
     """one rank for all is the planner's largest, whether or not it fits; else 8, or less if a device needs it"""
     frozen_heads: bool = False
-    """one block per client, without adapters; not for the planner"""
+    """one block per client, or as many as the setting states, without adapters; not for the planner"""
     importance: bool = True
     """the planner knows which weights matter"""
     deep_heads: bool = False

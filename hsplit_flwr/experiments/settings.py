@@ -156,5 +156,6 @@ highly_heterogeneous  5, 8, 12, 16, 20  4, 8, 16, 32, 64     15 to 241 (x2)  28 
 deep_heads            5, 8, 12, 16, 20  8, 11, 16, 23, 32    60              110                never
 ====================  ================  ===================  ==============  =================  =============
 
-In ``deep_heads`` methods with a planner have stated cuts instead, 1, 3, 4, 6 and 7 of 8 blocks, at one rank.
+In ``deep_heads`` methods with a planner have stated cuts instead, 1, 3, 4, 6 and 7 of 8 blocks, at one rank. Frozen
+heads are as deep there, and elsewhere one block.
 """

@@ -61,9 +61,10 @@ def plans_of(task: Task, method: Method) -> SplitPlans:
     """
     spec = task.spec
     cuts = task.setting.cuts(task.costs.num_blocks)
-    if method.planned and cuts and not spec.cut:
+    if (method.planned or method.frozen_heads) and cuts and not spec.cut:
         adapters = LoraSpec(spec.rank or LARGEST_RANK, LORA_ALPHA)
-        stated = {client: ClientPlan(cut, adapters) for client, cut in cuts.items()}
+        heads = LoraSpec(0) if method.frozen_heads else adapters
+        stated = {client: ClientPlan(cut, heads) for client, cut in cuts.items()}
         return SplitPlans(stated, adapters, task.costs.workload)
     if method.planned and not (spec.cut or spec.rank):
         return SplitPlans(_planning(task, method))

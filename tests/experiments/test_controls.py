@@ -84,6 +84,14 @@ def test_a_stated_rank_or_cut_goes_before_a_control_s_own() -> None:
     assert not any(head_ranks(task, frozen, "0").values())
 
 
+def test_frozen_heads_are_as_deep_as_stated_ones() -> None:
+    """What deep heads bring is measured beside heads of the same depth that train nothing."""
+    task = task_of("deep_heads")
+    ours, frozen = book_of(task, "hsplitlora"), book_of(task, "frozen_head")
+    assert [frozen.plan(client).cut for client in CLIENTS] == [ours.plan(client).cut for client in CLIENTS]
+    assert {rank for client in CLIENTS for rank in head_ranks(task, frozen, client).values()} == {0}
+
+
 def importance_bytes(matrices: int) -> int:
     """The array that a client returns beside its factors, as NumPy saves it."""
     file = io.BytesIO()
