@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hsplit_flwr.errors import ConfigError, ExchangeError, RunFailedError
-from hsplit_flwr.experiments import split_model
+from hsplit_flwr.experiments import method_server
 from hsplit_flwr.experiments.local_rounds import LocalDoor
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.split_head import SplitHead
@@ -27,7 +27,7 @@ SOON = 300.0
 
 @pytest.fixture
 def task(monkeypatch: pytest.MonkeyPatch) -> Task:
-    monkeypatch.setattr(split_model, "LIMITS", WAITING)
+    monkeypatch.setattr(method_server, "LIMITS", WAITING)
     return Task.of(replace(SPEC, local_steps=1))
 
 
