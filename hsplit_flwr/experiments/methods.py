@@ -40,6 +40,22 @@ How we read the rivals, where their texts leave a choice:
 * ``flora`` (arXiv:2409.05976): as HetLoRA, but stacked, merged and restarted; no split.
 * ``flexlora`` (arXiv:2402.11505): as HetLoRA, but the exact sum is redistributed by SVD, to every client as much as its
   rank holds; scored at the largest rank.
+* ``fedex_lora`` (arXiv:2410.09432; https://github.com/RaghavSinghal10/fedex-lora, fed_agg.py): the whole model on every
+  client, A and B averaged and handed back, and what their product lacks of the exact mean added to the frozen weights.
+* ``ffa_lora`` (arXiv:2403.12313; its abstract, and fed_agg.py and models.py of the same code): as that, but A stays at
+  its start, one for all clients, and B alone is trained, sent and averaged, which is exact. The clock counts the few
+  FLOPs of A's gradient all the same.
+* ``lora_fair`` (arXiv:2411.14961; its text and code were not at hand, see `rivals.fair`): as the first, but the server
+  corrects the averaged B to point, with the averaged A, where the exact mean does; clients start from both.
+
+  All three have one rank, 8, on every client, whatever its device, as in their experiments; the optimizer is new every
+  round, as in that code; and the means are weighted by tokens like everybody's here, where that code weighs clients
+  alike. What the server's solver computes for LoRA-FAIR is not in the clock: it is small beside the products.
+  As rules for the heads of a split model, in place of noise-free aggregation and new adapters: ``with_fedex``,
+  ``with_ffa`` and ``with_fair``. Heads, and the tail for clients whose heads end before a block, are averaged and go on
+  from there with new optimizers; what the tail alone trains is kept as in HSplitLoRA, and trains its A, too. These are
+  our readings. Smaller ranks are padded with zeros and start from the first rows and columns; where a new plan changes
+  a cut or a rank, what was averaged is merged, and all restart.
 * ``cenlora``: all data on the server, one LoRA of rank 16; a step takes the batches of all clients at once, so that it
   makes as many steps on as many tokens as the others. ``cenlora_small_batch`` takes them one after another: as many
   tokens, N times the steps.
@@ -70,10 +86,16 @@ class Method:
     """aggregation rule, one of `aggregation.RULES`"""
     carried: bool = False
     """the aggregated adapters are kept in the next round; else they are merged, and new ones start"""
+    correction: str = ""
+    """what is added to carried averages, one of `rivals.corrections.CORRECTIONS`; empty: nothing"""
+    keep_optimizers: bool = False
+    """heads that carry adapters keep their optimizers, too; else these are new every round, as on whole models"""
     planned: bool = False
     """cuts and ranks by the planner; else one cut and one rank (split), or a rank by device (whole)"""
     largest_rank: bool = False
     """one rank for all is the planner's largest, whether or not it fits; else 8, or less if a device needs it"""
+    one_rank: bool = False
+    """whole models have rank 8 on every device, whether or not it fits"""
     frozen_heads: bool = False
     """one block per client, or as many as the setting states, without adapters; not for the planner"""
     importance: bool = True
@@ -106,6 +128,11 @@ class Method:
     update_rank: int = 0
     """of what clients download, see `StrategyConfig`; 0: as many as there are"""
 
+    @property
+    def frozen_A(self) -> bool:
+        """Adapters that are averaged train B alone."""
+        return self.correction == "ffa"
+
     def training_settings(self) -> dict[str, Any]:
         """Fields of `TrainingConfig` that the method decides."""
         return {
@@ -121,11 +148,12 @@ class Method:
 
 
 _HSPLITLORA = Method(title="HSplitLoRA", trainer=SPLIT, planned=True)
-_SPLITLORA = Method(title="SplitLoRA", trainer=SPLIT, rule="fedavg", carried=True)
+_SPLITLORA = Method(title="SplitLoRA", trainer=SPLIT, rule="fedavg", carried=True, keep_optimizers=True)
 _SPLITLORA_16 = replace(_SPLITLORA, title="SplitLoRA, rank 16", largest_rank=True)
 _FROZEN_HEAD = replace(_HSPLITLORA, title="Frozen head", planned=False, largest_rank=True, frozen_heads=True)
 _ONE_MODEL = Method(title="One model at every step", trainer="rivals.one_model:OneModelTrainer")
 _CENLORA = Method(title="CenLoRA", trainer="rivals.server_model:ServerTrainer", pooled_data=True)
+_AVERAGED: dict[str, Any] = {"rule": "fedavg", "carried": True}
 _PIPELINED: dict[str, Any] = {"codec": "int8", "micro_batches": 4, "in_flight": 3, "micro_steps": True}
 _SMALL_UPDATES: dict[str, Any] = {"update_codec": "bf16", "update_rank": 16}
 METHODS: Mapping[str, Method] = {
@@ -146,6 +174,9 @@ METHODS: Mapping[str, Method] = {
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
     "without_naa": replace(_HSPLITLORA, title="HSplitLoRA with averaged factors", rule="fedavg"),
+    "with_fedex": replace(_HSPLITLORA, title="HSplitLoRA by FedEx-LoRA's rule", correction="fedex", **_AVERAGED),
+    "with_ffa": replace(_HSPLITLORA, title="HSplitLoRA by FFA-LoRA's rule", correction="ffa", **_AVERAGED),
+    "with_fair": replace(_HSPLITLORA, title="HSplitLoRA by LoRA-FAIR's rule", correction="lora_fair", **_AVERAGED),
     "with_joint_steps": replace(_HSPLITLORA, title="HSplitLoRA with joint tail steps", joint_steps=True),
     "with_deep_heads": replace(_HSPLITLORA, title="HSplitLoRA with as deep heads as fit", deep_heads=True),
     "without_one_alpha": replace(_HSPLITLORA, title="HSplitLoRA with alpha = 2r", one_alpha=False),
@@ -165,6 +196,9 @@ METHODS: Mapping[str, Method] = {
     "hetlora": Method(title="HetLoRA", trainer=WHOLE, rule="zero_pad", carried=True, self_pruning=True),
     "flora": Method(title="FLoRA", trainer=WHOLE),
     "flexlora": Method(title="FlexLoRA", trainer=WHOLE, rule="svd", carried=True),
+    "fedex_lora": Method(title="FedEx-LoRA", trainer=WHOLE, correction="fedex", one_rank=True, **_AVERAGED),
+    "ffa_lora": Method(title="FFA-LoRA", trainer=WHOLE, correction="ffa", one_rank=True, **_AVERAGED),
+    "lora_fair": Method(title="LoRA-FAIR", trainer=WHOLE, correction="lora_fair", one_rank=True, **_AVERAGED),
     "cenlora": replace(_CENLORA, joint_steps=True),
     "cenlora_small_batch": replace(_CENLORA, title="CenLoRA, small batches"),
     "ft": Method(title="FT", trainer="rivals.full_model:FullTrainer"),

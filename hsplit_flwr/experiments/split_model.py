@@ -18,6 +18,7 @@ from hsplit_flwr.experiments.local_rounds import Everyone, LocalDoor
 from hsplit_flwr.experiments.method_server import MethodServer
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.adapted import adapted
+from hsplit_flwr.experiments.rivals.corrections import freeze_A
 from hsplit_flwr.experiments.split_head import SplitHead
 from hsplit_flwr.experiments.split_plans import plans_of
 from hsplit_flwr.experiments.task import Task
@@ -77,7 +78,7 @@ class SplitTrainer:
             tokens=tokens,
             train_loss=sum(reply.tokens * reply.loss for reply in replies.values()) / tokens,
             too_large=sum(self._too_large(client, head) for client, head in self.heads.items()),
-            server_flops=merge_flops(self.server.update),
+            server_flops=merge_flops(self.server.update) + merge_flops(self.server.residual),
         )
 
     def score(self) -> Score:
@@ -100,15 +101,18 @@ class SplitTrainer:
 
     def _head(self, task: RoundTask) -> SplitHead:
         """The client's head of this round: at the newest weights with fresh adapters, or the one it kept."""
-        average = self.server.average
         former = self._kept.get(task.client)
-        head = former if former and self._method.carried else SplitHead.of(task, self.server.model.segment)
-        if average:
-            head.adapters.set(average)
+        head = former if former and self._method.keep_optimizers else SplitHead.of(task, self.server.model.segment)
+        own = head.adapters.factors()
+        carried = {name: self.server.start(name, pair) for name, pair in own.items() if self.server.average}
+        if carried:
+            head.adapters.set(carried)
+        if self._method.frozen_A:
+            freeze_A(head.adapters)
         if self._method.keep_heads:
             head.go_on(task, former.kept(self._trained[task.client]) if former else None, self.server.model)
-        head.download_bytes = self._lacking_bytes(task) + factor_bytes(average)
-        if self._method.carried or self._method.keep_heads:
+        head.download_bytes = self._lacking_bytes(task) + factor_bytes(carried, frozen_A=self._method.frozen_A)
+        if self._method.keep_optimizers or self._method.keep_heads:
             self._kept[task.client] = head
         return head
 
@@ -143,6 +147,7 @@ class SplitTrainer:
 
     def _work(self, client: str, head: SplitHead) -> ClientWork:
         costs = self._task.costs
+        frozen = factor_bytes(trained := head.adapters.factors()) - factor_bytes(trained, frozen_A=True)
         return split_work(
             client,
             costs,
@@ -151,7 +156,7 @@ class SplitTrainer:
             self._tail_ranks(),
             head.forms,
             download_bytes=head.download_bytes,
-            upload_bytes=costs.update_bytes(head.plan.cut, head.ranks),
+            upload_bytes=costs.update_bytes(head.plan.cut, head.ranks) - (frozen if self._method.frozen_A else 0),
         )
 
     def _tail_ranks(self) -> dict[str, int]:

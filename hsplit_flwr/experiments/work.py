@@ -121,8 +121,10 @@ def full_flops(costs: ModelCosts) -> float:
     return 3 * whole_forward_flops(costs)
 
 
-def factor_bytes(factors: Mapping[str, LoraFactors]) -> int:
-    """Bytes of all A and B as float32."""
+def factor_bytes(factors: Mapping[str, LoraFactors], *, frozen_A: bool = False) -> int:
+    """Bytes of all A and B as float32; of B alone where everybody has A already."""
+    if frozen_A:
+        return sum(lora_factors.FLOAT32_BYTES * pair.B.numel() for pair in factors.values())
     return sum(map(lora_factors.factor_bytes, factors.values()))
 
 

@@ -11,12 +11,13 @@ from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.rivals.adapted import adapted
+from hsplit_flwr.experiments.rivals.corrections import correct, freeze_A
 from hsplit_flwr.experiments.rivals.pruning import penalty, ranks_after
 from hsplit_flwr.experiments.rivals.whole_training import WholeReport, client_steps, train_whole
-from hsplit_flwr.experiments.task import LORA_ALPHA, SCALING, Task
+from hsplit_flwr.experiments.task import LORA_ALPHA, RANK, SCALING, Task
 from hsplit_flwr.experiments.work import RoundOutcome, factor_bytes, merge_flops, whole_flops, whole_work
 from hsplit_flwr.federation.global_model import GlobalModel
-from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate, token_shares
+from hsplit_flwr.lora.aggregation import RULES, Contribution, aggregate, terms_by_module, token_shares
 from hsplit_flwr.lora.factors import LoraFactors, init_lora_A
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
@@ -50,7 +51,8 @@ class WholeTrainer:
         self._model = GlobalModel(task.files)
         """never has adapters"""
         shapes = linear_shapes(self._model.segment)
-        ranks = {client: task.spec.rank or task.setting.ranks[client] for client in task.devices}
+        by_device = dict.fromkeys(task.devices, RANK) if method.one_rank else task.setting.ranks
+        ranks = {client: task.spec.rank or by_device[client] for client in task.devices}
         self._ranks = {
             client: {name: min(rank, *shape) for name, shape in shapes.items()} for client, rank in ranks.items()
         }
@@ -72,9 +74,14 @@ class WholeTrainer:
         """Hand out, train one client after another, aggregate."""
         downloads = {client: self._download(client) for client in present}
         trained = {client: self.train(client, round_number) for client in present}
-        update = aggregate(self.contributions(trained), {}, block_of, RULES[self._method.rule])
+        contributions = self.contributions(trained)
+        update = aggregate(contributions, {}, block_of, RULES[self._method.rule])
+        residual: Factors = {}
         if self._method.carried:
-            self._global = update
+            terms = terms_by_module(contributions, {}, block_of)
+            self._global, residual = correct(update, terms, self._method.correction)
+            if residual:
+                self._model.apply(residual)
         else:
             self._model.apply(update)
         costs = self._task.costs
@@ -86,14 +93,14 @@ class WholeTrainer:
                     whole_flops(costs, done.ranks),
                     done.forms,
                     download_bytes=downloads[client],
-                    upload_bytes=factor_bytes(done.factors),
+                    upload_bytes=factor_bytes(done.factors, frozen_A=self._method.frozen_A),
                 )
                 for client, done in trained.items()
             ),
             tokens=sum(done.report.tokens for done in trained.values()),
             train_loss=sum(share * trained[client].report.loss for client, share in token_shares_of(trained).items()),
             too_large=sum(self._too_large(client, done.ranks) for client, done in trained.items()),
-            server_flops=merge_flops(update),
+            server_flops=merge_flops(update) + merge_flops(residual),
         )
 
     def train(self, client: str, round_number: int) -> Trained:
@@ -134,6 +141,8 @@ class WholeTrainer:
         adapters.reset(derive_seed(self._task.training.seed, "head", round_number, client))
         if self._global:
             adapters.set({name: resized(self._global[name], fresh) for name, fresh in adapters.factors().items()})
+        if self._method.frozen_A:
+            freeze_A(adapters)
         return segment, adapters
 
     def _train(
@@ -148,11 +157,10 @@ class WholeTrainer:
         return train_whole(segment, Optimizer(flat, training), steps, first, extra)
 
     def _download(self, client: str) -> int:
-        if self._global:
-            return factor_bytes({n: truncated(self._global[n], rank) for n, rank in self._ranks[client].items()})
+        handed_out = {n: truncated(self._global[n], rank) for n, rank in self._ranks[client].items() if self._global}
         version, _, lacking = self._model.since(self._versions.get(client, 0), self._model.num_blocks)
         self._versions[client] = version
-        return sum(tensor.nbytes for tensor in lacking.values())
+        return factor_bytes(handed_out, frozen_A=self._method.frozen_A) + sum(part.nbytes for part in lacking.values())
 
     def _too_large(self, client: str, ranks: Mapping[str, int]) -> bool:
         return self._task.costs.tail_memory([1], ranks).total_bytes > self._task.devices[client].memory_bytes
