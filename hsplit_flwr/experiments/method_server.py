@@ -45,12 +45,12 @@ class MethodServer(RoundServer):
         self._plan_of_average: dict[str, object] = {}
 
     def open_training(self, round_number: int, present: Present) -> dict[str, RoundTask]:
-        """See `RoundServer`. Where heads and tail share carried adapters, the tail goes on from them, too.
+        """See `RoundServer`. Where adapters are carried, the tail goes on from those that it shares with heads, too.
 
         A new plan ends that: what was averaged is merged, and all restart.
         """
         tasks = super().open_training(round_number, present)
-        if self._method.correction:
+        if self._method.carried:
             plan = self._shared_plan(tasks)
             if self.average and any(self._plan_of_average.get(key, value) != value for key, value in plan.items()):
                 self.model.apply(self.average)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 STRENGTH = 0.01
 _MOST_STEPS = 500
-_TOLERANCE = 1e-10
+_TOLERANCE = 1e-9
 """of the gradient's largest entry"""
 
 
