@@ -90,8 +90,22 @@ def weights_of(layers: Mapping[str, Any]) -> dict[str, Floats]:
     return {name: layer.weight.detach().double().numpy().T.copy() for name, layer in layers.items()}
 
 
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
+    """What every round of a whole-model method is aggregated of."""
+    sent: list[Sent] = []
+    original = vars(whole_model)["aggregate"]
+
+    def note(contributions: Any, *others: Any) -> Any:
+        sent.append((contributions, {}))
+        return original(contributions, *others)
+
+    monkeypatch.setattr(whole_model, "aggregate", note)
+    return sent
+
+
 @pytest.mark.parametrize("method", ["fedex_lora", "ffa_lora"])
-def test_two_rounds_on_whole_models(task: Task, method: str) -> None:
+def test_two_rounds_on_whole_models(task: Task, method: str, brought: list[Sent]) -> None:
     """Rank 8. Means of A and B, and in the weights what they lack (FedEx-LoRA); or one A, and the mean of B."""
     frozen_A = method == "ffa_lora"
     trainer = WholeTrainer(task, METHODS[method])
@@ -100,6 +114,7 @@ def test_two_rounds_on_whole_models(task: Task, method: str) -> None:
     for number in (1, 2):
         shares = token_shares(task, PRESENT, number)
         done = {c: trained_by_peft(task, base, server, c, number, frozen_A=frozen_A) for c in PRESENT}
+        before = weights_of(trainer._model.segment.linear_modules())
         outcome = trainer.round(number, PRESENT)
         server = {
             name: (
@@ -117,6 +132,8 @@ def test_two_rounds_on_whole_models(task: Task, method: str) -> None:
             if frozen_A:
                 assert difference(found.A, first_A[name]) == 0.0
                 assert np.abs(dense(found) - exact).max() < APART
+            summed = sum((c.weight * dense(c.factors[name]) for c in brought[-1][0]), np.zeros(1))
+            assert np.abs(merged[name] + dense(found) - before[name] - summed).max() < ALGEBRA
             require_trained_alike(name, found.A, A)
             require_trained_alike(name, found.B, SCALING * B)
             assert np.abs(merged[name] - base[name]).max() < APART
@@ -124,20 +141,6 @@ def test_two_rounds_on_whole_models(task: Task, method: str) -> None:
         assert {work.upload_bytes for work in outcome.work} == {sent}
         lacking = {work.download_bytes - sent for work in outcome.work}
         assert all(more == 0 for more in lacking) == (frozen_A or number == 1)
-
-
-@pytest.fixture
-def brought(monkeypatch: pytest.MonkeyPatch) -> list[Sent]:
-    """What every round of a whole-model method is aggregated of."""
-    sent: list[Sent] = []
-    original = vars(whole_model)["aggregate"]
-
-    def note(contributions: Any, *others: Any) -> Any:
-        sent.append((contributions, {}))
-        return original(contributions, *others)
-
-    monkeypatch.setattr(whole_model, "aggregate", note)
-    return sent
 
 
 def fair_gradient(B: Floats, mean_B: Floats, mean_A: Floats, exact: Floats, strength: float) -> Floats:
