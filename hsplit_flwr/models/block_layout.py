@@ -139,7 +139,7 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
     except ImportError as error:  # Gemma 3n's part for images is a model of timm
         raise UnsupportedModelError(
-            f"Expected the packages that transformers builds a {config.model_type!r} model with, found one missing: "
+            f"Expected the packages that transformers builds a {config.model_type!r} model with, found that one is missing: "
             f"{first_line(error)}. Install it, or choose another model."
         ) from error
     _auto_class(model.config)  # Emu3's text model goes by a type of its own, which nothing would load again
@@ -250,8 +250,8 @@ def _find_blocks(skeleton: PreTrainedModel) -> tuple[str, int]:
     num_blocks = getattr(config, "num_hidden_layers", None)
     if num_blocks is None:  # as in BLT, a stack between two others
         raise UnsupportedModelError(
-            f"Expected a config that says how many blocks {type(skeleton).__name__} has (num_hidden_layers), found "
-            f"none in {type(config).__name__}. Choose a model whose decoder is a single stack of blocks."
+            f"Expected a config that says how many blocks {type(skeleton).__name__} has, found {type(config).__name__} "
+            "without num_hidden_layers. Choose a model whose decoder is a single stack of blocks."
         )
     lengths = _module_lists(skeleton, skeleton.get_decoder()) or _module_lists(skeleton, skeleton)
     found = [name for name, length in lengths.items() if length == num_blocks] or list(lengths)

@@ -142,7 +142,11 @@ def main() -> None:
     model_types = arguments.models or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     rows = [{**row, "commit": origin["commit"]} for row in run(model_types, arguments.limit, arguments.workers)]
     if arguments.onto:
-        rows = beside(rows, json.loads(arguments.onto.read_text(encoding="utf-8")), origin)
+        earlier = json.loads(arguments.onto.read_text(encoding="utf-8"))
+        rows = beside(rows, earlier, origin)
+        origin |= {
+            "before": {key: earlier[key] for key in ("commit", "command", "run_again", "before") if key in earlier}
+        }
     figures = figures_of(rows, origin)
     arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if arguments.table:
