@@ -139,8 +139,8 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
     except ImportError as error:  # Gemma 3n's part for images is a model of timm
         raise UnsupportedModelError(
-            f"Expected the packages that transformers builds a {config.model_type!r} model with, found that one is missing: "
-            f"{first_line(error)}. Install it, or choose another model."
+            f"Expected the packages that transformers builds a {config.model_type!r} model with, found that one is "
+            f"missing: {first_line(error)}. Install it, or choose another model."
         ) from error
     _auto_class(model.config)  # Emu3's text model goes by a type of its own, which nothing would load again
     if blank := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
