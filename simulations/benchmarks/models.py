@@ -44,6 +44,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 SEED = 0
 LIMIT_S = 180.0
 POLL_S = 0.05
+ORIGIN = ("commit", "command", "run_again", "before")
+"""what tells how figures that are kept were made"""
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,7 @@ def main() -> None:
     if arguments.onto:
         earlier = json.loads(arguments.onto.read_text(encoding="utf-8"))
         rows = beside(rows, earlier, origin)
-        origin |= {
-            "before": {key: earlier[key] for key in ("commit", "command", "run_again", "before") if key in earlier}
-        }
+        origin |= {"before": {key: earlier[key] for key in ORIGIN if key in earlier}}
     figures = figures_of(rows, origin)
     arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if arguments.table:
