@@ -86,7 +86,8 @@ def _llama_3_divisors(rope: Mapping[str, Any], width: int) -> Tensor:
     config = LlamaConfig(head_dim=width, rope_parameters=dict(rope), max_position_embeddings=longer)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, None)
     plain: Tensor = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
-    return plain / scaled
+    divisors: Tensor = plain / scaled
+    return divisors
 
 
 def read_rope(fields: Mapping[str, Any], divisors: Tensor | None) -> dict[str, Any] | None:

@@ -134,7 +134,7 @@ def test_what_tokens_alone_do_not_run_is_refused_by_reason(name: str, reason: st
 def test_rows_that_are_made_again_stand_beside_the_others() -> None:
     """Each with its own commit, and only where versions are the same: a table must not say more than was run."""
     stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))
-    again = {"model_type": "llama", "commit": "f" * 40, "not_run": None, "cells": {}}
+    again: dict[str, Any] = {"model_type": "llama", "commit": "f" * 40, "not_run": None, "cells": {}}
     rows = models.beside([again], stored, stored)
     assert [row["model_type"] for row in rows] == [row["model_type"] for row in stored["rows"]]
     assert [row["model_type"] for row in rows if row["commit"] == again["commit"]] == ["llama"]
