@@ -20,6 +20,8 @@ FREQUENCIES = "rope_freqs.weight"
 """llama.cpp's name of the divisors, one for each pair of a head's columns"""
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """what all published models of this kind have; a file has the divisors that follow, not the figures themselves"""
+READ = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
+"""architectures of files whose scaled positions are read; those of others are per layer, or mean something else"""
 SCALINGS = ("default", "linear", "yarn", "llama3")
 _YARN = {"original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"}
 _KEYS = {
@@ -52,22 +54,25 @@ def rope_figures(config: "PretrainedConfig") -> dict[str, int | float | str]:
     if kind == "yarn":
         _require_llama_cpps_yarn(rope)
         figures["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
-        for key in ("beta_fast", "beta_slow"):
-            if rope.get(key) is not None:
-                figures[f"rope.scaling.yarn_{key}"] = float(rope[key])
     return figures
 
 
 def _require_llama_cpps_yarn(rope: Mapping[str, Any]) -> None:
-    """llama.cpp scales queries and keys as the YaRN paper says, and has whole columns at the ends of its ramp."""
+    """llama.cpp scales queries and keys as the YaRN paper says, and has whole columns at the ends of the paper's ramp.
+
+    There are keys for other ends, but it reads them for other architectures alone.
+    """
     if rope.get("factor") is None:
         raise _refused("YaRN's factor as a number", None)
-    usual = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+    scale = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
     said = rope.get("attention_factor")
     if said is None and rope.get("mscale") and rope.get("mscale_all_dim"):
         raise _refused("YaRN without mscale", rope["mscale"])
-    if said is not None and not math.isclose(said, usual, rel_tol=_CLOSE):
-        raise _refused(f"YaRN's attention_factor as {usual:.6g}, which follows from its factor", said)
+    if said is not None and not math.isclose(said, scale, rel_tol=_CLOSE):
+        raise _refused(f"YaRN's attention_factor as {scale:.6g}, which follows from its factor", said)
+    for key, usual in (("beta_fast", 32), ("beta_slow", 1)):
+        if rope.get(key) not in (None, usual):
+            raise _refused(f"YaRN's {key} as {usual}", rope[key])
     if rope.get("truncate", True) is not True:
         raise _refused("YaRN's truncate as True", rope["truncate"])
 
@@ -102,24 +107,36 @@ def read_rope(fields: Mapping[str, Any], divisors: Tensor | None) -> dict[str, A
     """
     architecture = fields["general.architecture"]
     said = {key.removeprefix(f"{architecture}.rope."): v for key, v in fields.items() if ".rope." in key}
-    theta, kind = float(said.get("freq_base", 10_000.0)), said.get("scaling.type", "none")
-    if divisors is not None and float(divisors.max()) > 1:
-        rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(divisors.max()), **LLAMA_3}
-        if not torch.allclose(_llama_3_divisors(rope, 2 * len(divisors)), divisors, rtol=_CLOSE, atol=0):
-            raise _unreadable(f"frequencies ({FREQUENCIES}) as in Llama 3.1", "others")
-        return rope
-    if kind == "none":
+    rope = {"rope_theta": float(said.get("freq_base", 10_000.0)), **(_read_divisors(divisors) or _read_scaling(said))}
+    if "rope_type" not in rope:
         return None
+    if architecture not in READ:
+        raise _unreadable(f"scaled positions of {', '.join(READ)} alone", architecture)
+    if divisors is not None and not torch.allclose(_llama_3_divisors(rope, 2 * len(divisors)), divisors, rtol=_CLOSE):
+        raise _unreadable(f"frequencies ({FREQUENCIES}) as in Llama 3.1", "others")
+    return rope
+
+
+def _read_divisors(divisors: Tensor | None) -> dict[str, Any]:
+    if divisors is None or bool((divisors == 1).all()):
+        return {}
+    return {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA_3}
+
+
+def _read_scaling(said: Mapping[str, Any]) -> dict[str, Any]:
+    factor = float(said.get("scaling.factor", said.get("scale_linear", 0)))
+    kind = said.get("scaling.type", "linear" if factor else "none")  # as llama.cpp reads older files
+    if kind == "none":
+        return {}
     if kind not in ("linear", "yarn"):
         raise _unreadable("rope.scaling.type as none, linear or yarn", repr(kind))
-    rope = {"rope_type": kind, "rope_theta": theta, "factor": float(said["scaling.factor"])}
+    if further := sorted(said.keys() & _MORE_OF_YARN):
+        raise _unreadable("a factor, and YaRN's two betas, alone", ", ".join(further))
+    rope = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = int(said["scaling.original_context_length"])
-        for key in ("beta_fast", "beta_slow"):
-            if (beta := said.get(f"scaling.yarn_{key}")) is not None:
-                rope[key] = float(beta)
-        if further := sorted(said.keys() & _MORE_OF_YARN):
-            raise _unreadable("YaRN of a factor and its two betas alone", ", ".join(further))
+        betas = {key: said.get(f"scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}
+        rope |= {key: float(beta) for key, beta in betas.items() if beta is not None}
     return rope
 
 

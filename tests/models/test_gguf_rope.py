@@ -30,7 +30,7 @@ def scaled(kind: str, factor: float = 4.0, **further: float) -> dict[str, Any]:
 SCALED = {
     "linear": LlamaConfig(**scaled("linear")),
     "yarn": Qwen3Config(**scaled("yarn", **YARN)),
-    "yarn with other betas": LlamaConfig(**scaled("yarn", **YARN, beta_fast=3.0, beta_slow=0.5)),
+    "yarn of LLaMA": LlamaConfig(**scaled("yarn", original_max_position_embeddings=64, beta_fast=32, beta_slow=1)),
     "llama3": LlamaConfig(**scaled("llama3", 8.0, **LLAMA_31)),
 }
 
@@ -51,8 +51,8 @@ def angles(path: Path) -> tuple[torch.Tensor, float]:
         context = of["scaling.original_context_length"]
         return float(width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta)))
 
-    low = max(0, math.floor(column(of.get("scaling.yarn_beta_fast", 32.0))))
-    high = min(width - 1, math.ceil(column(of.get("scaling.yarn_beta_slow", 1.0))))
+    low = max(0, math.floor(column(32)))
+    high = min(width - 1, math.ceil(column(1)))
     kept = 1 - ((torch.arange(width // 2) - low) / max(0.001, high - low)).clamp(0, 1)
     return plain / factor * (1 - kept) + plain * kept, 1 + 0.1 * math.log(factor)
 
@@ -72,11 +72,25 @@ def test_scaled_positions_go_there_and_back(kind: str, tmp_path: Path, monkeypat
     assert not torch.equal(logits(read(path)), logits(model))  # what is mended
 
 
-def test_positions_that_a_file_has_and_transformers_not_are_refused(tmp_path: Path) -> None:
+def test_what_files_say_is_read_or_refused(tmp_path: Path) -> None:
     write_gguf(small(SCALED["llama3"]), tokenizer(), tmp_path / "own.gguf")
     said = fields(tmp_path / "own.gguf")
     with pytest.raises(UnsupportedModelError, match="as none, linear or yarn in a GGUF file, found 'longrope'"):
         read_rope({**said, "llama.rope.scaling.type": "longrope"}, None)
+    old = {"general.architecture": "llama", "llama.rope.freq_base": 1e4, "llama.rope.scale_linear": 2.0}
+    assert read_rope(old, None) == {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    of = "qwen2.rope.scaling"
+    yarn = {f"{of}.type": "yarn", f"{of}.factor": 4.0, f"{of}.original_context_length": 16, f"{of}.yarn_beta_fast": 8.0}
+    assert read_rope({"general.architecture": "qwen2", "qwen2.rope.freq_base": 1e4, **yarn}, None) == {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 8.0,
+    }
+    gemma = {"general.architecture": "gemma3", "gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    with pytest.raises(UnsupportedModelError, match="alone in a GGUF file, found gemma3"):
+        read_rope(gemma, None)
     with pytest.raises(UnsupportedModelError, match=r"as in Llama 3\.1 in a GGUF file, found others"):
         read_rope(said, torch.tensor([1.0, 1.0, 1.0, 2.0, 5.0, 8.0, 8.0, 8.0]))
 
@@ -98,6 +112,7 @@ def test_a_base_of_other_positions_gives_no_metadata(tmp_path: Path) -> None:
         (LlamaConfig(**scaled("dynamic")), "Expected rope_type as one of default, linear, yarn, llama3"),
         (Qwen2Config(**scaled("llama3", **LLAMA_31)), "Expected rope_type as default, linear or yarn"),
         (LlamaConfig(**scaled("yarn", **YARN, attention_factor=1.5)), "attention_factor as 1.13863, which follows"),
+        (LlamaConfig(**scaled("yarn", **YARN, beta_slow=0.5)), "YaRN's beta_slow as 1 for GGUF, found 0.5"),
         (LlamaConfig(**scaled("yarn", **YARN, truncate=False)), "YaRN's truncate as True"),
     ],
 )
