@@ -1,6 +1,7 @@
 """llama.cpp itself, where the package xllamacpp is: from our files it computes what transformers does."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_llama_cpp_computes_the_model(kind: str, tmp_path: Path) -> None:
     assert compared
 
 
-TOKENIZERS = {
+TOKENIZERS: dict[str, Callable[[], Any]] = {
     "sentencepiece": like_llama_2,
     "gpt-2": tokenizer,
     "qwen2": lambda: cutting([pre_tokenizers.Split(Regex(QWEN_2), behavior="isolated"), BYTES]),
