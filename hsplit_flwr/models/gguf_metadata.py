@@ -94,9 +94,8 @@ def _require_alike(like: Path, fields: Mapping[str, Any], said: Mapping[str, Any
             f"Expected the GGUF file of the model's base, found {key} = {_short(told)} in {like} where the model has "
             f"{_short(value)}. Give the right file, or none."
         )
-    told_rope = read_rope(
-        {key: field.contents() for key, field in fields.items() if ".rope." in key or key in said}, None
-    )
+    figures = {key: field.contents() for key, field in fields.items() if not key.startswith("tokenizer.")}
+    told_rope = read_rope(figures, None)
     if not _alike(told_rope, own_rope := read_rope(said, None)):
         raise ConfigError(
             f"Expected the GGUF file of the model's base, found positions {told_rope or 'as they are'} in {like} where "

@@ -48,6 +48,9 @@ def rope_figures(config: "PretrainedConfig") -> dict[str, int | float | str]:
     further = {key for key, value in rope.items() if value is not None} - _KEYS[kind] - _SAME_EVERYWHERE
     if further - {"partial_rotary_factor"} or rope.get("partial_rotary_factor") not in (None, 1.0):
         raise _refused(f"rope_parameters of {kind} positions alone", sorted(further))
+    needed = {"linear": ["factor"], "yarn": ["factor", "original_max_position_embeddings"]}.get(kind, [])
+    if missing := [key for key in needed if rope.get(key) is None]:
+        raise _refused(f"{missing[0]} of {kind} positions as a number", None)
     figures: dict[str, int | float | str] = {"rope.freq_base": float(rope["rope_theta"])}
     if kind in ("linear", "yarn"):
         figures |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
@@ -62,8 +65,6 @@ def _require_llama_cpps_yarn(rope: Mapping[str, Any]) -> None:
 
     There are keys for other ends, but it reads them for other architectures alone.
     """
-    if rope.get("factor") is None:
-        raise _refused("YaRN's factor as a number", None)
     scale = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
     said = rope.get("attention_factor")
     if said is None and rope.get("mscale") and rope.get("mscale_all_dim"):
@@ -107,7 +108,9 @@ def read_rope(fields: Mapping[str, Any], divisors: Tensor | None) -> dict[str, A
     """
     architecture = fields["general.architecture"]
     said = {key.removeprefix(f"{architecture}.rope."): v for key, v in fields.items() if ".rope." in key}
-    rope = {"rope_theta": float(said.get("freq_base", 10_000.0)), **(_read_divisors(divisors) or _read_scaling(said))}
+    context = int(fields.get(f"{architecture}.context_length", 0))
+    scaling = _read_divisors(divisors) or _read_scaling(said, context)
+    rope = {"rope_theta": float(said.get("freq_base", 10_000.0)), **scaling}
     if "rope_type" not in rope:
         return None
     if architecture not in READ:
@@ -123,7 +126,7 @@ def _read_divisors(divisors: Tensor | None) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA_3}
 
 
-def _read_scaling(said: Mapping[str, Any]) -> dict[str, Any]:
+def _read_scaling(said: Mapping[str, Any], context: int) -> dict[str, Any]:
     factor = float(said.get("scaling.factor", said.get("scale_linear", 0)))
     kind = said.get("scaling.type", "linear" if factor else "none")  # as llama.cpp reads older files
     if kind == "none":
@@ -134,7 +137,7 @@ def _read_scaling(said: Mapping[str, Any]) -> dict[str, Any]:
         raise _unreadable("a factor, and YaRN's two betas, alone", ", ".join(further))
     rope = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        rope["original_max_position_embeddings"] = int(said["scaling.original_context_length"])
+        rope["original_max_position_embeddings"] = int(said.get("scaling.original_context_length", context))
         betas = {key: said.get(f"scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}
         rope |= {key: float(beta) for key, beta in betas.items() if beta is not None}
     return rope

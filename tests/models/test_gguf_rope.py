@@ -19,6 +19,7 @@ from tests.helpers.gguf_files import SMALL, fields, logits, read, small
 
 LLAMA_31 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"original_max_position_embeddings": 16}
+WITHOUT_FACTOR = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None, **YARN}
 
 
 def scaled(kind: str, factor: float = 4.0, **further: float) -> dict[str, Any]:
@@ -113,6 +114,7 @@ def test_a_base_of_other_positions_gives_no_metadata(tmp_path: Path) -> None:
         (Qwen2Config(**scaled("llama3", **LLAMA_31)), "Expected rope_type as default, linear or yarn"),
         (LlamaConfig(**scaled("yarn", **YARN, attention_factor=1.5)), "attention_factor as 1.13863, which follows"),
         (LlamaConfig(**scaled("yarn", **YARN, beta_slow=0.5)), "YaRN's beta_slow as 1 for GGUF, found 0.5"),
+        (LlamaConfig(**SMALL | {"rope_parameters": WITHOUT_FACTOR}), "factor of yarn positions as a number"),
         (LlamaConfig(**scaled("yarn", **YARN, truncate=False)), "YaRN's truncate as True"),
     ],
 )
