@@ -144,6 +144,11 @@ class Admission:
             ticket.stay.end()
         return {ticket.client: ticket for ticket in tickets.values()}
 
+    def hears_of(self, client: str) -> bool:
+        """Whether a stream of `client` is in the books."""
+        with self._lock:
+            return any(self._tickets[token].client == client for token in self._callers if token in self._tickets)
+
     def answered(self, client: str) -> None:
         """`client` is done with its task: if its connection is broken, it will not come back."""
         with self._lock:

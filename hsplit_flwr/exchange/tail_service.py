@@ -332,6 +332,10 @@ class TailService:
         """See `Admission.open_probe`."""
         return self._admission.open_probe(node, round_number)
 
+    def hears_of(self, client: str) -> bool:
+        """See `Admission.hears_of`."""
+        return self._admission.hears_of(client)
+
     def answered(self, client: str) -> None:
         """See `Admission.answered`."""
         self._admission.answered(client)

@@ -101,6 +101,10 @@ class LocalDoor:
         """Nothing: there is no wire here."""
         return Traffic()
 
+    def hears_of(self, client: str) -> bool:
+        """Nobody's connection breaks here."""
+        return client in self._tickets
+
     def answered(self, client: str) -> None:
         """Nobody's connection breaks here."""
 

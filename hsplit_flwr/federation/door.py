@@ -46,6 +46,9 @@ class Door(Protocol):
     def open_probe(self, node: str, round_number: int) -> str:
         """Admit a node that measures its link before round `round_number`; returns its one-time token."""
 
+    def hears_of(self, client: str) -> bool:
+        """Whether a connection of `client` is open."""
+
     def answered(self, client: str) -> None:
         """Note that `client` is done with its task: if its connection is broken, it will not come back."""
 

@@ -76,7 +76,7 @@ class RoundServer:
         self.config = options.get("config") or StrategyConfig()
         model.send_updates_by(self.config.update_coding)
         self.initial_score: Score | None = None
-        limits = options.get("limits") or BarrierLimits()
+        self.limits = limits = options.get("limits") or BarrierLimits()
         if limits.start_gate_s >= self.config.round_limit_s:
             raise ConfigError(
                 f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
@@ -192,6 +192,10 @@ class RoundServer:
         self._tail.withdraw(client)
         if self._tasks.opened:
             self._tasks.opened.answered(client)
+
+    def hears_of(self, client: str) -> bool:
+        """Whether a connection of `client` to the tail is open."""
+        return bool(self._tasks.opened and self._tasks.opened.hears_of(client))
 
     def close_training(self, replies: Replies, failures: Sequence[str] = ()) -> RoundRecord:
         """End the training round: settle the tail, accept, merge, learn importance, measure health.

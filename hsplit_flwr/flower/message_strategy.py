@@ -26,6 +26,7 @@ from hsplit_flwr.flower.flower_log import log_through_flower
 from hsplit_flwr.flower.grid_nodes import GridNodes
 from hsplit_flwr.flower.message_client import ARRAYS, CONFIG, config_of
 from hsplit_flwr.flower.messages import TASK_KEY, unpack_each, unpack_trained
+from hsplit_flwr.flower.restarts import restarts_of
 from hsplit_flwr.flower.talks import Talks
 from hsplit_flwr.flower.watched_grid import WatchedGrid
 from hsplit_flwr.planning.plans import Plans
@@ -118,7 +119,7 @@ class HSplitLoRAMessageStrategy(Strategy):
         def play() -> Result:
             try:
                 return super(HSplitLoRAMessageStrategy, self).start(
-                    WatchedGrid(grid, self._on_reply, self._talks),
+                    WatchedGrid(grid, self._on_reply, self._talks, restarts_of(self.rounds, grid)),
                     initial_arrays or ArrayRecord(),
                     self.rounds.rounds_left if num_rounds is None else num_rounds,
                     timeout or self.rounds.config.round_limit_s,

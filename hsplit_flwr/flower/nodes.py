@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from flwr.common import GetPropertiesIns
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
+from flwr.server.compat.grid_client_proxy import GridClientProxy
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.roster import NodeAnswer, Roster
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.flower.messages import PROBE_KEY, unpack_answer
+from hsplit_flwr.flower.restarts import UnlostGrid, restarts_of
 
 _log = logging.getLogger("hsplit_flwr")
 MOST_ASKED_AT_A_TIME = 32
@@ -26,6 +28,8 @@ class ConnectedNodes:
     def __init__(self, server: RoundServer) -> None:
         self._server = server
         self._proxies: dict[str, ClientProxy] = {}
+        self._unlost: UnlostGrid | None = None
+        """everybody's grid, where there is one"""
         self.roster = Roster()
 
     def refresh(self, client_manager: ClientManager) -> Roster:
@@ -38,12 +42,20 @@ class ConnectedNodes:
         if not client_manager.wait_for(config.min_nodes, timeout=int(config.wait_for_nodes_s)):
             raise too_few_nodes(config.min_nodes, config.wait_for_nodes_s, client_manager.num_available())
         self._proxies = dict(client_manager.all())
+        for proxy in self._proxies.values():
+            self._outlive_restarts(proxy)
         new = self.roster.unknown(self._proxies)
         questions = [self._question(node) for node in new]  # before the threads: asking about links opens the tail
         with ThreadPoolExecutor(max_workers=MOST_ASKED_AT_A_TIME) as pool:
             answers = dict(zip(new, pool.map(self._ask, new, questions), strict=True))
         self.roster.update(self._proxies, {node: answer for node, answer in answers.items() if answer})
         return self.roster
+
+    def _outlive_restarts(self, proxy: ClientProxy) -> None:
+        """What a restarted SuperNode has lost is not waited for."""
+        if isinstance(proxy, GridClientProxy) and not isinstance(proxy.grid, UnlostGrid):
+            self._unlost = self._unlost or UnlostGrid(proxy.grid, restarts_of(self._server, proxy.grid))
+            proxy.grid = self._unlost
 
     def proxy(self, client: str) -> ClientProxy:
         """The proxy of the node that hosts `client`."""

@@ -1,4 +1,4 @@
-"""A grid that tells of failures as they come, and gets past the dead actors of a simulation.
+"""A grid that tells of failures as they come, and gets past dead actors of a simulation and restarted SuperNodes.
 
 Flower's `Strategy.start` sees replies when all are in; by then the tail has waited at its gate for clients that failed
 at once.
@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flwr.app import Message
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+
+from hsplit_flwr.flower.restarts import Restarts, Watched, lost_reply
+from hsplit_flwr.flower.same_grid import SameGrid
 
 LOST_ACTOR = "ray.exceptions.Actor"
 """in the reason of a message that a dead actor was given"""
@@ -30,6 +31,7 @@ class _Sent:
     """the last one of its exchange"""
     first_failure: Message | None = None
     """of a client whose actor died: that is the one to tell"""
+    watched: Watched | None = None
 
 
 class Turns(Protocol):
@@ -45,7 +47,7 @@ class Turns(Protocol):
         """The first message of each exchange in which one is due, and that one; None: nothing follows after all."""
 
 
-class WatchedGrid(Grid):
+class WatchedGrid(SameGrid):
     """`grid`, whose `send_and_receive` hands on every reply as soon as it is there.
 
     Args:
@@ -53,14 +55,20 @@ class WatchedGrid(Grid):
         on_reply: called with a message and a reply to it, or None where Flower did not take the message. Of an exchange
             of more messages it is the first one and the last reply.
         turns: such exchanges; None: there are none.
+        restarts: knows which messages a restarted SuperNode has lost; None: each is waited for.
     """
 
     def __init__(
-        self, grid: Grid, on_reply: Callable[[Message, Message | None], None], turns: Turns | None = None
+        self,
+        grid: Grid,
+        on_reply: Callable[[Message, Message | None], None],
+        turns: Turns | None = None,
+        restarts: Restarts | None = None,
     ) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._on_reply = on_reply
         self._turns = turns
+        self._restarts = restarts
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """The replies that came before the `timeout`, as Flower's own.
@@ -78,6 +86,9 @@ class WatchedGrid(Grid):
         poll_s = SHORTEST_POLL_S
         while (waiting or going_on) and time.monotonic() < give_up:
             arrived = list(self._grid.pull_messages(list(waiting))) if waiting else []
+            heard = {reply.metadata.reply_to_message_id for reply in arrived}
+            lost = [sent for key, sent in waiting.items() if key not in heard and self._is_lost(sent)]
+            arrived += [lost_reply(sent.newest) for sent in lost]
             done = [(waiting.pop(reply.metadata.reply_to_message_id), reply) for reply in arrived]
             to_send = []
             for sent, reply in done:
@@ -107,7 +118,11 @@ class WatchedGrid(Grid):
                 time.sleep(poll_s)
         return replies
 
+    def _is_lost(self, sent: _Sent) -> bool:
+        return bool(self._restarts and sent.watched and self._restarts.has_lost(sent.watched))
+
     def _send(self, sent: _Sent, waiting: dict[str, _Sent]) -> None:
+        sent.watched = self._restarts.watch(sent.message) if self._restarts else None
         ids = [message_id for message_id in self._grid.push_messages([sent.newest]) if message_id]
         if ids:
             waiting[ids[0]] = sent
@@ -118,35 +133,6 @@ class WatchedGrid(Grid):
     def _over(self, message: Message) -> None:
         if self._turns:
             self._turns.over(message)
-
-    def set_run(self, run: Run) -> None:
-        """Flower's own."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """Flower's own."""
-        return self._grid.run
-
-    def create_message(self, *args: object, **options: object) -> Message:
-        """Flower's own."""
-        return self._grid.create_message(*args, **options)  # type: ignore[arg-type]
-
-    def get_node_ids(self) -> Iterable[int]:
-        """Flower's own."""
-        return self._grid.get_node_ids()
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        """Flower's own."""
-        return self._grid.get_nodes()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Flower's own."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Flower's own."""
-        return self._grid.pull_messages(message_ids)
 
 
 def _lost_actor(reply: Message) -> bool:

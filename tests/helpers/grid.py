@@ -11,6 +11,7 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -51,6 +52,8 @@ class ThreadGrid(Grid):
     def __init__(self, nodes: dict[int, ClientApp | Handler], refused: Iterable[int] = ()) -> None:
         self.nodes = {node_id: GridNode(node_id, app) for node_id, app in nodes.items()}
         self._refused = set(refused)
+        self.activated: dict[int, str] = {}
+        """when nodes came online, for those that did so anew"""
         # What a ServerApp's process sets before the app runs; messages are stamped with it.
         TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
         self._pool = ThreadPoolExecutor(64)
@@ -71,6 +74,9 @@ class ThreadGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node, last_activated_at=self.activated.get(node, "first")) for node in self.nodes]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
