@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.pytorch_utils import Conv1D
 
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
+from hsplit_flwr.models.failures import first_line
 from hsplit_flwr.models.prelude import used_before_blocks
 from hsplit_flwr.models.quantized import Quantization
 from hsplit_flwr.models.views import path_to
@@ -130,11 +131,17 @@ def build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     """The whole model of `config` in eval mode, with its parameters on the meta device.
 
     Raises:
-        UnsupportedModelError: not a decoder-only causal language model.
+        UnsupportedModelError: not a decoder-only causal language model, or one that wants a package that is not here.
     """
     _require_causal_lm(config)
-    with parameters_on_meta():
-        model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+    try:
+        with parameters_on_meta():
+            model: PreTrainedModel = _auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+    except ImportError as error:  # Gemma 3n's part for images is a model of timm
+        raise UnsupportedModelError(
+            f"Expected the packages that transformers builds a {config.model_type!r} model with, found that one is "
+            f"missing: {first_line(error)}. Install it, or choose another model."
+        ) from error
     _auto_class(model.config)  # Emu3's text model goes by a type of its own, which nothing would load again
     if blank := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
         raise UnsupportedModelError(
@@ -239,7 +246,13 @@ def _embedding_size(skeleton: PreTrainedModel) -> int:
 
 def _find_blocks(skeleton: PreTrainedModel) -> tuple[str, int]:
     """The ``ModuleList`` of as many entries as the config has layers; the outermost, or the only one there is."""
-    num_blocks = skeleton.config.get_text_config().num_hidden_layers
+    config = skeleton.config.get_text_config()
+    num_blocks = getattr(config, "num_hidden_layers", None)
+    if num_blocks is None:  # as in BLT, a stack between two others
+        raise UnsupportedModelError(
+            f"Expected a config that says how many blocks {type(skeleton).__name__} has, found {type(config).__name__} "
+            "without num_hidden_layers. Choose a model whose decoder is a single stack of blocks."
+        )
     lengths = _module_lists(skeleton, skeleton.get_decoder()) or _module_lists(skeleton, skeleton)
     found = [name for name, length in lengths.items() if length == num_blocks] or list(lengths)
     depth = min((name.count(".") for name in found), default=0)

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.models.block_layout import BlockLayout
+from hsplit_flwr.models.failures import first_line
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.models.trial import config_key, trial_batch, tried_model
 
@@ -82,7 +83,7 @@ def _finding(model: PreTrainedModel, layout: BlockLayout) -> str | None:
 
 def stops(error: Exception) -> str:
     """What a model's own code says that runs as a whole, and not in parts."""
-    return f"that it stops when it is cut: {str(error).strip().partition(chr(10))[0]:.160}"
+    return f"that it stops when it is cut: {first_line(error)}"
 
 
 def _difference(model: PreTrainedModel, layout: BlockLayout) -> str | None:

@@ -18,13 +18,18 @@ from filelock import FileLock, Timeout
 from hsplit_flwr.common.cache_folder import cache_folder
 from hsplit_flwr.errors import ConfigError, UnsupportedModelError
 from hsplit_flwr.models.block_layout import parameters_on_meta
+from hsplit_flwr.models.gguf_rope import FREQUENCIES, read_rope
 from hsplit_flwr.models.gguf_tokenizer import cut_words_as
 
 CONVERSION_LIMIT_S = 1800.0
 """how long to wait for another process that converts the same file"""
 
-FORMAT = 2
-"""of converted folders; since 2 words are cut as the file says"""
+FORMAT = 3
+"""of converted folders; since 2 words are cut as the file says, since 3 angles are scaled as it says"""
+
+_KEYS_LEFT_OUT = {"gpt2.context_length": "n_positions", "qwen3.attention.key_length": "head_dim"}
+_READS_ROPE = frozenset(["gpt-oss"])
+"""architectures whose scaled positions transformers reads"""
 
 _log = logging.getLogger(__name__)
 
@@ -85,11 +90,16 @@ def _tokenizer(gguf: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def _left_out(path: Path) -> dict[str, Any]:
-    """What the file says and transformers does not read: how many positions a GPT-2 has."""
+    """What the file says and transformers does not read: positions of GPT-2, Qwen3's width of heads, scaled angles."""
     from gguf import GGUFReader
 
-    positions = GGUFReader(path).fields.get("gpt2.context_length")
-    return {"n_positions": positions.contents()} if positions else {}
+    reader = GGUFReader(path)
+    said = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+    found = {config_key: said.get(key) for key, config_key in _KEYS_LEFT_OUT.items()}
+    if said["general.architecture"] not in _READS_ROPE:
+        divisors = next((torch.tensor(t.data) for t in reader.tensors if t.name == FREQUENCIES), None)
+        found["rope_parameters"] = read_rope(said, divisors)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _dequantised(gguf: Path) -> transformers.PreTrainedModel:

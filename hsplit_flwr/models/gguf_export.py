@@ -84,7 +84,9 @@ def _arrays(model: "PreTrainedModel", layout: Layout, dtype: str) -> Iterator[tu
     import gguf
 
     architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == layout.architecture)
-    names = gguf.get_tensor_name_map(architecture, layout.figures(model.config)["block_count"])
+    names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    for name, tensor in layout.further(model.config):
+        yield name, _stored(name, tensor, "F32"), gguf.GGMLQuantizationType.F32
     tied = set(model.all_tied_weights_keys)
     for name, weight in model.state_dict().items():
         if name in tied:

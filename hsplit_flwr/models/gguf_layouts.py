@@ -3,17 +3,20 @@
 As its own converter does (``convert_hf_to_gguf.py``); what it would compute otherwise than transformers is refused.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
 from hsplit_flwr.errors import UnsupportedModelError
+from hsplit_flwr.models.gguf_rope import FREQUENCIES, rope_divisors, rope_figures
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ELSE = "Convert its merged_model with llama.cpp's convert_hf_to_gguf.py."
+
+Figure = int | float | str
 
 
 class Layout(Protocol):
@@ -22,7 +25,7 @@ class Layout(Protocol):
     architecture: str
     """by llama.cpp's name"""
 
-    def figures(self, config: "PretrainedConfig") -> Mapping[str, int | float]:
+    def figures(self, config: "PretrainedConfig") -> Mapping[str, Figure]:
         """What a file says of the model, by the key after ``ARCHITECTURE.``
 
         Raises:
@@ -34,21 +37,20 @@ class Layout(Protocol):
         """`weight` of the parameter `name` with rows and columns as llama.cpp wants them."""
         ...
 
+    def further(self, config: "PretrainedConfig") -> Iterator[tuple[str, Tensor]]:
+        """Tensors that are no parameters, by llama.cpp's name (float32)."""
+        ...
 
-class LlamaLayout:
-    """LLaMA, and what computes the same: Mistral without a window, SmolLM2."""
 
-    architecture = "llama"
+class _GatedLayout:
+    """What LLaMA and Qwen have alike: rotary positions, and feed-forward layers with a gate."""
 
-    def figures(self, config: "PretrainedConfig") -> dict[str, int | float]:
+    def figures(self, config: "PretrainedConfig") -> dict[str, Figure]:
         """See `Layout`."""
-        rope: dict[str, Any] = dict(config.rope_parameters or {})
         window = getattr(config, "sliding_window", None)
         _require("hidden_act", config.hidden_act, "silu", config.hidden_act == "silu")
         for bias in ("attention_bias", "mlp_bias"):
             _require(bias, getattr(config, bias, False), False, not getattr(config, bias, False))
-        kind = rope.get("rope_type", "default")
-        _require("rope_type", kind, "default (scaled ones are not written)", kind == "default")
         fits = window is None or window >= config.max_position_embeddings
         _require("sliding_window", window, "none within the positions", fits)
         width = _head_width(config)
@@ -63,9 +65,21 @@ class LlamaLayout:
             "attention.key_length": width,
             "attention.value_length": width,
             "rope.dimension_count": width,
-            "rope.freq_base": float(rope["rope_theta"]),
+            **rope_figures(config),
             "vocab_size": config.vocab_size,
         }
+
+    def further(self, config: "PretrainedConfig") -> Iterator[tuple[str, Tensor]]:
+        """See `Layout`."""
+        divisors = rope_divisors(config, _head_width(config))
+        if divisors is not None:
+            yield FREQUENCIES, divisors
+
+
+class LlamaLayout(_GatedLayout):
+    """LLaMA, and what computes the same: Mistral without a window, SmolLM2."""
+
+    architecture = "llama"
 
     def arranged(self, name: str, weight: Tensor, config: "PretrainedConfig") -> Tensor:
         """Queries and keys, whose pairs for rotation stand side by side in llama.cpp and half a head apart here."""
@@ -76,12 +90,29 @@ class LlamaLayout:
         return halves.transpose(1, 2).reshape(weight.shape)
 
 
+class QwenLayout(_GatedLayout):
+    """Qwen2, whose queries, keys and values have biases, and Qwen3, whose queries and keys are normalized."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+
+    def figures(self, config: "PretrainedConfig") -> dict[str, Figure]:
+        """See `Layout`."""
+        kind = (config.rope_parameters or {}).get("rope_type", "default")
+        _require("rope_type", kind, "default, linear or yarn", kind != "llama3")
+        return super().figures(config)
+
+    def arranged(self, name: str, weight: Tensor, config: "PretrainedConfig") -> Tensor:
+        """As it is: llama.cpp rotates pairs that are half a head apart here, too."""
+        return weight
+
+
 class Gpt2Layout:
     """GPT-2, which keeps its weights transposed."""
 
     architecture = "gpt2"
 
-    def figures(self, config: "PretrainedConfig") -> dict[str, int | float]:
+    def figures(self, config: "PretrainedConfig") -> dict[str, Figure]:
         """See `Layout`."""
         act = config.activation_function
         _require("activation_function", act, "gelu_new", act in ("gelu_new", "gelu_pytorch_tanh"))
@@ -102,8 +133,18 @@ class Gpt2Layout:
         conv = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
         return weight.T if conv else weight
 
+    def further(self, config: "PretrainedConfig") -> Iterator[tuple[str, Tensor]]:
+        """None."""
+        return iter(())
 
-LAYOUTS: Mapping[str, Layout] = {"llama": LlamaLayout(), "mistral": LlamaLayout(), "gpt2": Gpt2Layout()}
+
+LAYOUTS: Mapping[str, Layout] = {
+    "llama": LlamaLayout(),
+    "mistral": LlamaLayout(),
+    "qwen2": QwenLayout("qwen2"),
+    "qwen3": QwenLayout("qwen3"),
+    "gpt2": Gpt2Layout(),
+}
 """by transformers' ``model_type``"""
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.gguf_layouts import Layout
+from hsplit_flwr.models.gguf_rope import read_rope
 from hsplit_flwr.models.gguf_tokenizer import tokenizer_figures
 
 if TYPE_CHECKING:
@@ -72,12 +73,15 @@ def _said(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", layout
 
 
 def _require_alike(like: Path, fields: Mapping[str, Any], said: Mapping[str, Any]) -> None:
-    """Figures and tokens that both sides state are the same; a tokenizer that cuts words otherwise is told of."""
+    """Figures and tokens that both sides state are the same; a tokenizer that cuts words otherwise is told of.
+
+    Scaled positions are the same also where one side states none: a file without them is of a shorter context.
+    """
     for key, value in said.items():
         if key not in fields or (key.startswith("tokenizer.") and key not in (*MATTERS, CUT)):
             continue
         told = fields[key].contents()
-        if told == value or (isinstance(value, float) and math.isclose(told, value, rel_tol=1e-6)):
+        if _alike(told, value):
             continue
         if key == CUT:
             _log.warning(
@@ -90,6 +94,20 @@ def _require_alike(like: Path, fields: Mapping[str, Any], said: Mapping[str, Any
             f"Expected the GGUF file of the model's base, found {key} = {_short(told)} in {like} where the model has "
             f"{_short(value)}. Give the right file, or none."
         )
+    figures = {key: field.contents() for key, field in fields.items() if not key.startswith("tokenizer.")}
+    told_rope = read_rope(figures, None)
+    if not _alike(told_rope, own_rope := read_rope(said, None)):
+        raise ConfigError(
+            f"Expected the GGUF file of the model's base, found positions {told_rope or 'as they are'} in {like} where "
+            f"the model has {own_rope or 'them as they are'}. Give the right file, or none."
+        )
+
+
+def _alike(told: Any, value: Any) -> bool:
+    """Whether they are the same, as far as a file's float32 says."""
+    if isinstance(value, dict) and isinstance(told, dict):
+        return told.keys() == value.keys() and all(_alike(told[key], value[key]) for key in value)
+    return bool(told == value or (isinstance(value, float) and math.isclose(told, value, rel_tol=1e-6)))
 
 
 def _short(value: Any) -> str:

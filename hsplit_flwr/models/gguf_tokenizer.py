@@ -1,4 +1,4 @@
-"""A tokenizer as llama.cpp reads it: byte-level BPE with a way to cut words that llama.cpp has by a name.
+"""A tokenizer as llama.cpp reads it: of SentencePiece's kind, or byte-level BPE that cuts words in a way with a name.
 
 llama.cpp has these ways in its code, and a file names one. A wrong name would give other tokens without a word, so only
 those are written that are known here, compared with what the tokenizer itself says.
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.models.gguf_layouts import ELSE
+from hsplit_flwr.models.gguf_sentencepiece import is_sentencepiece, sentencepiece_figures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ LLAMA_3 = (
     "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}"
     "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
 )
+QWEN_2 = LLAMA_3.replace("{1,3}", "")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """llama.cpp's types of tokens"""
 
@@ -35,8 +37,11 @@ CUTS: Mapping[str, list[dict[str, Any]]] = {
     "gpt-2": [_bytes(regex=True)],
     "smollm": [{"type": "Digits", "individual_digits": True}, _bytes(regex=True)],
     "llama-bpe": _split(LLAMA_3),
+    "qwen2": _split(QWEN_2),
 }
 """llama.cpp's name of a way to cut words -> the steps of a tokenizer of the package tokenizers"""
+NORMALIZERS = {"qwen2": "NFC"}
+"""what a tokenizer may do before: Qwen's composes letters and accents, as texts mostly are; llama.cpp leaves it out"""
 SAME_AS_READ = frozenset(["default", "llama-spm"])
 """names that say nothing of words: SentencePiece, and what files say that were made before there were names"""
 IGNORES_MERGES = frozenset(["llama-bpe"])
@@ -51,19 +56,16 @@ def tokenizer_figures(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> 
         vocab_size: rows of the model's embeddings; ids beyond the tokenizer's become unused tokens.
 
     Raises:
-        UnsupportedModelError: not byte-level BPE, or a way to cut words that is not in `CUTS`.
+        UnsupportedModelError: neither kind, a way to cut words that is not in `CUTS`, or see `sentencepiece_figures`.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
     tokens, types = _tokens(tokenizer, vocab_size)
-    figures = {
-        "ggml.model": "gpt2",
-        "ggml.pre": _cut(backend),
-        "ggml.tokens": tokens,
-        "ggml.token_type": types,
-        "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]],
-        "ggml.add_space_prefix": False,
-        **_ends(tokenizer),
-    }
+    if is_sentencepiece(backend):
+        added = tokenizer.added_tokens_decoder.keys()
+        figures = sentencepiece_figures(backend, tokens, types, added, tokenizer.unk_token_id)
+    else:
+        figures = _byte_level_figures(backend, tokens, types)
+    figures |= _ends(tokenizer)
     for name, found in (("bos", "bos"), ("eos", "eos"), ("unknown", "unk"), ("padding", "pad")):
         number = getattr(tokenizer, f"{found}_token_id")
         if number is not None:
@@ -72,6 +74,17 @@ def tokenizer_figures(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> 
     if isinstance(template, dict):
         template = template.get("default")
     return {**figures, "chat_template": template} if template else figures
+
+
+def _byte_level_figures(backend: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
+    return {
+        "ggml.model": "gpt2",
+        "ggml.pre": _cut(backend),
+        "ggml.tokens": tokens,
+        "ggml.token_type": types,
+        "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in backend["model"]["merges"]],
+        "ggml.add_space_prefix": False,
+    }
 
 
 def cut_words_as(tokenizer: "PreTrainedTokenizerBase", name: str) -> bool:
@@ -93,10 +106,10 @@ def _cut(backend: Mapping[str, Any]) -> str:
     model = backend["model"]
     steps = _steps(backend.get("pre_tokenizer"))
     normalizer = (backend.get("normalizer") or {}).get("type")
-    if model["type"] == "BPE" and not model.get("byte_fallback"):
+    if model["type"] == "BPE":
         for name, known in CUTS.items():
             merges_alike = bool(model.get("ignore_merges")) == (name in IGNORES_MERGES)
-            if steps == known and merges_alike and normalizer is None:
+            if steps == known and merges_alike and normalizer in (None, NORMALIZERS.get(name)):
                 return name
     found = json.dumps(backend.get("pre_tokenizer"))[:200]
     raise UnsupportedModelError(

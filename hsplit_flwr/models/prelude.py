@@ -9,6 +9,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from hsplit_flwr.errors import UnsupportedModelError
+from hsplit_flwr.models.failures import first_line
 from hsplit_flwr.models.views import WrappedBlock, graft, path_to
 
 
@@ -66,7 +67,7 @@ def used_before_blocks(
         }
         return frozenset(used), shape[2:]
     except Exception as error:
-        raise _not_run(skeleton, blocks, f"a pass that failed before them ({error!r})") from error
+        raise _not_run(skeleton, blocks, f"a pass that stops before them: {first_line(error)}") from error
     raise _not_run(skeleton, blocks, "a pass without them")
 
 

@@ -1,11 +1,12 @@
 """A small model to try things on before the model itself is used: its miniature, or itself where that does not run."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from hsplit_flwr.errors import UnsupportedModelError
 from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton, find_layout
+from hsplit_flwr.models.failures import cause, first_line
 from hsplit_flwr.models.miniature import narrow, random_model
 
 LARGEST = 150_000_000
@@ -36,7 +37,7 @@ def tried_model(config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]
             return _as_it_is(config)
         raise UnsupportedModelError(
             f"Expected a model of type {config.model_type!r} to be tried in head and tail first, found one of {size:,} "
-            f"parameters whose miniature does not run ({one_line(error)}). Choose another architecture."
+            f"parameters whose miniature does not run ({first_line(error)}). Choose another architecture."
         ) from error
 
 
@@ -47,8 +48,8 @@ def _as_it_is(config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"Expected a model of type {config.model_type!r} that runs in one piece, found {cause(error)}. "
-            "Check its config.json, or choose another model."
+            f"Expected a model of type {config.model_type!r} that runs in one piece, on token ids and an attention "
+            f"mask, found {cause(error)}. Check its config.json, or choose another model."
         ) from error
 
 
@@ -64,26 +65,6 @@ def _built(config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
 
 def _size(skeleton: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in skeleton.parameters())
-
-
-def one_line(error: Exception) -> str:
-    """An error of a model's own code, for a message."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.200}"
-
-
-def cause(error: Exception) -> str:
-    """An error of a model's own code, and the innermost module that it happened in."""
-    return f"an error in {innermost_module(error)}: {one_line(error)}"
-
-
-def innermost_module(error: Exception) -> str:
-    """The class of the innermost module that raised; ``the step`` where none did."""
-    module, frame = "the step", error.__traceback__
-    while frame:
-        owner = frame.tb_frame.f_locals.get("self")
-        module = type(owner).__name__ if isinstance(owner, nn.Module) else module
-        frame = frame.tb_next
-    return module
 
 
 def trial_batch(config: PretrainedConfig, seed: int = 1) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """docs/models.md, from the figures of models.py."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +13,11 @@ _PREFACE = """# Models
 Which architectures can be split: the decoders of transformers {transformers}, each tried on a tiny model with random
 weights against transformers and PEFT {peft} in one piece. Written by
 `python simulations/benchmarks/models.py --json simulations/evidence/models.json --table docs/models.md`
-at commit {commit}; `simulations/evidence/models.json` has every figure.
+at {commits}; `simulations/evidence/models.json` has every figure.
 
 **Of {total} model types {works} work in every column, {refused} are refused before a run, {partly} in one column.**
-{silent} compute wrong numbers without a word, {raw} end in anything but a refusal that names the reason. {not_run} were
-not run, because transformers itself does not run the tiny config: they say nothing.
+{silent} compute wrong numbers without a word, {raw} end in anything but a refusal that names the reason.
+{without} of the refused ones transformers itself does not run on tokens alone either{not_run}.
 
 * *cut*: logits and losses of head and tail equal the whole model's at every cut; rows full, padded right, padded left
   (1e-5 of the largest)
@@ -41,22 +41,30 @@ def document(figures: Mapping[str, Any]) -> str:
     preface = _PREFACE.format(
         transformers=figures["versions"]["transformers"],
         peft=figures["versions"]["peft"],
-        commit=str(figures["commit"])[:7],
+        commits=_commits(figures),
         works=figures["works"],
         total=len(rows),
         refused=figures["refused"],
         partly=figures["partly_refused"],
         silent=figures["silent_differences"],
         raw=figures["raw_errors"],
-        not_run=figures["not_run"],
+        without=sum(bool(row["not_run"]) for row in rows if row["cells"]),
+        not_run=f"; {figures['not_run']} more were not run for that, and say nothing" if figures["not_run"] else "",
     )
     tried = [row for row in rows if row["cells"]]
     whole = [row for row in tried if not _same_refusal(row)]
     header = ["model type", *COLUMNS, _LARGEST]
     table = format_table(header, [_cells(row) for row in whole], markdown=True, left_aligned=1 + len(COLUMNS))
-    return (
-        f"{preface}## Tried\n\n{table}\n\n## Refused, and why\n\n{_reasons(tried)}\n\n## Not run\n\n{_not_run(rows)}\n"
-    )
+    parts = {"Tried": table, "Refused, and why": _reasons(tried), "Not run": _not_run(rows)}
+    return preface + "\n".join(f"## {title}\n\n{part}\n" for title, part in parts.items() if part)
+
+
+def _commits(figures: Mapping[str, Any]) -> str:
+    """The commit that the rows were made at, or each one with its rows."""
+    made = Counter(str(row.get("commit", figures["commit"]))[:7] for row in figures["rows"])
+    if len(made) == 1:
+        return f"commit {next(iter(made))}"
+    return " and ".join(f"commit {commit} ({number} rows)" for commit, number in made.items())
 
 
 def _same_refusal(row: Mapping[str, Any]) -> bool:

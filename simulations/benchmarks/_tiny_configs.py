@@ -36,7 +36,8 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"rotary_dim", 8),
     (r".*lora_rank|adapter_rank|laurel_rank|hc_lowrank|.*_rank", 8),
     (r"hidden_size_per_layer_input", 8),
-    (r"hidden_size|n_embd|d_model|emb_dim|embedding_dim|input_embedding_size|output_embedding_size|lru_width", 32),
+    (r"hidden_size|hidden_size_global|backbone_hidden_size|adapter_(in|out)_dim|adapter_input_size|n_embd|d_model", 32),
+    (r"emb_dim|embedding_dim|ple_embed_dim|input_embedding_size|output_embedding_size|lru_width", 32),
     (r"word_embed_proj_dim|embedding_size|router_hidden_size", 16),
     (r"mamba_d_ssm|mamba_intermediate", 64),
     (r".*(intermediate|ffn|inner|dff|d_ff|dim_ff|feed_forward).*", 64),
@@ -53,6 +54,26 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"block_size|index_block_size|mamba_chunk_size", 8),
 )
 """(how configs call it, its tiny value); the first that matches holds"""
+_WITHOUT_LAYER_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+_QWEN4 = {
+    "ple_layer_ids": [1, 3],
+    "ngram_vocab_size_base": 50,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 4,
+    "heads_per_ngram": 2,
+    "layer_types": ["linear_attention", "indexed_attention"] * 2,
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+    "eos_token_id": 1,
+}
+_GEMMA3N = {
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "activation_sparsity_pattern": [0.0] * BLOCKS,
+}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], BLOCKS // 2]]},
@@ -75,24 +96,37 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid", "hybrid"]},
-    "gemma3n_text": {
-        "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
-        "activation_sparsity_pattern": [0.0] * BLOCKS,
-    },
+    "gemma3n": {"text_config": _GEMMA3N},
+    "gemma3n_text": _GEMMA3N,
+    "blt": {"encoder_hash_byte_group_vocab": 64, "local_attention_window_len": 4},
+    "dbrx": {"d_model": 32, "attn_config": {"rope_theta": 10_000.0, "kv_n_heads": 2, "clip_qkv": 8}},
+    "dots3_note": {"vision_config": {"mlp_layer_types": ["dense", "sparse"] * 2}},
+    "gemma4_assistant": {"text_config": {**_WITHOUT_LAYER_INPUTS, "num_kv_shared_layers": BLOCKS}},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)},
 }
 """what one model type wants beside: sizes that belong together, or have no default"""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {**_WITHOUT_LAYER_INPUTS, "num_kv_shared_layers": 30}},
+}
+"""what a model type wants to be made at all, where its own defaults contradict each other"""
 _KEY_VALUE_HEADS = re.compile(r"(swa_)?(num_key_value_heads|num_kv_heads|kv_n_heads)")
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """A tiny config of `model_type`, without dropout that matters (models run in eval mode)."""
     kind = CONFIG_MAPPING[model_type]
-    settings = _tiny(kind()) | SETTINGS.get(model_type, {})
+    settings = _joined(_tiny(kind(**DEFAULTS.get(model_type, {}))), SETTINGS.get(model_type, {}))
     if kind in MODEL_FOR_MASKED_LM_MAPPING and not kind.is_encoder_decoder:
         settings["is_decoder"] = True  # as for tokens that attend to earlier ones alone
     return kind(**settings)
+
+
+def _joined(settings: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with the `others`, which hold where both say something; so do configs inside."""
+    both = {key for key in settings.keys() & others.keys() if isinstance(settings[key], dict)}
+    return settings | others | {key: _joined(settings[key], others[key]) for key in both}
 
 
 def written_as(config: PretrainedConfig, key: str) -> str:

@@ -12,7 +12,12 @@ in a process of its own, with a time limit, against transformers and PEFT in one
 * export: the merged model and the PEFT adapter, read by transformers and PEFT
 
 ``silent_differences`` (wrong numbers without a word) and ``raw_errors`` (anything but a refusal that names the reason)
-must be 0. ``works`` counts rows where every cell works.
+must be 0. ``works`` counts rows where every cell works. What transformers itself does not run on tokens alone has to be
+refused, too; a row is ``not_run`` only if it is not.
+
+Some rows again, the others as they stand in an earlier file; each row keeps the commit that it was made at:
+
+    python simulations/benchmarks/models.py --json OUT --onto simulations/evidence/models.json --models gemma3n blt
 """
 
 import argparse
@@ -39,6 +44,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 SEED = 0
 LIMIT_S = 180.0
 POLL_S = 0.05
+ORIGIN = ("commit", "command", "run_again", "before")
+"""what tells how figures that are kept were made"""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,15 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['model_type']:28} {cells or 'not run: ' + row['not_run']}"
 
 
+def beside(rows: Sequence[dict[str, Any]], earlier: dict[str, Any], origin: dict[str, Any]) -> list[dict[str, Any]]:
+    """These rows and those of an `earlier` file that were not made again, in transformers' order."""
+    if earlier["versions"] != origin["versions"]:
+        raise SystemExit(f"Expected rows made with {origin['versions']}, found {earlier['versions']}. Make all again.")
+    kept = [{"commit": earlier["commit"], **row} for row in earlier["rows"]]
+    by_type = {row["model_type"]: row for row in [*kept, *rows]}
+    return [by_type[name] for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in by_type]
+
+
 def figures_of(rows: Sequence[dict[str, Any]], origin: dict[str, Any]) -> dict[str, Any]:
     """The rows and what they come to."""
     statuses = [{cell["status"] for cell in row["cells"].values()} for row in rows]
@@ -116,6 +132,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
     parser.add_argument("--table", type=Path, help="where the document with the table goes")
     parser.add_argument("--models", nargs="+", metavar="TYPE", help="model types (default: all)")
+    parser.add_argument("--onto", type=Path, help="figures of an earlier run, whose other rows are kept")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for one row")
     parser.add_argument("--workers", type=int, default=1, help="rows at a time")
     arguments = parser.parse_args()
@@ -125,7 +142,12 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     origin = provenance(SEED)  # of the code that runs, not of what is checked out when it ends
     model_types = arguments.models or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    figures = figures_of(run(model_types, arguments.limit, arguments.workers), origin)
+    rows = [{**row, "commit": origin["commit"]} for row in run(model_types, arguments.limit, arguments.workers)]
+    if arguments.onto:
+        earlier = json.loads(arguments.onto.read_text(encoding="utf-8"))
+        rows = beside(rows, earlier, origin)
+        origin |= {"before": {key: earlier[key] for key in ORIGIN if key in earlier}}
+    figures = figures_of(rows, origin)
     arguments.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     if arguments.table:
         arguments.table.write_text(document(figures), encoding="utf-8")

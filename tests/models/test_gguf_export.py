@@ -6,16 +6,16 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from tokenizers import Regex, decoders, pre_tokenizers
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
-    PreTrainedModel,
+    OlmoConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from hsplit_flwr.cli import main
@@ -29,55 +29,15 @@ from hsplit_flwr.models.gguf_export import write_gguf
 from hsplit_flwr.models.gguf_tokenizer import LLAMA_3, tokenizer_figures
 from hsplit_flwr.models.trained import load_trained
 from tests.helpers.chats import CHATML, tokenizer
-
-VOCABULARY = 1540
-"""four rows more than the tokenizer has tokens, as many published models have"""
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
-    "rms_norm_eps": 3e-5,
-}
-TEXTS = ["The Mill is a pub.", "It's 2,345 metres away!\n\n  Ünïcode 日本 🙂", "<|endoftext|> inside"]
-
-
-def small(config: Any = None) -> PreTrainedModel:
-    torch.manual_seed(5)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config or LlamaConfig(**SMALL)).eval()
-    for weight in model.parameters():  # norms of 1 would hide that they are lost
-        torch.nn.init.normal_(weight, std=0.3)
-    return model
-
-
-def read(path: Path) -> PreTrainedModel:
-    """As transformers reads it, which does not take GPT-2's positions from the file."""
-    said = fields(path)
-    options = {"n_positions": said["gpt2.context_length"]} if "gpt2.context_length" in said else {}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, **options
-    )
-    return model.eval()
-
-
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(torch.arange(5, 37)[None]).logits
-    return found
-
-
-def fields(path: Path) -> dict[str, Any]:
-    return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
-
+from tests.helpers.gguf_files import SMALL, TEXTS, VOCABULARY, fields, logits, read, small
 
 CONFIGS = {
     "grouped queries": LlamaConfig(**SMALL),
     "tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
     "wide heads": LlamaConfig(**{**SMALL, "head_dim": 16}),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen2, tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16, tie_word_embeddings=True),
     "mistral": MistralConfig(**SMALL, sliding_window=None),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=48, n_layer=2, n_head=4, layer_norm_epsilon=3e-5),
 }
@@ -208,13 +168,11 @@ def relabelled(source: Path, target: Path, changes: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Qwen2Config(**SMALL), "one of the types llama, mistral, gpt2 for GGUF, found 'qwen2'"),
+        (OlmoConfig(**SMALL), "one of the types llama, mistral, qwen2, qwen3, gpt2 for GGUF, found 'olmo'"),
+        (Qwen3Config(**SMALL, attention_bias=True), "Expected attention_bias as False for GGUF, found True"),
+        (Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=16), "Expected sliding_window as none within"),
         (LlamaConfig(**SMALL, attention_bias=True), "Expected attention_bias as False for GGUF, found True"),
         (LlamaConfig(**SMALL, hidden_act="gelu"), "Expected hidden_act as silu"),
-        (
-            LlamaConfig(**{**SMALL, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
-            "Expected rope_type as default",
-        ),
         (MistralConfig(**SMALL, sliding_window=16), "Expected sliding_window as none within the positions"),
         (GPT2Config(vocab_size=VOCABULARY, n_embd=48, n_layer=1, n_head=4, activation_function="relu"), "as gelu_new"),
         (LlamaConfig(**{**SMALL, "vocab_size": 300}), "found 1236 beyond it"),
@@ -280,6 +238,17 @@ def test_llama_3s_way_to_cut_words_reads_back(tmp_path: Path) -> None:
     assert [back(text)["input_ids"] for text in TEXTS] == [own(text)["input_ids"] for text in TEXTS]
 
 
+def test_qwens_way_to_cut_words_reads_back(tmp_path: Path) -> None:
+    """Each digit for itself, and letters composed before; llama.cpp has it as "qwen2"."""
+    split = pre_tokenizers.Split(Regex(LLAMA_3.replace("{1,3}", "")), behavior="isolated")
+    own = cutting([split, BYTES])
+    own.backend_tokenizer.normalizer = normalizers.NFC()
+    write_gguf(small(Qwen2Config(**SMALL)), own, tmp_path / "own.gguf")
+    assert fields(tmp_path / "own.gguf")["tokenizer.ggml.pre"] == "qwen2"
+    back = AutoTokenizer.from_pretrained(tmp_path, gguf_file="own.gguf")
+    assert [back(text)["input_ids"] for text in TEXTS] == [own(text)["input_ids"] for text in TEXTS]
+
+
 def test_smollms_way_to_cut_words_is_named() -> None:
     digits = pre_tokenizers.Digits(individual_digits=True)
     assert tokenizer_figures(cutting([digits, WORDS]), VOCABULARY)["ggml.pre"] == "smollm"
@@ -290,7 +259,7 @@ def test_smollms_way_to_cut_words_is_named() -> None:
     [
         [pre_tokenizers.Digits(individual_digits=False), WORDS],
         [pre_tokenizers.ByteLevel(add_prefix_space=True)],
-        [pre_tokenizers.Split(Regex(LLAMA_3.replace("{1,3}", "")), behavior="isolated"), BYTES],
+        [pre_tokenizers.Split(Regex(LLAMA_3.replace("{1,3}", "{2}")), behavior="isolated"), BYTES],
         [pre_tokenizers.Split(Regex(LLAMA_3), behavior="isolated"), BYTES],  # merges before whole words
         [pre_tokenizers.Metaspace()],
     ],

@@ -1,6 +1,7 @@
 """One model of each kind of architecture, through the same checks as docs/models.md; and that document."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "simulations" / "benchmarks"))
 
 import _model_row  # noqa: E402
 import _models_table  # noqa: E402
+import models  # noqa: E402
 from _tiny_configs import tiny_config  # noqa: E402
 
 STORED = ROOT / "simulations" / "evidence" / "models.json"
@@ -104,11 +106,42 @@ def test_a_missing_expert_is_named_before_anything_trains(tmp_path: Path) -> Non
         ("zamba2", "its blocks also read original_hidden_states"),
         ("cpmant", "hidden states of the shape"),
         ("hrm_text", "one ModuleList with the"),
+        ("qwen4_exp", "its blocks also read ple_input_ids"),
+        ("blt", "how many blocks BltForCausalLM has, found BltConfig without num_hidden_layers"),
     ],
 )
 def test_what_reads_more_than_the_hidden_states_is_refused_by_name(name: str, reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         require_cuttable(tiny_config(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gemma4_assistant", "on token ids and an attention mask, found that .* stops: inputs_embeds and shared_kv"),
+        ("musicgen", "found the encoder-decoder model 'musicgen'"),
+        ("gemma3n", "with, found that one is missing: .* timm|found hidden states of the shape"),
+    ],
+)
+def test_what_tokens_alone_do_not_run_is_refused_by_reason(name: str, reason: str) -> None:
+    """Drafts on another model's keys, a part for images that wants timm: raw errors of transformers' code once."""
+    row = _model_row.model_row(name)
+    assert row["not_run"] or name == "gemma3n"  # with timm it runs, and is refused all the same
+    assert {cell["status"] for cell in row["cells"].values()} == {_model_row.REFUSED}, row
+    assert all(re.search(reason, cell["detail"]) for cell in row["cells"].values()), row
+
+
+def test_rows_that_are_made_again_stand_beside_the_others() -> None:
+    """Each with its own commit, and only where versions are the same: a table must not say more than was run."""
+    stored: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8"))
+    again: dict[str, Any] = {"model_type": "llama", "commit": "f" * 40, "not_run": None, "cells": {}}
+    rows = models.beside([again], stored, stored)
+    assert [row["model_type"] for row in rows] == [row["model_type"] for row in stored["rows"]]
+    assert [row["model_type"] for row in rows if row["commit"] == again["commit"]] == ["llama"]
+    of_gpt2 = next(row for row in stored["rows"] if row["model_type"] == "gpt2")
+    assert {"commit": stored["commit"], **of_gpt2} in rows
+    with pytest.raises(SystemExit, match="Make all again"):
+        models.beside([again], stored, {"versions": {**stored["versions"], "torch": "1.0"}})
 
 
 def test_models_where_padding_changes_later_tokens_are_refused() -> None:

@@ -19,8 +19,8 @@ from hsplit_flwr.errors import HSplitError, UnsupportedModelError
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.block_layout import BlockLayout, block_kinds
+from hsplit_flwr.models.failures import cause, innermost_module
 from hsplit_flwr.models.segments import Segment
-from hsplit_flwr.models.trial import cause, innermost_module
 from hsplit_flwr.planning.costs.grouped_products import GroupedProducts
 from hsplit_flwr.planning.costs.step_recorder import BlockTrace, StepRecorder
 from hsplit_flwr.training.loss import token_losses
