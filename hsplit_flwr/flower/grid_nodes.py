@@ -1,8 +1,8 @@
 """SuperNodes behind Flower's grid: each is asked once who it hosts."""
 
-import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -12,10 +12,7 @@ from hsplit_flwr.federation.roster import NodeAnswer, Roster
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.flower.message_client import CONFIG, config_of
 from hsplit_flwr.flower.messages import PROBE_KEY, unpack_answer
-from hsplit_flwr.flower.nodes import too_few_nodes
-
-NODES_POLL_S = 1.0
-_log = logging.getLogger("hsplit_flwr")
+from hsplit_flwr.flower.nodes import NODES_POLL_S, Answers, ask_nodes, too_few_nodes
 
 
 class GridNodes:
@@ -35,14 +32,18 @@ class GridNodes:
         Raises:
             ConfigError: not enough nodes in time, or nobody hosts a client.
         """
-        online = {str(node) for node in self._wait_for_nodes(grid)}
-        new = self.roster.unknown(sorted(online, key=int))
-        questions = {node: self._question(node) for node in new}
+
+        def find() -> list[str]:
+            return [str(node) for node in sorted(self._wait_for_nodes(grid))]
+
+        ask_nodes(self.roster, find, partial(self._ask_all, grid), self._server.config.min_nodes)
+        return self.roster
+
+    def _ask_all(self, grid: Grid, nodes: list[str]) -> Answers:
+        questions = {node: self._question(node) for node in nodes}
         replies = grid.send_and_receive(list(questions.values()), timeout=self._server.config.wait_for_nodes_s)
         answers = {str(reply.metadata.src_node_id): reply for reply in replies}
-        read = {node: _read_answer(node, answers.get(node), config_of(questions[node])) for node in new}
-        self.roster.update(online, {node: answer for node, answer in read.items() if answer})
-        return self.roster
+        return {node: _read_answer(answers.get(node), config_of(question)) for node, question in questions.items()}
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         config = self._server.config
@@ -59,11 +60,10 @@ class GridNodes:
         return Message(content, int(node), MessageType.QUERY, ttl=self._server.config.wait_for_nodes_s, group_id="0")
 
 
-def _read_answer(node: str, reply: Message | None, question: Mapping[str, Any]) -> NodeAnswer | None:
+def _read_answer(reply: Message | None, question: Mapping[str, Any]) -> NodeAnswer | Exception:
     try:
         if reply is None or reply.has_error():
             raise ValueError(reply.error.reason if reply else "no answer")
         return unpack_answer(config_of(reply), with_budgets=PROBE_KEY in question)
     except Exception as error:  # whatever a node answers must not stop the run
-        _log.warning("left out node %s: %r", node, error)
-        return None
+        return error

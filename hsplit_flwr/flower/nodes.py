@@ -1,7 +1,10 @@
 """SuperNodes behind Flower's client manager: each is asked once who it hosts."""
 
 import logging
+import time
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 from flwr.common import GetPropertiesIns
 from flwr.server.client_manager import ClientManager
@@ -16,6 +19,11 @@ from hsplit_flwr.flower.restarts import UnlostGrid, restarts_of
 
 _log = logging.getLogger("hsplit_flwr")
 MOST_ASKED_AT_A_TIME = 32
+NODES_POLL_S = 1.0
+ASK_AGAIN_S = 30.0
+"""that nodes which do not answer are asked again; about as long as Flower takes for there what is gone"""
+Answers: TypeAlias = Mapping[str, NodeAnswer | Exception]
+"""node -> what it says of itself, or why it says nothing"""
 
 
 class ConnectedNodes:
@@ -39,16 +47,16 @@ class ConnectedNodes:
             ConfigError: not enough nodes in time, or nobody hosts a client.
         """
         config = self._server.config
-        if not client_manager.wait_for(config.min_nodes, timeout=int(config.wait_for_nodes_s)):
-            raise too_few_nodes(config.min_nodes, config.wait_for_nodes_s, client_manager.num_available())
-        self._proxies = dict(client_manager.all())
-        for proxy in self._proxies.values():
-            self._outlive_restarts(proxy)
-        new = self.roster.unknown(self._proxies)
-        questions = [self._question(node) for node in new]  # before the threads: asking about links opens the tail
-        with ThreadPoolExecutor(max_workers=MOST_ASKED_AT_A_TIME) as pool:
-            answers = dict(zip(new, pool.map(self._ask, new, questions), strict=True))
-        self.roster.update(self._proxies, {node: answer for node, answer in answers.items() if answer})
+
+        def find() -> Collection[str]:
+            if not client_manager.wait_for(config.min_nodes, timeout=int(config.wait_for_nodes_s)):
+                raise too_few_nodes(config.min_nodes, config.wait_for_nodes_s, client_manager.num_available())
+            self._proxies = dict(client_manager.all())
+            for proxy in self._proxies.values():
+                self._outlive_restarts(proxy)
+            return list(self._proxies)
+
+        ask_nodes(self.roster, find, self._ask_all, config.min_nodes)
         return self.roster
 
     def _outlive_restarts(self, proxy: ClientProxy) -> None:
@@ -65,13 +73,49 @@ class ConnectedNodes:
         task = self._server.probe_task(node)
         return GetPropertiesIns(config={PROBE_KEY: task.to_json()} if task else {})
 
-    def _ask(self, node: str, question: GetPropertiesIns) -> NodeAnswer | None:
+    def _ask_all(self, nodes: list[str]) -> Answers:
+        questions = [self._question(node) for node in nodes]  # before the threads: asking about links opens the tail
+        with ThreadPoolExecutor(max_workers=MOST_ASKED_AT_A_TIME) as pool:
+            return dict(zip(nodes, pool.map(self._ask, nodes, questions), strict=True))
+
+    def _ask(self, node: str, question: GetPropertiesIns) -> NodeAnswer | Exception:
         try:
             res = self._proxies[node].get_properties(question, timeout=self._server.config.wait_for_nodes_s, group_id=0)
             return unpack_answer(res.properties, with_budgets=bool(question.config))
         except Exception as error:  # whatever a node answers must not stop the run
-            _log.warning("left out node %s: %r", node, error)
-            return None
+            return error
+
+
+def ask_nodes(
+    roster: Roster, find: Callable[[], Collection[str]], ask: Callable[[list[str]], Answers], min_nodes: int
+) -> None:
+    """Bring `roster` up to date with the nodes that are online, of which new ones are asked who they host.
+
+    A node that does not answer is left out of the round. Where fewer than `min_nodes` are left then, it is asked again
+    for a while, if it is still there: after a restart of the SuperLink nodes are counted that are about to go.
+
+    Args:
+        roster: of the run.
+        find: the nodes that are online now, at least `min_nodes`; raises `ConfigError` if there are not enough in time.
+        ask: node -> its answer, or why there is none.
+        min_nodes: that have to take part.
+
+    Raises:
+        ConfigError: as `find`; or nobody hosts a client.
+    """
+    give_up = time.monotonic() + ASK_AGAIN_S
+    answers: dict[str, NodeAnswer | Exception] = {}
+    while True:
+        online = find()
+        new = [node for node in roster.unknown(online) if not isinstance(answers.get(node), NodeAnswer)]
+        answers |= ask(new)
+        silent = {node: reason for node in new if isinstance(reason := answers[node], Exception)}
+        if len(online) - len(silent) >= min_nodes or not silent or time.monotonic() > give_up:
+            for node, reason in silent.items():
+                _log.warning("left out node %s: %r", node, reason)
+            roster.update(online, {node: said for node, said in answers.items() if isinstance(said, NodeAnswer)})
+            return
+        time.sleep(NODES_POLL_S)
 
 
 def too_few_nodes(expected: int, wait_s: float, found: int) -> ConfigError:

@@ -17,14 +17,16 @@ from flwr.server.compat.grid_client_proxy import GridClientProxy
 
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.federation.roster import NodeAnswer, Roster
 from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.round_server import RoundServer
-from hsplit_flwr.flower import restarts
+from hsplit_flwr.flower import nodes, restarts
 from hsplit_flwr.flower.client import HSplitLoRAClient
 from hsplit_flwr.flower.client_node import ClientNode
 from hsplit_flwr.flower.message_client import client_app
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
 from hsplit_flwr.flower.messages import TASK_KEY
+from hsplit_flwr.flower.nodes import ask_nodes
 from hsplit_flwr.flower.restarts import Restarts, Watched
 from hsplit_flwr.flower.server import HSplitLoRAServer
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
@@ -121,9 +123,9 @@ def test_what_a_restarted_node_lost_costs_its_client_the_round(
     run: Callable[[ThreadGrid], RoundServer], app: Callable[[str], ClientApp], over: threading.Event, trained: bool
 ) -> None:
     grids: list[ThreadGrid] = []
-    nodes: dict[int, ClientApp | Handler] = {100 + int(client): app(client) for client in CLIENTS}
-    nodes[101] = losing_a_message(app("1"), grids, over, trained)
-    grids.append(ThreadGrid(nodes))
+    apps: dict[int, ClientApp | Handler] = {100 + int(client): app(client) for client in CLIENTS}
+    apps[101] = losing_a_message(app("1"), grids, over, trained)
+    grids.append(ThreadGrid(apps))
     started = time.monotonic()
     rounds = run(grids[0])
     assert time.monotonic() - started < ROUND_LIMIT_S / 2
@@ -132,6 +134,49 @@ def test_what_a_restarted_node_lost_costs_its_client_the_round(
     assert any("client 1" in line and "its SuperNode was restarted" in line for line in first.failures)
     assert [client.client_id for client in second.clients] == list(CLIENTS)
     assert second.failures == ()
+
+
+# --- nodes that the SuperLink counts, and that do not answer ---
+
+
+@pytest.fixture
+def roster() -> Roster:
+    return Roster()
+
+
+def test_a_node_that_does_not_answer_is_asked_again_where_it_is_needed(
+    roster: Roster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run went on with one of the two nodes of min-nodes: the other one was about to go."""
+    monkeypatch.setattr(nodes, "NODES_POLL_S", 0.0)
+    asked: list[list[str]] = []
+
+    def ask(new: list[str]) -> dict[str, NodeAnswer | Exception]:
+        asked.append(new)
+        mute = ValueError("no answer")
+        return {node: mute if node == "2" and len(asked) < 4 else NodeAnswer((f"of-{node}",), 0, {}) for node in new}
+
+    ask_nodes(roster, lambda: ["1", "2"], ask, 2)
+    assert sorted(roster.clients) == ["of-1", "of-2"]
+    assert asked == [["1", "2"], ["2"], ["2"], ["2"]]
+
+
+@pytest.mark.parametrize("min_nodes", [1, 2])
+def test_a_node_that_never_answers_ends_nobodys_run(
+    roster: Roster, min_nodes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(nodes, "NODES_POLL_S", 0.01)
+    monkeypatch.setattr(nodes, "ASK_AGAIN_S", 0.1)
+    asked: list[str] = []
+
+    def ask(new: list[str]) -> dict[str, NodeAnswer | Exception]:
+        asked.extend(new)
+        return {node: ValueError("broken") if node == "2" else NodeAnswer((f"of-{node}",), 0, {}) for node in new}
+
+    ask_nodes(roster, lambda: ["1", "2"], ask, min_nodes)
+    assert list(roster.clients) == ["of-1"]
+    assert caplog.text.count("left out node 2: ValueError('broken')") == 1
+    assert (asked.count("2") > 1) == (min_nodes == 2)
 
 
 # --- which messages are lost ---
