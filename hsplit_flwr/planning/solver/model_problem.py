@@ -106,9 +106,11 @@ def _array_headers(costs: "ModelCosts") -> Floats:
 
 def _update_bytes(costs: "ModelCosts", update: UpdateCoding, clients: int, rank: int, tail_ranks: Ints) -> Floats:
     """(C,) of a head's weight updates at most: what `clients` trained, all at `rank`, and the tail's (M,) ranks."""
+    change = costs.workload.change_rank
     tail_rank = dict(zip([matrix.name for matrix in costs.matrices], tail_ranks.tolist(), strict=True))
-    stacked = {name: clients * rank + tail for name, tail in tail_rank.items()}
-    return np.array([costs.delta_bytes(cut, update, stacked, rank) for cut in range(1, costs.num_blocks)], float)
+    stacked = {name: change * (clients * rank + tail) for name, tail in tail_rank.items()}
+    cuts = range(1, costs.num_blocks)
+    return np.array([costs.delta_bytes(cut, update, stacked, change * rank) for cut in cuts], float)
 
 
 def _affine(by_cut: Sequence[float] | Floats) -> tuple[float, float]:
