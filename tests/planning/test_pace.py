@@ -183,6 +183,23 @@ def test_who_cannot_hold_the_floor_is_left_out(costs: ModelCosts, importance: Ma
     assert f"{costs.head_base_bytes(3):,.0f} bytes for the smallest head (cut 3" in found.left_out["weak"]
 
 
+def test_a_rounds_transfers_count_as_often_as_stated(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    """Of a model that stands for a larger one; all other seconds stay."""
+    clients, config = fleet(1, link=1e5), PlannerConfig(ranks=(4,), tail_worth=2.0, deadline_s=math.inf)
+    once, often = (
+        plan(costs, importance, clients, SERVER, replace(config, round_weight=weight)) for weight in (1.0, 10.0)
+    )
+    (head,) = once.clients.values()
+    assert cuts(once) == cuts(often) == [1]
+    up = costs.update_bytes(1, head.ranks) + costs.hello_bytes
+    stacked = {name: 4 + once.tail.ranks.get(name, 0) for name in head.ranks}
+    down = costs.delta_bytes(1, PlannerConfig().update, stacked, 4)
+    assert often.round_s - once.round_s == pytest.approx(9 * (up + down) / 1e5, rel=1e-3)
+    assert often.step_s == pytest.approx(once.step_s)
+    with pytest.raises(ConfigError, match="round_weight"):
+        PlannerConfig(round_weight=0.0)
+
+
 def test_a_floor_that_is_none(costs: ModelCosts, importance: Mapping[str, float]) -> None:
     with pytest.raises(ConfigError, match="min_cut"):
         PlannerConfig(min_cut=0)
