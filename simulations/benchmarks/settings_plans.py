@@ -153,7 +153,7 @@ class Uniform:
             round_weight=weight,
         )
         sides = np.cumsum(np.bincount(problem.matrices.block, [matrix.sides for matrix in costs.matrices]))
-        heads = replace(problem.heads, round_bytes_down=weight * 4 * self.rank * sides[:-1])
+        heads = replace(problem.heads, round_bytes_down=np.array(weight * 4 * self.rank * sides[:-1], np.float64))
         self._problem = replace(problem, heads=heads, ranks=RANKS)
 
     def at(self, cut: int) -> Pace:

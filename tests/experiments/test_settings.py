@@ -141,7 +141,8 @@ def test_seconds_and_shares_are_those_of_llama_2_7b(setting: Setting, model: str
 def test_a_device_is_the_same_for_every_method(setting: Setting, model: str) -> None:
     """It was scaled by a method's own batches: who sent four parts had less memory, as their heads keep less."""
     costs = costs_of(model)
-    parts = {"activation_codec": "int8", "gradient_codec": "int8", "micro_batches": 4, "micro_batches_in_flight": 3}
+    parts: dict[str, Any] = {"activation_codec": "int8", "gradient_codec": "int8"}
+    parts |= {"micro_batches": 4, "micro_batches_in_flight": 3}
     pipelined = costs.under(replace(costs.workload, micro_steps=True, **parts))
     assert setting.devices(pipelined) == setting.devices(costs)
     assert setting.server(pipelined) == setting.server(costs)
@@ -182,8 +183,8 @@ def test_a_rounds_transfers_weigh_as_in_llama_2_7b(model: str, share: float, wei
         assert found == pytest.approx(expected, rel=ROUND_TOLERANCE)
     if model == "tiny":  # a matrix travels whole where that is less: as the settings say
         for clients, of in ((5, 0.9), (20, 0.225), (50, 0.09)):
-            found, expected = (steps_worth(c, UpdateCoding(), clients)[1] for c in (costs, reference))
-            assert found / expected == pytest.approx(of, rel=ROUND_TOLERANCE)
+            down, whole = (steps_worth(c, UpdateCoding(), clients)[1] for c in (costs, reference))
+            assert down / whole == pytest.approx(of, rel=ROUND_TOLERANCE)
 
 
 # ---------------------------------------------------------------------------------------- who holds what
