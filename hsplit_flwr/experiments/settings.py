@@ -250,8 +250,8 @@ phones                5        6                   0.3             13           
 The five kinds' compute is 8, 11, 16, 23, 32 (factors of the root of 2) or 4, 8, 16, 32, 64 TFLOP/s.
 
 * ``highly_heterogeneous``: everybody is away in 0.3 of the rounds.
-* ``deep_heads``: methods with a planner have stated cuts, 1, 3, 4, 6 and 7 of 8 blocks, at one rank. Frozen heads are as
-  deep there, and elsewhere as the floor.
+* ``deep_heads``: methods with a planner have stated cuts, 1, 3, 4, 6 and 7 of 8 blocks, at one rank. Frozen heads are
+  as deep there, and elsewhere as the floor.
 * ``many_clients``, ``twenty_clients``: ten and four of each kind. The embedded restaurants carry twenty: each has 80 of
   the 1,600 examples (IID), 21 at least (Dirichlet 0.3, seeds 0 to 4). Of fifty some would have the eight that the
   partition asks for at least, two batches, and a run would take ten times as long; fifty are for larger data.
