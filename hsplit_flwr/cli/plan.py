@@ -62,6 +62,8 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     passes = "passes of the tail over the batches of a step"
     number_or_auto(work, "--tail-passes", TrainingConfig.tail_passes, passes)
     work.add_argument("--joint-steps", action="store_true", help="the tail steps on all clients at once")
+    kept = "heads keep their adapters, and download what changes in them: twice their rank"
+    work.add_argument("--keep-adapters", action="store_true", help=kept)
     cache = "the most that the server keeps of activations of heads that train nothing"
     number(work, "--activation-cache-mib", TrainingConfig.activation_cache_mib, cache)
     dropped = "share of an adapter's input that is dropped"
@@ -178,7 +180,7 @@ def _plan(options: argparse.Namespace) -> "RoundPlan":
 def _workload(options: argparse.Namespace) -> Workload:
     names = (
         *("local_steps", "activation_codec", "gradient_codec", "importance_steps", "importance_rows", "micro_batches"),
-        *("micro_batches_in_flight", "micro_steps", "joint_steps", "tail_passes"),
+        *("micro_batches_in_flight", "micro_steps", "joint_steps", "tail_passes", "keep_adapters"),
         *("activation_cache_mib", "lora_dropout", "autocast"),
     )
     stated = {name: value for name in names if (value := getattr(options, name)) != AUTO}

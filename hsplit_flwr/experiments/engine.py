@@ -13,7 +13,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import METHODS, Method
 from hsplit_flwr.experiments.records import Evaluation, RunSpec
 from hsplit_flwr.experiments.task import Task, spread
-from hsplit_flwr.experiments.work import RoundOutcome
+from hsplit_flwr.experiments.work import RoundOutcome, weighed
 from hsplit_flwr.models.generation import generate_texts
 from hsplit_flwr.planning.clock import RoundTimeline, play_round
 from hsplit_flwr.reports.text_metrics import TextScores, score_texts
@@ -72,7 +72,7 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
         outcome = trainer.round(round_number, task.setting.present(spec.seed, round_number))
         timelines.append(
             play_round(
-                outcome.work,
+                [weighed(work, task.round_weight) for work in outcome.work],
                 task.devices,
                 task.server,
                 start_s=evaluations[-1].virtual_s,

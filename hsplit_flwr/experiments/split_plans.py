@@ -9,6 +9,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.task import LARGEST_RANK, LORA_ALPHA, RANK, RANKS, SCALING, Task
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.importance_history import ImportanceHistory
@@ -57,9 +58,14 @@ def plans_of(task: Task, method: Method) -> SplitPlans:
     run's spec states goes for all clients.
 
     Raises:
-        ConfigError: a device that cannot hold any head.
+        ConfigError: a device that cannot hold any head, or a stated cut below the setting's floor.
     """
     spec = task.spec
+    if 0 < spec.cut < task.min_cut:
+        raise ConfigError(
+            f"Expected cut >= {task.min_cut}, the blocks that every head holds at least in the setting "
+            f"{spec.setting!r}, found {spec.cut}. Raise it, or choose another setting."
+        )
     cuts = task.setting.cuts(task.costs.num_blocks)
     if (method.planned or method.frozen_heads) and cuts and not spec.cut:
         adapters = LoraSpec(spec.rank or LARGEST_RANK, LORA_ALPHA)
@@ -77,37 +83,50 @@ def _planning(task: Task, method: Method) -> AdaptivePlanning:
     planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
     if not method.importance:
         planning = UnweightedPlanning
-    config = PlannerConfig(RANKS, tail_rank=LARGEST_RANK)
-    if method.deep_heads:
-        config = replace(config, tail_worth=0.0, deadline_s=math.inf)
+    config = planner_config(method, task.min_cut, task.round_weight)
     return planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
+
+
+def planner_config(method: Method, min_cut: int, round_weight: float) -> PlannerConfig:
+    """What the planner of `method` chooses from; but for what is stated here it is the library's default.
+
+    Codec, micro-batches and all else of a step it knows from the costs' workload.
+    """
+    config = PlannerConfig(
+        RANKS,
+        tail_rank=LARGEST_RANK,
+        update=UpdateCoding(method.update_codec, method.update_rank),
+        min_cut=min_cut,
+        round_weight=round_weight,
+    )
+    return replace(config, tail_worth=0.0, deadline_s=math.inf) if method.deep_heads else config
 
 
 def _one_plan(task: Task, method: Method) -> tuple[ClientPlan, LoraSpec]:
     """The plan of every client, and the tail's adapters."""
-    spec, costs, devices = task.spec, task.costs, task.devices
-    rank = spec.rank or (LARGEST_RANK if method.largest_rank else common_rank(costs, devices))
+    spec, costs, devices, least = task.spec, task.costs, task.devices, task.min_cut
+    rank = spec.rank or (LARGEST_RANK if method.largest_rank else common_rank(costs, devices, least))
     adapters = LoraSpec(rank, LORA_ALPHA)
     if method.frozen_heads:
-        return ClientPlan(spec.cut or 1, LoraSpec(0)), adapters
-    return ClientPlan(spec.cut or common_cut(costs, devices, rank), adapters), adapters
+        return ClientPlan(spec.cut or least, LoraSpec(0)), adapters
+    return ClientPlan(spec.cut or common_cut(costs, devices, rank, least), adapters), adapters
 
 
-def common_rank(costs: ModelCosts, devices: Mapping[str, Budget]) -> int:
-    """`RANK`, or the largest candidate below it at which every device holds some head.
+def common_rank(costs: ModelCosts, devices: Mapping[str, Budget], least: int = 1) -> int:
+    """`RANK`, or the largest candidate below it at which every device holds a head of the `least` cut.
 
     Raises:
         ConfigError: there is none.
     """
     for rank in sorted((rank for rank in RANKS if rank <= RANK), reverse=True):
-        if _fits(costs, devices, 1, rank):
+        if _fits(costs, devices, least, rank):
             return rank
     raise ConfigError("Expected devices that all hold the smallest head, found one that does not. Raise its memory.")
 
 
-def common_cut(costs: ModelCosts, devices: Mapping[str, Budget], rank: int) -> int:
-    """The deepest cut at which every device holds its head with `rank` everywhere; 1 where there is none."""
-    return max((cut for cut in range(1, costs.num_blocks) if _fits(costs, devices, cut, rank)), default=1)
+def common_cut(costs: ModelCosts, devices: Mapping[str, Budget], rank: int, least: int = 1) -> int:
+    """The deepest cut at which every device holds its head with `rank` everywhere; the `least` where there is none."""
+    return max((cut for cut in range(least, costs.num_blocks) if _fits(costs, devices, cut, rank)), default=least)
 
 
 def _fits(costs: ModelCosts, devices: Mapping[str, Budget], cut: int, rank: int) -> bool:

@@ -13,7 +13,7 @@ from hsplit_flwr.data.text_batches import Example, TextBatches
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import METHODS, Method
 from hsplit_flwr.experiments.records import RunSpec
-from hsplit_flwr.experiments.settings import SETTINGS, Setting
+from hsplit_flwr.experiments.settings import SETTINGS, Setting, round_weight
 from hsplit_flwr.models.assets import smollm2_checkpoint, tiny_checkpoint
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
@@ -50,6 +50,10 @@ class Task:
     devices: Mapping[str, Budget]
     """client id -> its device"""
     server: Budget
+    min_cut: int
+    """blocks that every head holds at least"""
+    round_weight: float
+    """how often what a client exchanges once a round counts on the clock (`settings.round_weight`)"""
     training: TrainingConfig
     streams: Mapping[str, Callable[[int], Iterator[Batch]]]
     """client id -> its endless batches from a step of the run on"""
@@ -100,6 +104,8 @@ class Task:
             setting=setting,
             devices=devices,
             server=setting.server(costs),
+            min_cut=setting.min_cut(costs.num_blocks),
+            round_weight=round_weight(costs),
             training=training,
             streams={
                 client: batches(part, spec.batch_size, shuffle=True).stream

@@ -5,7 +5,7 @@ padding included, for it is computed on. On the wire it is not, and there bytes 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from hsplit_flwr.exchange import frame_bytes
@@ -87,6 +87,12 @@ def split_work(
         download_bytes=download_bytes,
         upload_bytes=upload_bytes,
     )
+
+
+def weighed(work: ClientWork, round_weight: float) -> ClientWork:
+    """The round for the clock, where what is exchanged once in it counts so many times (`settings.round_weight`)."""
+    download, upload = round_weight * work.download_bytes, round_weight * work.upload_bytes
+    return replace(work, download_bytes=download, upload_bytes=upload)
 
 
 def whole_work(

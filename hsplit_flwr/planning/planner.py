@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hsplit_flwr.common.checks import is_at_least, is_whole, require, require_whole
+from hsplit_flwr.common.checks import is_above, is_at_least, is_whole, require, require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.module_choice import ALL_LINEAR
 from hsplit_flwr.lora.spec import LoraSpec
@@ -96,6 +96,9 @@ class PlannerConfig:
     """which of the `target_modules` may not, as in `LoraSpec`"""
     layers_to_transform: tuple[int, ...] | None = None
     """the blocks whose layers may; None: all"""
+    round_weight: float = 1.0
+    """how often what a client exchanges once a round counts: not once where a model stands for a larger one, as in the
+    experiments"""
 
     def __post_init__(self) -> None:
         whole = all(is_whole(rank, 1) for rank in self.ranks)
@@ -106,6 +109,7 @@ class PlannerConfig:
         known = self.tail_worth is None or is_at_least(self.tail_worth, 0)
         require(known, "tail_worth", ">= 0 and finite, or None (auto)", self.tail_worth)
         require_whole("min_cut", self.min_cut, 1)
+        require(is_above(self.round_weight, 0), "round_weight", "> 0 and finite", self.round_weight)
         good = self.deadline_s is None or self.deadline_s > 0
         require(good, "deadline_s", "> 0 (inf: none), or None", self.deadline_s)
         self._choice()  # refuses none at all
@@ -247,6 +251,7 @@ def _problem(
         trained=config.targets(matrix.name for matrix in costs.matrices),
         deadline_s=config.deadline_s or math.inf,
         update=config.update,
+        round_weight=config.round_weight,
     )
     if config.min_cut > problem.num_cuts:
         raise ConfigError(

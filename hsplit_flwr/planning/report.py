@@ -52,16 +52,22 @@ def deltas_of(plan: RoundPlan, costs: "ModelCosts", rounds: int, keep_checkpoint
         rounds: updates in the delta.
         keep_checkpoints: that the server keeps.
     """
-    matrices, deltas, tail = costs.matrices, costs.deltas, plan.tail.ranks
-    ranks = update_ranks([(client.cut, client.ranks) for client in plan.clients.values()], tail, matrices)
+    deltas, tail, change = costs.deltas, plan.tail.ranks, costs.workload.change_rank
+    own = {name: _times(client.ranks, change) for name, client in plan.clients.items()}
+    heads = [(client.cut, own[name]) for name, client in plan.clients.items()]
+    ranks = update_ranks(heads, _times(tail, change), costs.matrices)
     found = {
         name: DeltaEstimate(
-            deltas.client_disk(client.cut, ranks, client.ranks, rounds), deltas.client_loading(client.cut, ranks)
+            deltas.client_disk(client.cut, ranks, own[name], rounds), deltas.client_loading(client.cut, ranks)
         )
         for name, client in plan.clients.items()
     }
     server = deltas.server_disk(ranks, tail, rounds, keep_checkpoints=keep_checkpoints)
     return found | {TAIL: DeltaEstimate(server, deltas.server_merging(ranks))}
+
+
+def _times(ranks: Mapping[str, int], factor: int) -> dict[str, int]:
+    return {name: factor * rank for name, rank in ranks.items()}
 
 
 def delta_table(deltas: Mapping[str, DeltaEstimate], *, markdown: bool = False) -> str:

@@ -49,6 +49,8 @@ class Workload:
     """each part has an optimizer step, and so adapters of its own while it is in flight"""
     joint_steps: bool = TrainingConfig.joint_steps
     """the tail computes on all clients at once"""
+    keep_adapters: bool = TrainingConfig.keep_adapters
+    """heads keep their adapters from round to round, and what a round changed in one has twice its rank"""
     tail_passes: int = TrainingConfig.tail_passes
     """of the tail over the batches of a step; those after the first once the clients have their answers"""
     activation_cache_mib: int = TrainingConfig.activation_cache_mib
@@ -117,6 +119,7 @@ class Workload:
             micro_batches_in_flight=training.micro_batches_in_flight,
             micro_steps=training.micro_steps,
             joint_steps=training.joint_steps,
+            keep_adapters=training.keep_adapters,
             tail_passes=training.tail_passes,
             activation_cache_mib=training.activation_cache_mib,
             lora_dropout=training.lora_dropout,
@@ -127,6 +130,11 @@ class Workload:
     def part(self) -> Self:
         """The workload of the largest part alone."""
         return replace(self, batch_size=-(-self.batch_size // self.micro_batches), micro_batches=1)
+
+    @property
+    def change_rank(self) -> int:
+        """Rank of what a round changes in an adapter, in ranks of that adapter."""
+        return 2 if self.keep_adapters else 1
 
     @property
     def parts_alive(self) -> int:
@@ -152,7 +160,7 @@ class Workload:
         for name in (
             *("local_steps", "activation_codec", "gradient_codec", "measured_rows", "joint_steps"),
             *("micro_batches", "parts_alive", "micro_steps", "tail_passes", "activation_cache_mib"),
-            *("lora_dropout", "autocast"),
+            *("lora_dropout", "autocast", "keep_adapters"),
         ):
             expected, found = getattr(trained, name), getattr(self, name)
             if expected != found:

@@ -2,9 +2,16 @@
 
     python simulations/benchmarks/pace.py --json OUT
 
-Runs of `simulations/evidence`: the embedded model, five clients, one cut and one rank for all (`cuts.csv`, `ranks.csv`
-from rank 4 on), and HSplitLoRA's own plans of one block at rank 16, after 24 and 40 steps (`tiny.csv`,
-`three_rounds.csv`). Least squares of log perplexity = a - b log(pace x steps) over a, b and the two exponents.
+Runs of `simulations/evidence`: the embedded model, one cut and one rank for all. `pace.csv` (five clients, 40 steps),
+`pace_short.csv` (24 steps) and `pace_twenty.csv` (twenty clients) are scored on the validation half, and their seeds
+are no table's:
+
+    python -m hsplit_flwr.experiments run simulations/evidence/pace.toml --store simulations/evidence/pace.csv
+
+Where those three are not there, the runs that came before them: `cuts.csv`, `ranks.csv` from rank 4 on, and
+HSplitLoRA's own plans of one block at rank 16 after 24 and 40 steps (`tiny.csv`, `three_rounds.csv`), all scored on the
+test half.
+Least squares of log perplexity = a - b log(pace x steps) over a, b and the two exponents.
 """
 
 import argparse
@@ -27,7 +34,11 @@ from hsplit_flwr.experiments.evidence.stored_runs import StoredRuns
 from hsplit_flwr.planning.solver.objective import gain
 
 EVIDENCE = Path(__file__).parents[1] / "evidence"
-CLIENTS, BLOCKS, LARGEST_RANK, LEAST_RANK = 5, 8, 16, 4
+VALIDATED = ("pace", "pace_short", "pace_twenty")
+"""stores of runs on the validation half"""
+BEFORE = ("cuts", "ranks", "tiny", "three_rounds")
+"""stores of runs on the test half"""
+BLOCKS, LARGEST_RANK, LEAST_RANK = 8, 16, 4
 START = (2.0, 0.3, 0.5, 1.0)
 
 
@@ -38,25 +49,32 @@ class Point:
     cut: int
     rank: int
     steps: int
+    clients: int
     loss: float
     """log of its final perplexity"""
 
 
-def points() -> Iterator[Point]:
+def stores(folder: Path = EVIDENCE) -> tuple[str, ...]:
+    """Those that are fitted to: on the validation half as soon as all of them are there."""
+    return VALIDATED if all((folder / f"{name}.csv").exists() for name in VALIDATED) else BEFORE
+
+
+def points(folder: Path = EVIDENCE) -> Iterator[Point]:
     """All that are fitted to."""
-    for name in ("cuts", "ranks", "tiny", "three_rounds"):
-        for run in StoredRuns.of(Store(EVIDENCE / f"{name}.csv").rows()).runs:
+    for name in stores(folder):
+        for run in StoredRuns.of(Store(folder / f"{name}.csv").rows()).runs:
             spec = run.spec
             cut, rank = (spec.cut, spec.rank) if spec.rank else (1, LARGEST_RANK)
             planned = spec.method == "hsplitlora" and spec.setting in ("homogeneous", "heterogeneous")
             if (spec.rank or planned) and rank >= LEAST_RANK:
-                yield Point(cut, rank, spec.rounds * spec.local_steps, math.log(run.final_perplexity))
+                steps, clients = spec.rounds * spec.local_steps, run.evaluations[-1].clients
+                yield Point(cut, rank, steps, clients, math.log(run.final_perplexity))
 
 
 def pace(point: Point, tail_steps: float, rank_worth: float) -> float:
     """As `planning.solver.pace`, for equal heads and importance."""
     worth: float = (gain(point.rank) / gain(LARGEST_RANK)) ** rank_worth
-    steps: float = CLIENTS**tail_steps
+    steps: float = point.clients**tail_steps
     return worth * (point.cut + (BLOCKS - point.cut) * steps) / BLOCKS
 
 
@@ -78,14 +96,14 @@ def main() -> None:
     options = parser.parse_args()
     found = list(points())
     (a, b, tail_steps, rank_worth), off = fit(found)
-    by_kind: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    by_kind: dict[tuple[int, int, int, int], list[float]] = defaultdict(list)
     for point, error in zip(found, off, strict=True):
-        by_kind[point.cut, point.rank, point.steps].append(100 * error)
+        by_kind[point.clients, point.cut, point.rank, point.steps].append(100 * error)
     rows = [
         [*map(str, kind), f"{min(errors):+.1f} to {max(errors):+.1f}", str(len(errors))]
         for kind, errors in sorted(by_kind.items())
     ]
-    print(format_table(["cut", "rank", "steps", "predicted above found, %", "runs"], rows, False))
+    print(format_table(["clients", "cut", "rank", "steps", "predicted above found, %", "runs"], rows, False))
     figures: dict[str, Any] = {
         "intercept": a,
         "loss_per_step": b,
@@ -94,8 +112,9 @@ def main() -> None:
         "rms": float(np.sqrt((off**2).mean())),
         "worst": float(abs(off).max()),
         "runs": len(found),
+        "stores": ", ".join(stores()),
     }
-    print(", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
+    print(", ".join(f"{name} {value if isinstance(value, str) else f'{value:.3g}'}" for name, value in figures.items()))
     options.json.write_text(json.dumps({**figures, **provenance(0)}, indent=1) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,23 @@ def building_one_model_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     build_one_at_a_time(monkeypatch, "load_segment", "SegmentAdapters")
 
 
-def play(model: Path, faults: dict[str, Fault] | None = None, **config: Any) -> tuple[HSplitLoRAStrategy, list[Node]]:
+def play(
+    model: Path,
+    faults: dict[str, Fault] | None = None,
+    training: TrainingConfig = TRAINING,
+    **config: Any,
+) -> tuple[HSplitLoRAStrategy, list[Node]]:
     """Three rounds, and the nodes that played them."""
     strategy = HSplitLoRAStrategy(
         GlobalModel(ModelFiles.resolve(str(model))),
         {client: ClientPlan(cut, LoraSpec(RANK, 8.0)) for client, cut in CUTS.items()},
-        TRAINING,
+        training,
         tail_lora=LoraSpec(TAIL_RANK, 4.0),
         config=StrategyConfig(**{"wait_for_nodes_s": 5.0, "federated_evaluation": False, **config}),
         limits=BarrierLimits(start_gate_s=30.0, straggler_limit_s=20.0, step_limit_s=40.0),
     )
     nodes = [Node(f"{100 + int(c)}", [c], model, DATA.__getitem__, (faults or {}).get(c)) for c in CUTS]
-    for number in range(1, TRAINING.rounds + 1):
+    for number in range(1, training.rounds + 1):
         play_round(strategy, manager_of(*nodes), number)
     strategy.close()
     return strategy, nodes
@@ -94,6 +100,23 @@ def test_the_frames_are_as_large_as_foretold(model: Path, coding: UpdateCoding) 
         found = delta_bytes(strategy, client)
         assert found[1] == foretold, client
         assert abs(found[0] - foretold) <= 8 * 2 * len(costs.matrices) * cut, client
+
+
+@pytest.mark.parametrize("coding", [UpdateCoding(), UpdateCoding("bf16", 3)], ids=str)
+def test_kept_adapters_are_counted_with_what_changes_in_them(model: Path, coding: UpdateCoding) -> None:
+    """From the second round on a change is c B A - c B' A', of twice the rank: plans took it for one of once."""
+    keeping = replace(TRAINING, keep_adapters=True)
+    strategy, _ = play(model, training=keeping, update_codec=coding.codec, update_rank=coding.rank)
+    costs = ModelCosts(ModelFiles.resolve(str(model)).config, Workload.of(keeping, batch_size=2, sequence_length=10))
+    assert costs.workload.change_rank == 2
+    changes = {name: 2 * rank for name, rank in stacked_ranks(costs).items()}
+    for client, cut in CUTS.items():
+        once = costs.delta_bytes(cut, coding, stacked_ranks(costs), RANK)
+        foretold = costs.delta_bytes(cut, coding, changes, 2 * RANK)
+        first, second = delta_bytes(strategy, client)
+        assert abs(first - once) <= 8 * 2 * len(costs.matrices) * cut, client  # all adapters started in round 1
+        assert second == foretold, client
+        assert second > 1.9 * once or not coding.exact, client
 
 
 def test_shorter_codings_take_fewer_bytes(model: Path) -> None:

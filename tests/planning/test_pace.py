@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,11 @@ import pytest
 from transformers import LlamaConfig
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.experiments.evidence.store import Store
+from hsplit_flwr.experiments.experiment_file import read_experiment
+from hsplit_flwr.experiments.main import SETTING_NAMES
+from hsplit_flwr.experiments.methods import METHODS
+from hsplit_flwr.experiments.records import Evaluation
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.planning.paced_plans import paced_plan
@@ -18,13 +24,23 @@ from hsplit_flwr.planning.round_plan import RoundPlan, progress_per_s
 from hsplit_flwr.planning.solver.depths import depths, within
 from hsplit_flwr.planning.solver.greedy import solve
 from hsplit_flwr.planning.solver.objective import gain
-from hsplit_flwr.planning.solver.pace import LOSS_PER_STEP, RANK_WORTH, TAIL_STEPS, pace, pace_of_cuts
+from hsplit_flwr.planning.solver.pace import (
+    FIT_ERROR,
+    LOSS_PER_STEP,
+    RANK_WORTH,
+    TAIL_STEPS,
+    WORST_FIT_ERROR,
+    pace,
+    pace_of_cuts,
+)
 from hsplit_flwr.planning.solver.problem import Problem
 from hsplit_flwr.planning.solver.random_problems import equipped, random_problem
 from hsplit_flwr.planning.solver.solution import Solution
 from tests.helpers.benchmarks import benchmark
 
 CONFIG = LlamaConfig(hidden_size=64, intermediate_size=172, num_hidden_layers=8, num_attention_heads=4, vocab_size=100)
+EVIDENCE = Path(__file__).parents[2] / "simulations" / "evidence"
+PACE_FILES = ("pace", "pace_short", "pace_twenty")
 SERVER = Budget(10**12, 1e13, 1e9, 1e9)
 
 
@@ -80,8 +96,44 @@ def test_its_constants_are_those_of_the_stored_runs(monkeypatch: pytest.MonkeyPa
     assert loss_per_step == pytest.approx(LOSS_PER_STEP, abs=0.005)
     assert tail_steps == pytest.approx(TAIL_STEPS, abs=0.005)
     assert rank_worth == pytest.approx(RANK_WORTH, abs=0.005)
-    assert float(np.sqrt((off**2).mean())) == pytest.approx(0.026, abs=0.0005)
-    assert abs(off).max() == pytest.approx(0.094, abs=0.0005)
+    assert float(np.sqrt((off**2).mean())) == pytest.approx(FIT_ERROR, abs=0.0005)
+    assert abs(off).max() == pytest.approx(WORST_FIT_ERROR, abs=0.0005)
+    if fitted.stores() == fitted.BEFORE:
+        assert (FIT_ERROR, WORST_FIT_ERROR) == (0.026, 0.094)
+
+
+def test_the_fit_goes_over_to_the_validation_half(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As soon as all of its stores are there; of runs that the model of progress holds for, it finds the constants."""
+    fitted = benchmark("pace", monkeypatch)
+    files = {name: read_experiment(EVIDENCE / f"{name}.toml", METHODS, SETTING_NAMES) for name in fitted.VALIDATED}
+    for number, (name, specs) in enumerate(files.items()):
+        assert fitted.stores(tmp_path) == fitted.BEFORE, number
+        store = Store(tmp_path / f"{name}.csv")
+        for spec in specs:
+            clients = 20 if spec.setting == "twenty_clients" else 5
+            point = fitted.Point(spec.cut, spec.rank, spec.rounds * spec.local_steps, clients, 0.0)
+            perplexity = math.exp(2.0 - 0.3 * math.log(fitted.pace(point, 0.6, 0.2) * point.steps))
+            before = Evaluation.untrained(400.0)
+            store.append(spec, [before, replace(before, round=1, clients=clients, perplexity=perplexity)])
+    assert fitted.stores(tmp_path) == fitted.VALIDATED
+    (a, *constants), off = fitted.fit(list(fitted.points(tmp_path)))
+    assert [a, *constants] == pytest.approx([2.0, 0.3, 0.6, 0.2], rel=1e-4)  # the runs are enough to tell them apart
+    assert abs(off).max() < 1e-6
+
+
+def test_the_runs_of_the_fit_are_no_tables() -> None:
+    """Scored on the validation half, of seeds that no table has, and no more than 40."""
+    files = [read_experiment(EVIDENCE / f"{name}.toml", METHODS, SETTING_NAMES) for name in PACE_FILES]
+    specs = [spec for found in files for spec in found]
+    assert len(specs) <= 40
+    assert {spec.held_out for spec in specs} == {"validation"}
+    others = {
+        spec.seed
+        for path in EVIDENCE.glob("*.toml")
+        if path.stem not in PACE_FILES
+        for spec in read_experiment(path, METHODS, SETTING_NAMES)
+    }
+    assert not {spec.seed for spec in specs} & (others | set(range(5)))
 
 
 # ---------------------------------------------------------------------------------------------- what plans make of it
@@ -181,6 +233,23 @@ def test_who_cannot_hold_the_floor_is_left_out(costs: ModelCosts, importance: Ma
     found = plan(costs, importance, clients, SERVER, PlannerConfig(min_cut=3))
     assert list(found.clients) == ["strong"]
     assert f"{costs.head_base_bytes(3):,.0f} bytes for the smallest head (cut 3" in found.left_out["weak"]
+
+
+def test_a_rounds_transfers_count_as_often_as_stated(costs: ModelCosts, importance: Mapping[str, float]) -> None:
+    """Of a model that stands for a larger one; all other seconds stay."""
+    clients, config = fleet(1, link=1e5), PlannerConfig(ranks=(4,), tail_worth=2.0, deadline_s=math.inf)
+    once, often = (
+        plan(costs, importance, clients, SERVER, replace(config, round_weight=weight)) for weight in (1.0, 10.0)
+    )
+    (head,) = once.clients.values()
+    assert cuts(once) == cuts(often) == [1]
+    up = costs.update_bytes(1, head.ranks) + costs.hello_bytes
+    stacked = {name: 4 + once.tail.ranks.get(name, 0) for name in head.ranks}
+    down = costs.delta_bytes(1, PlannerConfig().update, stacked, 4)
+    assert often.round_s - once.round_s == pytest.approx(9 * (up + down) / 1e5, rel=1e-3)
+    assert often.step_s == pytest.approx(once.step_s)
+    with pytest.raises(ConfigError, match="round_weight"):
+        PlannerConfig(round_weight=0.0)
 
 
 def test_a_floor_that_is_none(costs: ModelCosts, importance: Mapping[str, float]) -> None:

@@ -28,6 +28,7 @@ def problem_of(
     trained: Collection[str],
     deadline_s: float = math.inf,
     update: UpdateCoding | None = None,
+    round_weight: float = 1.0,
 ) -> Problem:
     """The problem of a model.
 
@@ -42,6 +43,7 @@ def problem_of(
         trained: the matrices that may get an adapter; all others count as of no importance.
         deadline_s: for a round.
         update: how a round's update goes to the clients; default: as it is.
+        round_weight: how often the bytes of a round, down and up, count beside those of its steps.
 
     Raises:
         ConfigError: importance does not cover the matrices, or is not finite, >= 0 and > 0 somewhere.
@@ -52,9 +54,10 @@ def problem_of(
     size = np.array([matrix.sides for matrix in costs.matrices], float)
     tail_budget = tail_rank * float(size[block >= 1].sum())
     tail = spread_ranks(np.where(block >= 1, weights, 0.0), size, ranks, tail_budget)
+    down = _update_bytes(costs, update or UpdateCoding(), len(clients), max(ranks), tail)
     return Problem(
         matrices=Matrices(names=names, block=block, importance=weights),
-        heads=_head_costs(costs, size, _update_bytes(costs, update or UpdateCoding(), len(clients), max(ranks), tail)),
+        heads=_head_costs(costs, size, down, round_weight),
         tail=_tail_costs(costs, tail, tail_values(weights, block, tail, tail_worth, costs.num_blocks - 1)),
         devices=Devices.of(clients, server),
         ranks=tuple(sorted(ranks)),
@@ -63,7 +66,7 @@ def problem_of(
     )
 
 
-def _head_costs(costs: "ModelCosts", size: Floats, round_bytes_down: Floats) -> HeadCosts:
+def _head_costs(costs: "ModelCosts", size: Floats, round_bytes_down: Floats, round_weight: float) -> HeadCosts:
     cuts = range(1, costs.num_blocks)
     return HeadCosts(
         base_bytes=np.array([costs.head_base_bytes(cut) for cut in cuts], float),
@@ -71,9 +74,9 @@ def _head_costs(costs: "ModelCosts", size: Floats, round_bytes_down: Floats) -> 
         forward_flops=np.array([costs.head_flops(cut, {}) for cut in cuts]),
         rank_bytes=costs.rank_bytes,
         rank_flops=costs.rank_flops,
-        rank_wire_bytes=4 * size,
-        round_bytes_up=costs.hello_bytes + _array_headers(costs),
-        round_bytes_down=round_bytes_down,
+        rank_wire_bytes=round_weight * 4 * size,
+        round_bytes_up=round_weight * (costs.hello_bytes + _array_headers(costs)),
+        round_bytes_down=round_weight * round_bytes_down,
         step_bytes_up=costs.step_bytes_up,
         step_bytes_down=costs.step_bytes_down,
     )
@@ -106,9 +109,11 @@ def _array_headers(costs: "ModelCosts") -> Floats:
 
 def _update_bytes(costs: "ModelCosts", update: UpdateCoding, clients: int, rank: int, tail_ranks: Ints) -> Floats:
     """(C,) of a head's weight updates at most: what `clients` trained, all at `rank`, and the tail's (M,) ranks."""
+    change = costs.workload.change_rank
     tail_rank = dict(zip([matrix.name for matrix in costs.matrices], tail_ranks.tolist(), strict=True))
-    stacked = {name: clients * rank + tail for name, tail in tail_rank.items()}
-    return np.array([costs.delta_bytes(cut, update, stacked, rank) for cut in range(1, costs.num_blocks)], float)
+    stacked = {name: change * (clients * rank + tail) for name, tail in tail_rank.items()}
+    cuts = range(1, costs.num_blocks)
+    return np.array([costs.delta_bytes(cut, update, stacked, change * rank) for cut in cuts], float)
 
 
 def _affine(by_cut: Sequence[float] | Floats) -> tuple[float, float]:
