@@ -6,7 +6,7 @@ single step on the mean gradient of all clients. Adapters and optimizer go on ov
 """
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ class OneModelTrainer:
         losses: list[tuple[float, int]] = []
         for step, batches in enumerate(zip(*streams, strict=True)):
             split = [[_rows(batch, rows) for rows in part_rows(len(batch["labels"]), self._parts)] for batch in batches]
-            for parts in zip(*split, strict=True):
-                losses += self._step(parts, first + step)
+            for parts in zip_longest(*split):  # at the end of an epoch a batch may have fewer rows
+                losses += self._step([part for part in parts if part], first + step)
         tokens = sum(count for _, count in losses)
         costs = self._task.costs
         ranks = {name: pair.rank for name, pair in self._adapters.factors().items()}
