@@ -36,7 +36,7 @@ PROGRAM = "python -m hsplit_flwr.experiments"
 FAILED = 1
 USER_ERROR = 2
 OURS = "hsplitlora"
-SETTING_NAMES = ("homogeneous", "heterogeneous", "highly_heterogeneous", "deep_heads")
+SETTING_NAMES = ("homogeneous", "heterogeneous", "highly_heterogeneous", "deep_heads", "flowertune")
 """those of `settings.SETTINGS`, whose import takes seconds for torch"""
 
 

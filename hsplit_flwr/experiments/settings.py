@@ -1,4 +1,4 @@
-"""The devices of the experiments: five clients and a server, stated for LLaMA-2-7B, scaled to the model at hand.
+"""The devices of the experiments: clients and a server, stated for LLaMA-2-7B, scaled to the model at hand.
 
 They are stated as people know them from 7B models: 32 blocks in bfloat16, batches of 4 x 128 tokens, activations in
 bfloat16 on the wire. For another model and workload every device has
@@ -64,7 +64,7 @@ LLAMA_2_7B = Size(head_bytes=18_888_951_045, step_flops=13_722_621_837_312, step
 
 @dataclass(frozen=True)
 class Setting:
-    """Five clients "0" to "4", from the least capable to the most capable where they differ, and a server."""
+    """Clients "0", "1", ... and a server; of five kinds, from the least to the most capable, where they differ."""
 
     clients: Mapping[str, Budget]
     """for LLaMA-2-7B"""
@@ -72,6 +72,8 @@ class Setting:
     """client -> the LoRA rank of a rival with unequal ranks (HetLoRA, FLoRA, FlexLoRA) that trains the whole model"""
     away: float = 0.0
     """probability that a client is not there in a round"""
+    fraction: float = 1.0
+    """share of the clients that a round takes, drawn anew in each"""
     cut_eighths: Mapping[str, int] | None = None
     """client -> its cut, in eighths of the model, whatever a planner would choose; None: nobody states cuts"""
 
@@ -92,14 +94,16 @@ class Setting:
     def present(self, seed: int, round_number: int) -> tuple[str, ...]:
         """The clients that are there in a round, in order; it depends on the arguments and the setting alone.
 
-        Each is drawn by (seed, round, client). If all were away, the one with the highest draw stays.
+        Each is drawn by (seed, round, client). If all were away, the one with the highest draw stays; where a round
+        takes a `fraction`, those with the highest draws, rounded down as Flower's strategies do.
         """
         draws = {
             client: random.Random(derive_seed(seed, "present", round_number, client)).random()
             for client in self.clients
         }
-        stay = tuple(client for client, draw in draws.items() if draw >= self.away)
-        return stay or (max(draws, key=draws.__getitem__),)
+        first, *others = sorted(draws, key=draws.__getitem__, reverse=True)[: max(1, int(len(draws) * self.fraction))]
+        stay = {first, *(client for client in others if draws[client] >= self.away)}
+        return tuple(client for client in draws if client in stay)
 
 
 def _scaled(budget: Budget, size: Size) -> Budget:
@@ -144,6 +148,12 @@ SETTINGS: Mapping[str, Setting] = {
         away=0.3,
     ),
     "deep_heads": replace(_HETEROGENEOUS, cut_eighths={str(c): cut for c, cut in enumerate((1, 3, 4, 6, 7))}),
+    "flowertune": replace(
+        _HETEROGENEOUS,
+        clients={str(client): _HETEROGENEOUS.clients[str(client % 5)] for client in range(20)},
+        ranks={str(client): _HETEROGENEOUS.ranks[str(client % 5)] for client in range(20)},
+        fraction=0.2,
+    ),
 }
 """settings by name
 
@@ -156,5 +166,6 @@ highly_heterogeneous  5, 8, 12, 16, 20  4, 8, 16, 32, 64     15 to 241 (x2)  28 
 deep_heads            5, 8, 12, 16, 20  8, 11, 16, 23, 32    60              110                never
 ====================  ================  ===================  ==============  =================  =============
 
+``flowertune``: four of each of ``heterogeneous``, of whom a round takes a fifth, as FlowerTune's benchmark does.
 In ``deep_heads`` methods with a planner have stated cuts instead, 1, 3, 4, 6 and 7 of 8 blocks, at one rank.
 """
