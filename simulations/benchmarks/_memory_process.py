@@ -71,12 +71,16 @@ def main() -> None:
     warm_up, task = (RoundTask.from_json(order[key]) for key in ("warm_up", "task"))
     return_freed_tensors()  # as HSplitLoRAClient does; leaves GLIBC_TUNABLES alone where it is set
     path = MODELS[order["model"]]()
-    train_round(ModelFiles.resolve(path), warm_up, replace(workload, batch_size=1, sequence_length=4))
+
+    def files() -> ModelFiles:
+        return ModelFiles.resolve(path).quantized_by(workload.quantization)
+
+    train_round(files(), warm_up, replace(workload, batch_size=1, sequence_length=4))
     gc.collect()
     trim_heap()
     forget_peak()
     baseline = resident_bytes("VmRSS")
-    wire_bytes = train_round(ModelFiles.resolve(path), task, workload)
+    wire_bytes = train_round(files(), task, workload)
     peak = resident_bytes("VmHWM") - baseline
     print(json.dumps({"peak_bytes": peak, "baseline_bytes": baseline, "wire_bytes": wire_bytes}), flush=True)
 
