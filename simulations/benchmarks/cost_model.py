@@ -7,7 +7,8 @@ One row for each head (model, cut, ranks, batch, gradient checkpointing, a quant
 * memory: growth of a fresh client process' peak resident memory (VmHWM) over the same process idle. It has imported
   everything and been through one smallest round (cut 1, 1 x 4 tokens), so that libraries, threads and channels are up:
   a `Budget` excludes what the idle client takes. It loads its weights, trains for three steps over gRPC and returns its
-  adapters; the other end answers with random gradients. Two threads, started as `host_memory` recommends (set
+  adapters; the other end answers with random gradients. Beside a quantised base stands as much of earlier rounds as
+  there may be. Two threads, started as `host_memory` recommends (set
   GLIBC_TUNABLES or OMP_NUM_THREADS yourself to measure something else). glibc's heap depends on the addresses that
   the system deals out, by up to 10 % from run to run for small models: the median of `--repeats` runs counts.
 * FLOPs: `torch.utils.flop_counter` around a real step of the head, and of the tail behind it
@@ -106,8 +107,8 @@ class Point:
 
     @property
     def counted(self) -> bool:
-        """Whether torch's counter knows its FLOPs: bitsandbytes' products it does not."""
-        return self.quantization == "none"
+        """Whether its FLOPs are counted: where passes are plain. Torch's counter knows no product of bitsandbytes."""
+        return (self.quantization, self.lora_dropout, self.autocast) == ("none", 0.0, "none")
 
     def files(self) -> ModelFiles:
         """The base model, held as the point says."""
@@ -330,7 +331,11 @@ def main() -> None:
             flush=True,
         )
     kinds = ("memory", "flops", "wire_bytes")
-    worst = {key: max(abs(row[key]["relative_error"]) for row in rows if key in row) for key in kinds}
+    worst = {
+        key: max(abs(row[key]["relative_error"]) for row in rows if key in row)
+        for key in kinds
+        if any(key in row for row in rows)
+    }
     result: dict[str, Any] = {
         "worst_relative_error": worst,
         "rows": rows,
