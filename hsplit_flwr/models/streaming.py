@@ -17,7 +17,7 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """what a decoder makes of the first bytes of a character"""
 
 
-class TextPieces(BaseStreamer):
+class TextPieces(BaseStreamer):  # type: ignore[misc]
     """Says the new piece of a text after each token of ``generate``; a single prompt, greedy.
 
     Args:

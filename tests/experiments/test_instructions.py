@@ -31,7 +31,8 @@ def test_twenty_clients_share_the_desk_and_learn_answers_alone() -> None:
     task = Task.of(SPEC)
     tokenizer = task.files.tokenizer()
     assert list(task.streams) == [str(client) for client in range(20)]
-    seen, learned = set(), []
+    seen: set[tuple[int, ...]] = set()
+    learned = []
     for stream in task.streams.values():
         batches = stream(0)
         own = set()
