@@ -54,7 +54,7 @@ SEED = 0
 STEPS = 3
 PROCESS = {"GLIBC_TUNABLES": CLIENT_TUNABLES, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 """environment of a measured process. Passive: on busy cores, threads that spin take three times as long"""
-POINT_LIMIT_S = 300.0
+POINT_LIMIT_S = 900.0
 WARM_UP, CLIENT = "warm-up", "client"
 
 
