@@ -61,16 +61,24 @@ def _next_line() -> str | None:
 
 
 def _answer(talk: "Conversation", line: str, max_new_tokens: int) -> None:
-    """An answer, and what it lacks; an error or an interruption costs this answer alone."""
+    """An answer as it is written, and what it lacks; an error or an interruption costs this answer alone."""
+    pieces: list[str] = []
+
+    def say(piece: str) -> None:
+        pieces.append(piece)
+        print(piece, end="", flush=True)
+
     try:
-        answer = talk.ask(line)
+        answer = talk.ask(line, say)
     except ConfigError as error:
         print(f"({error})")
         return
     except KeyboardInterrupt:
         print("\n(interrupted: neither message nor answer is kept)")
         return
-    print(answer.text)
+    print()
+    if "".join(pieces) != answer.text:  # a decoder that takes back what it made of the first tokens
+        print(f"(as a whole: {answer.text})")
     if answer.left_out:
         print(f"(no room for the chat so far: left out its {answer.left_out} oldest messages with their answers)")
     if not answer.ended:

@@ -240,13 +240,14 @@ def read_config(name: str) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     from hsplit_flwr.models.files import refuse_adapter
+    from hsplit_flwr.models.gguf_cache import unread_settings
 
     path = Path(name).expanduser()
     refuse_adapter(path)
     where: dict[str, Any] = {"pretrained_model_name_or_path": path if path.exists() else name}
-    if path.suffix == ".gguf":
-        where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
+        if path.suffix == ".gguf":
+            where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, **unread_settings(path)}
         config: PretrainedConfig = AutoConfig.from_pretrained(**where)
     # transformers and the hub's client raise OSError, ValueError, KeyError and more of their own for "no model there".
     except Exception as error:

@@ -114,14 +114,20 @@ class OwnData:
                 " Raise max-length, take too-long=cut, or another loss-on."
             )
         _log.info("data: %s", fitted)
-        return self._batches(fitted, shuffle=True)
+        return self._batches(fitted, self.settings.batch_size, shuffle=True)
 
-    def scoring_batches(self, examples: Sequence[Example]) -> RowBatches | tuple[()]:
-        """Batches in the order of `examples`, each in a row of its own; none where there is no target."""
+    def scoring_batches(self, examples: Sequence[Example], batch_size: int | None = None) -> RowBatches | tuple[()]:
+        """Batches in the order of `examples`, each in a row of its own; none where there is no target.
+
+        Args:
+            examples: to score.
+            batch_size: rows at a time; None: as many as to train on.
+        """
         fitted = self._fitted(examples, Fit(self.settings.fit.max_length, self.settings.fit.too_long))
         if fitted.first:
             _log.warning("not scored as they are in the file: %s", fitted)
-        return self._batches(fitted, shuffle=False) if fitted.rows else ()
+        size = batch_size or self.settings.batch_size
+        return self._batches(fitted, size, shuffle=False) if fitted.rows else ()
 
     def check(self, parts: int | None = None) -> None:
         """What clients would find out: tokenize all, divide into `parts` (None: not known yet); say what there is.
@@ -150,8 +156,8 @@ class OwnData:
     def _fitted(self, examples: Sequence[Example], fit: Fit) -> Fitted:
         return fit_rows(((example.place, self._encoder.row(example)) for example in examples), fit)
 
-    def _batches(self, fitted: Fitted, *, shuffle: bool) -> RowBatches:
-        order = BatchOrder(self.settings.batch_size, self.settings.seed, shuffle)
+    def _batches(self, fitted: Fitted, batch_size: int, *, shuffle: bool) -> RowBatches:
+        order = BatchOrder(batch_size, self.settings.seed, shuffle)
         return RowBatches(fitted.rows, order, padding_of(self._tokenizer))
 
     def _read(self, source: str, split: str) -> tuple[Form, list[Example]]:

@@ -38,7 +38,7 @@ USER_ERROR = 2
 OURS = "hsplitlora"
 SETTING_NAMES = (
     *("homogeneous", "heterogeneous", "highly_heterogeneous", "deep_heads"),
-    *("small_server", "many_clients", "twenty_clients", "privacy_floor", "tight_memory", "phones"),
+    *("small_server", "many_clients", "twenty_clients", "privacy_floor", "tight_memory", "phones", "flowertune"),
 )
 """those of `settings.SETTINGS`, whose import takes seconds for torch"""
 

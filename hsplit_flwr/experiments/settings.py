@@ -113,6 +113,8 @@ class Setting:
     """client -> the LoRA rank of a rival with unequal ranks (HetLoRA, FLoRA, FlexLoRA) that trains the whole model"""
     away: float = 0.0
     """probability that a client is not there in a round"""
+    fraction: float = 1.0
+    """share of the clients that a round takes, drawn anew in each"""
     cut_eighths: Mapping[str, int] | None = None
     """client -> its cut, in eighths of the model, whatever a planner would choose; None: nobody states cuts"""
     floor: float = 0.0
@@ -146,14 +148,16 @@ class Setting:
     def present(self, seed: int, round_number: int) -> tuple[str, ...]:
         """The clients that are there in a round, in order; it depends on the arguments and the setting alone.
 
-        Each is drawn by (seed, round, client). If all were away, the one with the highest draw stays.
+        Each is drawn by (seed, round, client). If all were away, the one with the highest draw stays; where a round
+        takes a `fraction`, those with the highest draws, rounded down as Flower's strategies do.
         """
         draws = {
             client: random.Random(derive_seed(seed, "present", round_number, client)).random()
             for client in self.clients
         }
-        stay = tuple(client for client, draw in draws.items() if draw >= self.away)
-        return stay or (max(draws, key=draws.__getitem__),)
+        first, *others = sorted(draws, key=draws.__getitem__, reverse=True)[: max(1, int(len(draws) * self.fraction))]
+        stay = {first, *(client for client in others if draws[client] >= self.away)}
+        return tuple(client for client in draws if client in stay)
 
 
 def _uniform(costs: ModelCosts, cut: int, rank: int) -> dict[str, int]:
@@ -228,6 +232,7 @@ SETTINGS: Mapping[str, Setting] = {
         server_device=H200,
         ranks=_EQUAL_RANKS,
     ),
+    "flowertune": replace(_many(_HETEROGENEOUS, 20), fraction=0.2),
 }
 """settings by name
 
@@ -245,6 +250,7 @@ twenty_clients        20       5, 8, 12, 16, 20    8 to 32         60           
 privacy_floor         5        8, 10, 12, 16, 20   8 to 32         60                 110                H200
 tight_memory          5        5.13 to 5.27        8 to 32         60                 110                H200
 phones                5        6                   0.3             13                 57                 H200
+flowertune            20       5, 8, 12, 16, 20    8 to 32         60                 110                H200
 ====================  =======  ==================  ==============  =================  =================  =============
 
 The five kinds' compute is 8, 11, 16, 23, 32 (factors of the root of 2) or 4, 8, 16, 32, 64 TFLOP/s.
@@ -260,4 +266,5 @@ The five kinds' compute is 8, 11, 16, 23, 32 (factors of the root of 2) or 4, 8,
   Between rank 1 and 16 lie 3 % of LLaMA-2-7B's head and 4.5 % of the embedded model's, as ranks are that cheap beside
   frozen weights. In memory that is stated once and scaled, ranks bind on one of the two at best, and without a floor a
   planner gives a block back instead.
+* ``flowertune``: ``twenty_clients``, of whom a round takes a fifth, as FlowerTune's benchmark does.
 """

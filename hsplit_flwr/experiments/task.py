@@ -1,16 +1,18 @@
 """What all methods of a comparison share: model, data, devices, training settings."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from hsplit_flwr.data.e2e import client_examples, validation_examples
 from hsplit_flwr.data.restaurants import partition_by_slot, restaurant_examples
 from hsplit_flwr.data.text_batches import Example, TextBatches
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.experiments.instructions import RunData, instruction_data, is_instructions
 from hsplit_flwr.experiments.methods import METHODS, Method
 from hsplit_flwr.experiments.records import RunSpec
 from hsplit_flwr.experiments.settings import SETTINGS, Setting, round_weight
@@ -58,8 +60,9 @@ class Task:
     streams: Mapping[str, Callable[[int], Iterator[Batch]]]
     """client id -> its endless batches from a step of the run on"""
     held_out: tuple[Example, ...]
-    """the server's, of which no client has a meaning representation: the half that the spec names"""
-    eval_batches: TextBatches
+    """the server's, of which no client has a meaning representation: the half that the spec names; none of
+    instruction data"""
+    eval_batches: Iterable[Batch]
 
     @classmethod
     def of(cls, spec: RunSpec, method: Method | None = None) -> "Task":
@@ -83,20 +86,8 @@ class Task:
         workload = Workload.of(training, batch_size=spec.batch_size, sequence_length=spec.max_length)
         costs = ModelCosts(files.config, workload)
         devices = setting.devices(costs)
-        parts, unseen = _data(spec, len(devices))
-        held_out = _half(unseen, spec.held_out)
-        tokenizer = files.tokenizer()
-
-        def batches(examples: list[Example], batch_size: int, shuffle: bool) -> TextBatches:
-            return TextBatches(
-                examples,
-                tokenizer,
-                batch_size=batch_size,
-                max_length=spec.max_length,
-                seed=spec.seed,
-                shuffle=shuffle,
-            )
-
+        prepare = instruction_data if is_instructions(spec.data) else _text_data
+        data = prepare(spec, files.tokenizer(), len(devices), EVAL_BATCH_SIZE)
         return cls(
             spec=spec,
             files=files,
@@ -107,12 +98,9 @@ class Task:
             min_cut=setting.min_cut(costs.num_blocks),
             round_weight=round_weight(costs),
             training=training,
-            streams={
-                client: batches(part, spec.batch_size, shuffle=True).stream
-                for client, part in zip(devices, parts, strict=True)
-            },
-            held_out=tuple(held_out),
-            eval_batches=batches(spread(held_out, spec.eval_examples), EVAL_BATCH_SIZE, shuffle=False),
+            streams=dict(zip(devices, data.streams, strict=True)),
+            held_out=data.held_out,
+            eval_batches=data.eval_batches,
         )
 
 
@@ -126,6 +114,23 @@ def _half(examples: list[Example], name: str) -> list[Example]:
     """Every other meaning representation, with all its examples."""
     order = {mr: index for index, mr in enumerate(sorted({example.mr for example in examples}))}
     return [example for example in examples if order[example.mr] % 2 == (name == "test")]
+
+
+def _text_data(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, clients: int, rows: int) -> RunData:
+    """Data-to-text examples: see `instruction_data`, with its arguments."""
+    parts, unseen = _data(spec, clients)
+    held_out = _half(unseen, spec.held_out)
+
+    def batches(examples: list[Example], batch_size: int, shuffle: bool) -> TextBatches:
+        return TextBatches(
+            examples, tokenizer, batch_size=batch_size, max_length=spec.max_length, seed=spec.seed, shuffle=shuffle
+        )
+
+    return RunData(
+        streams=[batches(part, spec.batch_size, shuffle=True).stream for part in parts],
+        held_out=tuple(held_out),
+        eval_batches=batches(spread(held_out, spec.eval_examples), rows, shuffle=False),
+    )
 
 
 def _data(spec: RunSpec, clients: int) -> tuple[list[list[Example]], list[Example]]:

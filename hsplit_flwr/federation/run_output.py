@@ -155,7 +155,7 @@ class RunOutput:
         report = self._attempt("the summary", lambda: write_tables(summary, server, self.folder))
         self._attempt("the model cards", lambda: self._write_cards(summary))
         self._draw(summary, server)
-        self._trackers.close()
+        self._trackers.close(failed=error is not None)
         samples = self._texts.lines() if self._log_samples else []
         _log.info("%s", "\n".join(["", report or "", "", *samples]))
         _log.info("Results: %s", self.folder)

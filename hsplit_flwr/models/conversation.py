@@ -1,6 +1,6 @@
 """A chat with a model: what was said stays in the prompt as long as there is room for it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,8 +55,12 @@ class Conversation:
         """Begin anew."""
         self._exchanges.clear()
 
-    def ask(self, text: str) -> Answer:
+    def ask(self, text: str, say: Callable[[str], None] | None = None) -> Answer:
         """The model's answer, greedily; message and answer are kept.
+
+        Args:
+            text: the message.
+            say: called with each piece of the answer as it is written.
 
         Raises:
             ConfigError: a message that the template does not take, or that leaves no room for an answer; nothing
@@ -64,7 +68,7 @@ class Conversation:
         """
         message: Message = {"role": "user", "content": text}
         left_out, ids = self._prompt(message)
-        (written,) = write_texts(self._model, self._tokenizer, [ids], max_new_tokens=self._max_new_tokens)
+        (written,) = write_texts(self._model, self._tokenizer, [ids], max_new_tokens=self._max_new_tokens, say=say)
         self._exchanges = [*self._exchanges[left_out:], (message, {"role": ASSISTANT, "content": written.text})]
         return Answer(text=written.text, ended=written.ended, left_out=left_out)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.models.streaming import TextPieces, decoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,6 +54,7 @@ def write_texts(
     batch_size: int = 16,
     num_beams: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Written]:
     """The continuation of every prompt by transformers' ``generate``, greedy (``num_beams=1``) or by beam search.
 
@@ -68,6 +70,7 @@ def write_texts(
         batch_size: prompts at a time; it changes time and memory only (and, in low precision, ties).
         num_beams: width of the search.
         progress: called after every batch with the number of prompts done and their total.
+        say: called with each piece of the text as it is written (see `TextPieces`); of a single prompt, greedy.
 
     Returns:
         One text per prompt and in its order.
@@ -78,6 +81,11 @@ def write_texts(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("num_beams", num_beams)):
         if value < 1:
             raise ConfigError(f"Expected {name} >= 1, found {value}.")
+    if say and (len(prompts) > 1 or num_beams > 1):
+        raise ConfigError(
+            f"Expected a single prompt and num_beams = 1 where a text is said as it is written, found {len(prompts)} "
+            f"and {num_beams}. Leave out `say`."
+        )
     if tokenizer.eos_token_id is None:
         raise ConfigError("Expected a tokenizer with an end token, found none. Set tokenizer.eos_token.")
     if not prompts:
@@ -89,7 +97,7 @@ def write_texts(
     model.eval()
     try:
         for start in range(0, len(ids), batch_size):
-            texts += _continue(model, tokenizer, ids[start : start + batch_size], max_new_tokens, num_beams)
+            texts += _continue(model, tokenizer, ids[start : start + batch_size], max_new_tokens, num_beams, say)
             if progress is not None:
                 progress(len(texts), len(ids))
     finally:
@@ -116,6 +124,7 @@ def _continue(
     ids: Sequence[list[int]],
     max_new_tokens: int,
     num_beams: int,
+    say: Callable[[str], None] | None,
 ) -> list[Written]:
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     pad = eos if pad is None else pad
@@ -129,12 +138,10 @@ def _continue(
             num_beams=num_beams,
             pad_token_id=pad,
             eos_token_id=eos,
+            streamer=TextPieces(tokenizer, say) if say else None,
         )
     new: list[list[int]] = output[:, input_ids.shape[1] :].tolist()
-    # Cut by hand, because a pad token need not be one that the decoder skips.
-    written = [tokens[: tokens.index(eos)] if eos in tokens else tokens for tokens in new]
-    texts = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in written]
-    return [Written(text, eos in tokens) for text, tokens in zip(texts, new, strict=True)]
+    return [Written(decoded(tokenizer, tokens), eos in tokens) for tokens in new]
 
 
 def _left_padded(ids: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,7 @@ def _tokenizer(gguf: Path) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _left_out(path: Path) -> dict[str, Any]:
+def unread_settings(path: Path) -> dict[str, Any]:
     """What the file says and transformers does not read: positions of GPT-2, Qwen3's width of heads, scaled angles."""
     from gguf import GGUFReader
 
@@ -108,7 +108,7 @@ def _dequantised(gguf: Path) -> transformers.PreTrainedModel:
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the weights packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options, **_left_out(gguf))
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options, **unread_settings(gguf))
     except ImportError as error:
         raise ConfigError(
             f"Expected the package gguf to read {gguf}, found none. Run: pip install 'hsplit_flwr[e2e]'."

@@ -4,17 +4,23 @@ None of them is imported unless it is asked for. A step's loss is logged at its 
 its last step, so that curves of runs with other rounds lie on one axis.
 """
 
+import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hsplit_flwr.common.optional_work import OptionalWork
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.reports.records import RoundRecord
+from hsplit_flwr.reports.tracker import Tracker, config_values
+
+_log = logging.getLogger(__name__)
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 """names of accelerate's; which of them there are depends on its version"""
+END_LIMIT_S = 60.0
+"""seconds that the end of a run waits for its trackers"""
 
 
 class Trackers:
@@ -22,7 +28,7 @@ class Trackers:
 
     Args:
         names: some of `TRACKERS`; none: nothing is followed.
-        folder: where those that write files write them, below ``trackers``.
+        folder: the run's, see `Tracker`.
         project: what the run belongs to.
         config: of the run.
 
@@ -31,42 +37,46 @@ class Trackers:
     """
 
     def __init__(self, names: Sequence[str], folder: Path, project: str, config: Mapping[str, Any]) -> None:
-        self._lost = OptionalWork("a tracker failed, training goes on")
-        self._accelerator: Any = None
-        if not names:
-            return
-        if unknown := sorted(set(names) - set(TRACKERS)):
-            raise ConfigError(f"Expected trackers among {', '.join(TRACKERS)}, found {', '.join(unknown)}.")
-        from accelerate import Accelerator
-
-        accelerator = Accelerator(log_with=list(names), project_dir=folder / "trackers", cpu=True)
-        # accelerate leaves out what is not installed, without a word that people see
-        if missing := sorted(set(names) - {str(tracker) for tracker in accelerator.log_with}):
-            raise ConfigError(
-                f"Expected the packages of the trackers {', '.join(names)}, found none for {', '.join(missing)}. "
-                "Install it, or leave it out of trackers."
-            )
-        self._accelerator = accelerator
-        plain = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
-        with self._lost.spared():
-            self._accelerator.init_trackers(project, config=plain)
+        _require_there(names)
+        values = config_values(config)
+        self._trackers = [Tracker(name, folder, project, values) for name in dict.fromkeys(names)]
 
     def log_round(self, record: RoundRecord, local_steps: int) -> None:
         """Log the losses of the round's steps and its figures."""
-        if self._accelerator is None:
-            return
         first = (record.round - 1) * local_steps
-        with self._lost.spared():
-            for step, loss in enumerate(record.steps.losses if record.steps else ()):
-                self._accelerator.log({"step/loss": loss}, step=first + step)
-            self._accelerator.log(figures(record), step=first + local_steps)
+        losses = record.steps.losses if record.steps else ()
+        points: list[tuple[int, Mapping[str, float]]] = [
+            *((first + step, {"step/loss": loss}) for step, loss in enumerate(losses)),
+            (first + local_steps, figures(record)),
+        ]
+        for tracker in self._trackers:
+            tracker.log(points)
 
-    def close(self) -> None:
-        """End the trackers' runs."""
-        if self._accelerator is not None:
-            with self._lost.spared():
-                self._accelerator.end_training()
-        self._lost.close()
+    def close(self, failed: bool = False) -> None:
+        """End the trackers' runs, `failed` or completed, within `END_LIMIT_S` in all."""
+        for tracker in self._trackers:
+            tracker.end(failed)
+        deadline = time.monotonic() + END_LIMIT_S
+        if late := [tracker.name for tracker in self._trackers if not tracker.ended(deadline)]:
+            _log.warning(
+                "%s did not end within %g s: what was not sent by then is lost there; the results have it all",
+                ", ".join(late),
+                END_LIMIT_S,
+            )
+
+
+def _require_there(names: Sequence[str]) -> None:
+    if not names:
+        return
+    if unknown := sorted(set(names) - set(TRACKERS)):
+        raise ConfigError(f"Expected trackers among {', '.join(TRACKERS)}, found {', '.join(unknown)}.")
+    from accelerate.tracking import get_available_trackers
+
+    if missing := sorted(set(names) - {str(tracker) for tracker in get_available_trackers()}):
+        raise ConfigError(
+            f"Expected the packages of the trackers {', '.join(names)}, found none for {', '.join(missing)}. "
+            f"Install it where the server runs (pip install {' '.join(missing)}), or leave it out of trackers."
+        )
 
 
 def figures(record: RoundRecord) -> dict[str, float]:

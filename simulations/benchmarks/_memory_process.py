@@ -18,9 +18,13 @@ from torch import Tensor
 from hsplit_flwr.exchange.grpc_transport import connect
 from hsplit_flwr.exchange.remote_tail import RemoteTail
 from hsplit_flwr.exchange.task import RoundTask
+from hsplit_flwr.lora.deltas import WeightDelta
+from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.merge import merge_delta
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.quantized import QuantizedLayer
 from hsplit_flwr.models.segments import Segment, load_segment
 from hsplit_flwr.training.head import train_head
 from hsplit_flwr.training.host_memory import return_freed_tensors, trim_heap
@@ -43,11 +47,22 @@ def touch(head: Segment) -> None:
         parameter.sum()
 
 
+def let_delta_stand(head: Segment, files: ModelFiles, rank: int) -> None:
+    """What earlier rounds have trained stands beside each quantised weight, as much of it as there may be."""
+    delta = WeightDelta()
+    for name, layer in head.linear_modules().items():
+        if isinstance(layer, QuantizedLayer):
+            A, B = torch.randn(rank, layer.in_features), torch.randn(layer.out_features, rank)
+            delta.add({name: LoraFactors(A, B, 1e-3)})
+    merge_delta(head, files, delta, delta.names())
+
+
 def train_round(files: ModelFiles, task: RoundTask, workload: Workload) -> dict[str, int]:
     """What a client does between task and result; bytes of a step's frames and of the result's arrays."""
     head = load_segment(files, 0, task.plan.cut, dtype=DTYPES[workload.dtype])
     head.gradient_checkpointing = workload.gradient_checkpointing
     touch(head)
+    let_delta_stand(head, files, workload.delta_rank)
     with RemoteTail(task, task.max_frame_bytes, connect) as tail:
         tail.fetch_delta(0)
         hello_up, delta_down = tail.bytes_up, tail.bytes_down
@@ -71,12 +86,16 @@ def main() -> None:
     warm_up, task = (RoundTask.from_json(order[key]) for key in ("warm_up", "task"))
     return_freed_tensors()  # as HSplitLoRAClient does; leaves GLIBC_TUNABLES alone where it is set
     path = MODELS[order["model"]]()
-    train_round(ModelFiles.resolve(path), warm_up, replace(workload, batch_size=1, sequence_length=4))
+
+    def files() -> ModelFiles:
+        return ModelFiles.resolve(path).quantized_by(workload.quantization)
+
+    train_round(files(), warm_up, replace(workload, batch_size=1, sequence_length=4))
     gc.collect()
     trim_heap()
     forget_peak()
     baseline = resident_bytes("VmRSS")
-    wire_bytes = train_round(ModelFiles.resolve(path), task, workload)
+    wire_bytes = train_round(files(), task, workload)
     peak = resident_bytes("VmHWM") - baseline
     print(json.dumps({"peak_bytes": peak, "baseline_bytes": baseline, "wire_bytes": wire_bytes}), flush=True)
 

@@ -1,13 +1,14 @@
 """Is the cost model right? What `ModelCosts` predicts from the config against what real heads do.
 
-    python simulations/benchmarks/cost_model.py --json OUT [--quick]
+    python simulations/benchmarks/cost_model.py --json OUT [--quick | --passes]
 
-One row for each head (model, cut, ranks, batch, gradient checkpointing on or off):
+One row for each head (model, cut, ranks, batch, gradient checkpointing, a quantised base, dropout, autocast):
 
 * memory: growth of a fresh client process' peak resident memory (VmHWM) over the same process idle. It has imported
   everything and been through one smallest round (cut 1, 1 x 4 tokens), so that libraries, threads and channels are up:
   a `Budget` excludes what the idle client takes. It loads its weights, trains for three steps over gRPC and returns its
-  adapters; the other end answers with random gradients. Two threads, started as `host_memory` recommends (set
+  adapters; the other end answers with random gradients. Beside a quantised base stands as much of earlier rounds as
+  there may be. Two threads, started as `host_memory` recommends (set
   GLIBC_TUNABLES or OMP_NUM_THREADS yourself to measure something else). glibc's heap depends on the addresses that
   the system deals out, by up to 10 % from run to run for small models: the median of `--repeats` runs counts.
 * FLOPs: `torch.utils.flop_counter` around a real step of the head, and of the tail behind it
@@ -53,7 +54,7 @@ SEED = 0
 STEPS = 3
 PROCESS = {"GLIBC_TUNABLES": CLIENT_TUNABLES, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
 """environment of a measured process. Passive: on busy cores, threads that spin take three times as long"""
-POINT_LIMIT_S = 300.0
+POINT_LIMIT_S = 900.0
 WARM_UP, CLIENT = "warm-up", "client"
 
 
@@ -68,11 +69,50 @@ class Point:
     length: int
     checkpointing: bool = False
     targets: tuple[str, ...] | str = "all-linear"
+    dtype: str = "fp32"
+    quantization: str = "none"
+    lora_dropout: float = 0.0
+    autocast: str = "none"
 
     @property
     def workload(self) -> Workload:
         """What is trained on."""
-        return Workload(self.batch_size, self.length, STEPS, gradient_checkpointing=self.checkpointing)
+        return Workload.of(
+            self.training,
+            batch_size=self.batch_size,
+            sequence_length=self.length,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            gradient_checkpointing=self.checkpointing,
+        )
+
+    @property
+    def training(self) -> TrainingConfig:
+        """How it is trained on."""
+        return TrainingConfig(
+            rounds=1,
+            local_steps=STEPS,
+            learning_rate=1e-4,
+            seed=SEED,
+            lora_dropout=self.lora_dropout,
+            autocast=self.autocast,
+        )
+
+    @property
+    def how(self) -> str:
+        """What is not plain about the head, in a word."""
+        dropout = f"dropout {self.lora_dropout:g}" if self.lora_dropout else ""
+        said = [self.quantization, dropout, self.autocast, "checkpointed" if self.checkpointing else ""]
+        return ", ".join(word for word in said if word not in ("", "none")) or "plain"
+
+    @property
+    def counted(self) -> bool:
+        """Whether its FLOPs are counted: where passes are plain. Torch's counter knows no product of bitsandbytes."""
+        return (self.quantization, self.lora_dropout, self.autocast) == ("none", 0.0, "none")
+
+    def files(self) -> ModelFiles:
+        """The base model, held as the point says."""
+        return ModelFiles.resolve(MODELS[self.model]()).quantized_by(self.quantization)
 
     @property
     def lora(self) -> LoraSpec:
@@ -114,6 +154,22 @@ HELD_OUT = (
     Point(SMOL, 24, 8, 8, 32, True),
 )
 """on which they were only tried"""
+PASSES = (
+    Point(TINY, 7, 16, 8, 128, dtype="bf16", quantization="nf4"),
+    Point(SMOL, 4, 8, 8, 64, dtype="bf16", quantization="nf4"),
+    Point(SMOL, 15, 16, 8, 64, dtype="bf16", quantization="nf4"),
+    Point(SMOL, 15, 16, 8, 64, True, dtype="bf16", quantization="nf4"),
+    Point(SMOL, 15, 16, 8, 64, dtype="bf16", quantization="int8"),
+    Point(TINY, 7, 16, 8, 128, lora_dropout=0.1),
+    Point(SMOL, 4, 8, 8, 64, lora_dropout=0.1),
+    Point(SMOL, 15, 16, 8, 64, lora_dropout=0.1),
+    Point(SMOL, 15, 16, 8, 64, True, lora_dropout=0.1),
+    Point(TINY, 7, 16, 8, 128, autocast="bf16"),
+    Point(SMOL, 4, 8, 8, 64, autocast="bf16"),
+    Point(SMOL, 15, 16, 8, 64, autocast="bf16"),
+    Point(SMOL, 15, 16, 8, 64, True, autocast="bf16"),
+)
+"""a quantised base, dropout and autocast, on which they were only tried, too"""
 QUICK = (
     Point(TINY, 4, 8, 8, 64),
     Point(TINY, 7, 16, 8, 128),
@@ -159,7 +215,7 @@ def measure_head(point: Point, files: ModelFiles) -> dict[str, Any]:
     service = TailService(
         cast(Any, RandomGradients(files)), lambda have, cut, own: (0, True, {}), "bench", ServiceConfig()
     )
-    config = TrainingConfig(rounds=1, local_steps=STEPS, learning_rate=1e-4, seed=SEED)
+    config = point.training
     cuts = {WARM_UP: 1, CLIENT: point.cut}
     tokens = service.open_round(1, "train", cuts, 0)
 
@@ -240,13 +296,13 @@ def flops_row(point: Point, costs: ModelCosts, files: ModelFiles) -> dict[str, A
 
 def row_of(point: Point, repeats: int) -> dict[str, Any]:
     """All of one point."""
-    files = ModelFiles.resolve(MODELS[point.model]())
+    files = point.files()
     costs = ModelCosts(files.config, point.workload)
     return {
         "point": asdict(point),
         "held_out": point not in CALIBRATION,
         **memory_row(point, costs, files, repeats),
-        **flops_row(point, costs, files),
+        **(flops_row(point, costs, files) if point.counted else {}),
     }
 
 
@@ -254,24 +310,32 @@ def main() -> None:
     """Measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True, help="where the figures go")
-    parser.add_argument("--quick", action="store_true", help="four points instead of the whole grid")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--quick", action="store_true", help="four points instead of the whole grid")
+    chosen.add_argument("--passes", action="store_true", help="quantised bases, dropout and autocast alone")
     parser.add_argument("--repeats", type=int, default=1, help="processes per point; the median counts")
     arguments = parser.parse_args()
     rows = []
-    print(f"{'model':14}{'cut':>4}{'rank':>5}{'batch':>8}{'ckpt':>6}{'predicted MiB':>15}{'measured MiB':>14}"
+    print(f"{'model':14}{'cut':>4}{'rank':>5}{'batch':>8}  {'how':20}{'predicted MiB':>15}{'measured MiB':>14}"
           f"{'error':>8}{'FLOPs error':>13}{'bytes error':>13}")  # fmt: skip
-    for point in QUICK if arguments.quick else (*CALIBRATION, *HELD_OUT):
+    points = QUICK if arguments.quick else PASSES if arguments.passes else (*CALIBRATION, *HELD_OUT, *PASSES)
+    for point in points:
         row = row_of(point, arguments.repeats)
         rows.append(row)
-        memory, flops, wire = row["memory"], row["flops"], row["wire_bytes"]
+        memory, wire = row["memory"], row["wire_bytes"]
+        flops = f"{row['flops']['relative_error']:+.2%}" if "flops" in row else "-"
         print(
-            f"{point.model:14}{point.cut:>4}{point.rank:>5}{f'{point.batch_size}x{point.length}':>8}"
-            f"{'yes' if point.checkpointing else 'no':>6}{memory['predicted'] / 2**20:>15.1f}"
-            f"{memory['measured'] / 2**20:>14.1f}{memory['relative_error']:>+8.1%}{flops['relative_error']:>+13.2%}"
-            f"{wire['relative_error']:>13.2%}",
+            f"{point.model:14}{point.cut:>4}{point.rank:>5}{f'{point.batch_size}x{point.length}':>8}  {point.how:20}"
+            f"{memory['predicted'] / 2**20:>15.1f}{memory['measured'] / 2**20:>14.1f}{memory['relative_error']:>+8.1%}"
+            f"{flops:>13}{wire['relative_error']:>13.2%}",
             flush=True,
         )
-    worst = {key: max(abs(row[key]["relative_error"]) for row in rows) for key in ("memory", "flops", "wire_bytes")}
+    kinds = ("memory", "flops", "wire_bytes")
+    worst = {
+        key: max(abs(row[key]["relative_error"]) for row in rows if key in row)
+        for key in kinds
+        if any(key in row for row in rows)
+    }
     result: dict[str, Any] = {
         "worst_relative_error": worst,
         "rows": rows,

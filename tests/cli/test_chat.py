@@ -1,7 +1,9 @@
 """``hsplit-flwr chat``: what was said stays in the prompt, within the model's positions, and limits are said."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hsplit_flwr.cli import main
 from hsplit_flwr.data.chat_template import ChatTemplate, chat_template
+from hsplit_flwr.data.text_batches import prompt_text
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.assets import tiny_checkpoint
 from hsplit_flwr.models.conversation import Conversation
+from hsplit_flwr.models.generation import write_texts
+from hsplit_flwr.models.streaming import TextPieces
 from tests.helpers.chats import CHATML, tokenizer
 
 BASE = str(tiny_checkpoint())
@@ -126,3 +131,52 @@ def test_a_template_that_refuses_a_chat_keeps_nothing(model: PreTrainedModel) ->
         talk.ask("second")
     talk.forget()
     talk.ask("third")
+
+
+def test_a_text_is_said_as_it_is_written(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is out before the next token is made, and together they are the text."""
+    prompt = prompt_text("name[The Salt Clock], eatType[tea room], food[Lebanese]")
+    expected, _ = reference(model, prompt)
+    made: list[int] = []
+    monkeypatch.setattr(model, "forward", counted(model.forward, made))
+    heard: list[tuple[str, int]] = []
+    (written,) = write_texts(
+        model, tokenizer(), [prompt], max_new_tokens=NEW, say=lambda piece: heard.append((piece, len(made)))
+    )
+    assert "".join(piece for piece, _ in heard) == written.text == expected
+    passes = [number for _, number in heard]
+    assert len(passes) > 5
+    assert passes[0] == 1
+    assert all(later > earlier for earlier, later in pairwise(passes))
+
+
+def counted(forward: Callable[..., object], made: list[int]) -> Callable[..., object]:
+    """`forward`, which notes that it was called."""
+
+    @wraps(forward)  # generate looks at its arguments
+    def noting(*args: object, **options: object) -> object:
+        made.append(len(made))
+        return forward(*args, **options)
+
+    return noting
+
+
+def test_pieces_of_a_text_are_whole_characters_and_never_taken_back() -> None:
+    """Bytes of one character come in several tokens; the end token and what follows it are not said."""
+    own = tokenizer()
+    text = "café 🚲 naïve \n\n two  spaces, do n't  "
+    ids = own(text)["input_ids"]
+    assert len(ids) > len(text) / 4
+    said: list[str] = []
+    pieces = TextPieces(own, said.append)
+    pieces.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in [*ids, own.eos_token_id, *ids[:2]]:
+        pieces.put(torch.tensor([token]))
+    pieces.end()
+    assert "".join(said) == text.strip()
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in said)
+
+
+def test_only_one_text_is_said_as_it_is_written(model: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match=r"Expected a single prompt and num_beams = 1 .* found 2 and 1"):
+        write_texts(model, tokenizer(), ["a", "b"], max_new_tokens=2, say=print)

@@ -313,3 +313,16 @@ def test_everybody_is_there_where_nobody_leaves_and_never_nobody() -> None:
     alone = [always_away.present(0, number) for number in range(1, 200)]
     assert {len(there) for there in alone} == {1}
     assert {there[0] for there in alone} == set(IDS)
+
+
+def test_a_round_takes_a_fraction_of_many_clients() -> None:
+    """FlowerTune's way of working: 20 clients, of whom 4 take part in a round, drawn anew."""
+    setting = SETTINGS["flowertune"]
+    assert len(setting.clients) == len(setting.ranks) == 20
+    present = [setting.present(0, number) for number in range(1, 501)]
+    assert {len(there) for there in present} == {4}
+    assert all(list(there) == sorted(there, key=int) for there in present)
+    counts = Counter(client for there in present for client in there)
+    for client in setting.clients:  # 100 expected, standard deviation sqrt(500 * 0.2 * 0.8) = 8.9
+        assert abs(counts[client] - 100) < 4 * 8.9
+    assert len(replace(setting, fraction=0.01).present(0, 1)) == 1

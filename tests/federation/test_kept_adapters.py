@@ -24,6 +24,7 @@ from hsplit_flwr.lora.aggregation import Contribution
 from hsplit_flwr.lora.factors import init_lora_A
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.files import ModelFiles
+from hsplit_flwr.models.quantized import weight_of
 from hsplit_flwr.models.segments import block_of, linear_shapes
 from hsplit_flwr.planning.configured_plans import ConfiguredPlans
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
@@ -40,6 +41,8 @@ TOLERANCE = 1e-5
 """largest absolute difference of fp32 weights to the reference after 12 AdamW steps"""
 SAME = 2e-6
 """largest absolute difference where only the form of a sum changes"""
+SAME_SCORE = 1e-5
+"""relative, of perplexities"""
 TRAINING = TrainingConfig(
     ROUNDS, STEPS, 5e-3, warmup_steps=3, max_grad_norm=0.0, importance_steps=0, keep_adapters=True
 )
@@ -97,10 +100,11 @@ class Holder:
 class Reference:
     """transformers' model and loss on dense weights, torch's AdamW; none of our training or aggregation."""
 
-    def __init__(self) -> None:
+    def __init__(self, base: Weights | None = None) -> None:
+        """`base`: the linear layers' weights, where they are not the model's own."""
         self.model = tiny_model("llama")
         names = [n for n, _ in self.model.named_modules() if n.endswith("_proj")]
-        self.weights = {n: self.model.get_submodule(n).weight.detach().clone() for n in names}
+        self.weights = base or {n: self.model.get_submodule(n).weight.detach().clone() for n in names}
         shapes = {n: weight.shape for n, weight in self.weights.items()}
         self.tail = Holder.fresh(TAIL, {n: s for n, s in shapes.items() if block_of(n) >= 1}, tail_seed(0, 1))
         self.heads = {
@@ -243,6 +247,83 @@ def test_over_grpc_they_are_the_same(model: GlobalModel, tmp_path: Path, monkeyp
         for name, weight in reference.whole().items():
             assert (found[name] - weight).abs().max() <= TOLERANCE, (number, name)
     strategy.rounds.close()
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_beside_a_quantised_base_they_are_the_same_rule(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W_0 is what the quantised layers hold, never quantised again; the reference trains on it in float32."""
+    run = QuantizedRun(tmp_path, method, monkeypatch, delta_rank=0)
+    reference = Reference(dict(run.base))
+    for number, present in PRESENT.items():
+        run.round(number, present)
+        reference.round(number, present, every=STEPS)
+        expected = reference.whole()
+        for name, weight in run.global_weights().items():
+            assert (weight - expected[name]).abs().max() <= TOLERANCE, (number, name)
+            assert (expected[name] - run.base[name]).abs().max() > 100 * TOLERANCE, name
+        run.require_tail_computes(expected)
+    assert run.model.delta_error == 0
+
+
+def test_where_a_quantised_base_bounds_the_delta_all_compute_with_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is cut off is cut off for everybody: heads on their clients score what the server's whole model does."""
+    run = QuantizedRun(tmp_path, "nf4", monkeypatch, delta_rank=6)
+    for number, present in PRESENT.items():
+        run.round(number, present)
+        run.require_tail_computes(run.global_weights())
+        score = run.strategy.rounds.history[-1]
+        assert score.federated_perplexity == pytest.approx(score.central_perplexity, rel=SAME_SCORE), number
+    assert run.model.delta_error is not None
+    assert 0 < run.model.delta_error < 1
+    total = run.model.log.total
+    ranks = [int(torch.linalg.matrix_rank(total.dense(name), rtol=1e-4)) for name in total.names()]
+    assert max(ranks) == 6
+
+
+class QuantizedRun:
+    """Rounds on a quantised base over gRPC; clients are built anew for every message."""
+
+    def __init__(self, folder: Path, method: str, monkeypatch: pytest.MonkeyPatch, delta_rank: int) -> None:
+        build_one_at_a_time(monkeypatch, "load_segment", "SegmentAdapters")
+        tiny_model("llama").save_pretrained(folder)
+        self.model = GlobalModel(ModelFiles.resolve(str(folder)).quantized_by(method))
+        self.base = {name: weight_of(layer).clone() for name, layer in self.model.segment.linear_modules().items()}
+        scored = [BATCHES["0"][0]]
+        self.strategy = HSplitLoRAStrategy(
+            self.model,
+            PLANS,
+            TRAINING,
+            tail_lora=TAIL,
+            workload=Workload.of(
+                TRAINING, batch_size=4, sequence_length=10, quantization=method, delta_rank=delta_rank
+            ),
+            config=StrategyConfig(delta_rank=delta_rank),
+            eval_batches=scored,
+        )
+        data = {c: ClientData(lambda step, c=c: BATCHES[c][step:], scored) for c in PLANS}  # type: ignore[misc]
+        self.nodes = {c: LocalNode(c, [c], folder, data.__getitem__, quantization=method) for c in PLANS}
+
+    def round(self, number: int, present: Sequence[str]) -> None:
+        """One round with these clients, none of which fails."""
+        play_round(self.strategy, manager_of(*(self.nodes[c] for c in present)), number)
+        assert not self.strategy.history[-1].failures
+
+    def global_weights(self) -> Weights:
+        """What the quantised layers hold, and all that was learnt."""
+        learnt = self.strategy.rounds.tail_rounds.evaluated_delta()
+        return {name: self.base[name] + learnt.dense(name) for name in learnt.names()}
+
+    def require_tail_computes(self, expected: Weights) -> None:
+        """The tail's weights and adapters together are the global model."""
+        tail = self.strategy.rounds.tail_rounds.tail
+        adapters = tail.adapters.factors()
+        for name, layer in tail.segment.linear_modules().items():
+            own = adapters[name].delta() if name in adapters else 0.0
+            assert (weight_of(layer) + own - expected[name]).abs().max() <= TOLERANCE, name
 
 
 def whole_weights(server: RoundServer) -> Weights:

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GPT2Config, LlamaConfig
 
 from hsplit_flwr.cli import main
 from hsplit_flwr.cli.plan import UNIFORM, read_config, read_importance
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.models.assets import tiny_checkpoint
+from hsplit_flwr.models.block_layout import build_skeleton
+from hsplit_flwr.models.gguf_export import write_gguf
+from hsplit_flwr.models.token_limits import TokenLimits
+from hsplit_flwr.models.trained import load_trained
 from hsplit_flwr.planning.costs.delta_costs import update_ranks
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.planning.planner import PlannerConfig
@@ -275,6 +280,16 @@ def test_a_gguf_file_is_read_without_its_weights(tmp_path: Path) -> None:
     config = read_config(str(path))
     assert isinstance(config, LlamaConfig)
     assert (config.num_hidden_layers, config.hidden_size) == (3, 64)
+    assert config.max_position_embeddings == 128
+
+
+def test_a_gpt2_gguf_file_has_the_positions_that_it_says(tmp_path: Path) -> None:
+    """transformers looks for them under another name and takes 1,024: a plan took longer rows than a run."""
+    write_gguf(*load_trained(str(tiny_checkpoint())), tmp_path / "own.gguf")
+    config = read_config(str(tmp_path / "own.gguf"))
+    stored = read_config(str(tiny_checkpoint()))
+    assert config.max_position_embeddings == stored.max_position_embeddings == 192
+    assert TokenLimits.of(build_skeleton(config, torch.float32)).positions == 192
 
 
 @pytest.mark.parametrize(

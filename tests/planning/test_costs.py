@@ -452,3 +452,13 @@ def test_the_cost_model_counts_no_second_copy_of_the_logits() -> None:
     estimate = ModelCosts(config, Workload(batch_size=4, sequence_length=64)).tail_memory([1], {})
     logits = 4 * 64 * vocab * 4
     assert 2 * logits < estimate.workspace < 2 * logits + 5 * PART_BYTES
+
+
+def test_dropout_is_planned_with_gradient_checkpointing() -> None:
+    """The trace computed blocks again without their masks: torch found fewer tensors, and no plan could be made."""
+    config = tiny_config("llama", True)
+    plain, dropped = (
+        ModelCosts(config, Workload(4, 16, gradient_checkpointing=True, lora_dropout=share)) for share in (0.0, 0.1)
+    )
+    assert dropped.head_memory(2, {}).activations == plain.head_memory(2, {}).activations  # no mask is kept
+    assert dropped.head_memory(2, {}).workspace > plain.head_memory(2, {}).workspace

@@ -144,4 +144,5 @@ def _run(
         del logits
         loss = losses.sum()
         recorder.start_backward()
-        loss.backward()  # type: ignore[no-untyped-call]
+        with adapters.dropping_out(workload.lora_dropout):  # where blocks are computed again, with their masks
+            loss.backward()  # type: ignore[no-untyped-call]
