@@ -27,7 +27,7 @@ from typing import Any, get_type_hints
 
 from hsplit_flwr.common.toml_file import read_toml
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.experiments.records import RunSpec
+from hsplit_flwr.experiments.records import EMBEDDED_DATA, RunSpec
 
 REQUIRED_LISTS = {"methods": "method", "settings": "setting", "partitions": "partition", "seeds": "seed"}
 OPTIONAL_LISTS = {"cuts": "cut", "ranks": "rank", "learning_rates": "learning_rate"}
@@ -38,7 +38,9 @@ _WORDS = {int: "a whole number", float: "a finite number", str: "a string"}
 
 
 def read_experiment(path: str | Path, methods: Collection[str], settings: Collection[str]) -> tuple[RunSpec, ...]:
-    """The runs that the file at `path` asks for, first seeds first; a relative `data` counts from the file's folder.
+    """The runs that the file at `path` asks for, first seeds first.
+
+    `data` is the name of an embedded set or a folder; a relative one counts from the file's folder.
 
     Args:
         path: the TOML file (see the module's docstring).
@@ -92,8 +94,14 @@ def _specs(
 def _shared(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     _only_keys("[run]", table, SHARED_FIELDS)
     shared = {name: _typed(f"[run] {name}", name, value) for name, value in table.items()}
-    if shared.get("data"):
-        shared["data"] = str((folder / shared["data"]).resolve())
+    if shared.get("data") and shared["data"] not in EMBEDDED_DATA:
+        path = (folder / shared["data"]).resolve()
+        if path.name in EMBEDDED_DATA:  # a store keeps the last part of a path
+            raise ConfigError(
+                f"Expected [run] data as a folder by another name than an embedded set, found {shared['data']!r}. "
+                f"Rename the folder, or write data = {path.name!r} for the embedded set."
+            )
+        shared["data"] = str(path)
     return shared
 
 

@@ -8,6 +8,9 @@ from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.reports.text_metrics import TextScores
 
+EMBEDDED_DATA = ("metar",)
+"""names of the data sets that the package brings beside the restaurants"""
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -25,7 +28,8 @@ class RunSpec:
     model: str = "tiny"
     """``tiny`` (embedded), ``smollm2``, or whatever `ModelFiles.resolve` takes"""
     data: str = ""
-    """a folder with ``train.csv`` and ``valid.csv`` (columns ``mr`` and ``ref``); empty: the embedded restaurants"""
+    """empty: the embedded restaurants; another name of `EMBEDDED_DATA`; or a folder with ``train.csv`` and
+    ``valid.csv`` (columns ``mr`` and ``ref``)"""
     rounds: int = 5
     local_steps: int = 10
     """steps of every client in a round"""
