@@ -10,7 +10,7 @@ from hsplit_flwr.experiments.main import main
 SIMULATIONS = Path(__file__).resolve().parents[2] / "simulations"
 README = (SIMULATIONS / "README.md").read_text(encoding="utf-8")
 EVIDENCE = SIMULATIONS / "evidence"
-OTHER_SOURCES = ("Does aggregation preserve the size of an update?", "Deep, unequal heads")
+OTHER_SOURCES = ("Does aggregation preserve the size of an update?", "Deep, unequal heads", "A second task: METAR")
 """sections whose tables are not of stored runs"""
 DEFAULT_TABLES = ((), ("--ours", "hsplitlora_4_passes"))
 TABLES = {
