@@ -41,7 +41,7 @@ SLOTS = ("station", "wind", "weather", "clouds", "temperature")
 
 _OPENINGS = ("{station} has {wind}", "In {station} {wind}", "{station}: {wind}")
 _WINDS = ("a {direction} wind of {speed} knots", "wind from the {direction} at {speed} knots")
-_TEMPERATURES = ("It is {air} degrees, dew point {dew}.", "Air {air}, dew point {dew} degrees.")
+_TEMPERATURES = ("It is {air}, dew point {dew}.", "Air {air}, dew point {dew}.")
 
 
 def metar_examples(seed: int = 0) -> tuple[list[Example], list[Example]]:

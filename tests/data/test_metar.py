@@ -40,7 +40,7 @@ def read(slot: str, code: str) -> list[str]:
         return [f"{COVERS[code[:3]]} at {number(code[3:5])} thousand feet"]
     if slot == "temperature":
         air, dew = map(degrees, code.split("/"))
-        return [f"It is {air} degrees, dew point {dew}.", f"Air {air}, dew point {dew} degrees."]
+        return [f"It is {air}, dew point {dew}.", f"Air {air}, dew point {dew}."]
     return [STATIONS[code]]
 
 
