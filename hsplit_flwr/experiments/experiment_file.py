@@ -95,7 +95,13 @@ def _shared(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     _only_keys("[run]", table, SHARED_FIELDS)
     shared = {name: _typed(f"[run] {name}", name, value) for name, value in table.items()}
     if shared.get("data") and shared["data"] not in EMBEDDED_DATA:
-        shared["data"] = str((folder / shared["data"]).resolve())
+        path = (folder / shared["data"]).resolve()
+        if path.name in EMBEDDED_DATA:  # a store keeps the last part of a path
+            raise ConfigError(
+                f"Expected [run] data as a folder by another name than an embedded set, found {shared['data']!r}. "
+                f"Rename the folder, or write data = {path.name!r} for the embedded set."
+            )
+        shared["data"] = str(path)
     return shared
 
 

@@ -8,7 +8,7 @@ from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.reports.text_metrics import TextScores
 
-EMBEDDED_DATA = ("desk",)
+EMBEDDED_DATA = ("desk", "metar")
 """names of the data sets that the package brings beside the restaurants; a folder of that name is ``./NAME``"""
 
 

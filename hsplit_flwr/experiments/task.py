@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hsplit_flwr.data.e2e import client_examples, validation_examples
+from hsplit_flwr.data.metar import metar_examples
 from hsplit_flwr.data.restaurants import partition_by_slot, restaurant_examples
 from hsplit_flwr.data.text_batches import Example, TextBatches
 from hsplit_flwr.errors import ConfigError
@@ -28,6 +29,22 @@ Item = TypeVar("Item")
 MODELS: Mapping[str, Callable[[], Path]] = {"tiny": tiny_checkpoint, "smollm2": smollm2_checkpoint}
 LABEL = "food"
 """the field of the meaning representation whose values are spread unevenly (Dirichlet)"""
+
+
+class EmbeddedData(NamedTuple):
+    """A data set that the package brings."""
+
+    examples: Callable[[], tuple[list[Example], list[Example]]]
+    """-> the clients' examples, and the held-out ones"""
+    label: str
+    """what `LABEL` is for other data"""
+
+
+EMBEDDED: Mapping[str, EmbeddedData] = {
+    "": EmbeddedData(restaurant_examples, LABEL),
+    "metar": EmbeddedData(metar_examples, "station"),
+}
+"""`RunSpec.data` -> the data set; `records.EMBEDDED_DATA` has the names"""
 RANKS = (1, 2, 4, 8, 16)
 """candidates of the planner"""
 RANK = 8
@@ -135,13 +152,14 @@ def _text_data(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, clients: int, 
 
 def _data(spec: RunSpec, clients: int) -> tuple[list[list[Example]], list[Example]]:
     """A part per client, and the held-out examples."""
-    if spec.data:
+    if spec.data not in EMBEDDED:
         label = "iid" if spec.partition == "iid" else LABEL
         options = {"num_partitions": clients, "partition_by": label, "alpha": spec.alpha, "seed": spec.seed}
         parts = [client_examples(spec.data, client, **options) for client in range(clients)]  # type: ignore[arg-type]
         return parts, validation_examples(spec.data)
-    train, held_out = restaurant_examples()
+    embedded = EMBEDDED[spec.data]
+    train, held_out = embedded.examples()
     if spec.partition == "iid":
         order = np.random.default_rng(spec.seed).permutation(len(train))
         return [[train[index] for index in order[client::clients]] for client in range(clients)], held_out
-    return partition_by_slot(train, LABEL, clients, spec.alpha, spec.seed), held_out
+    return partition_by_slot(train, embedded.label, clients, spec.alpha, spec.seed), held_out

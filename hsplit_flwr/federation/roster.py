@@ -68,6 +68,11 @@ class Roster:
         self._hosts: dict[str, str] = {}
         self._new: set[str] = set()
 
+    @property
+    def is_new(self) -> bool:
+        """No node has answered yet."""
+        return not self._nodes
+
     def unknown(self, online: Iterable[str]) -> list[str]:
         """Those of the nodes `online` that have not answered yet."""
         return [node for node in online if node not in self._nodes]

@@ -92,7 +92,8 @@ def ask_nodes(
     """Bring `roster` up to date with the nodes that are online, of which new ones are asked who they host.
 
     A node that does not answer is left out of the round. Where fewer than `min_nodes` are left then, it is asked again
-    for a while, if it is still there: after a restart of the SuperLink nodes are counted that are about to go.
+    for a while, if it is still there: after a restart of the SuperLink nodes are counted that are about to go, or that
+    hang. A run does not begin with fewer; one that is under way goes on.
 
     Args:
         roster: of the run.
@@ -101,7 +102,7 @@ def ask_nodes(
         min_nodes: that have to take part.
 
     Raises:
-        ConfigError: as `find`; or nobody hosts a client.
+        ConfigError: as `find`; or too few answer before the first round; or nobody hosts a client.
     """
     give_up = time.monotonic() + ASK_AGAIN_S
     answers: dict[str, NodeAnswer | Exception] = {}
@@ -110,12 +111,24 @@ def ask_nodes(
         new = [node for node in roster.unknown(online) if not isinstance(answers.get(node), NodeAnswer)]
         answers |= ask(new)
         silent = {node: reason for node in new if isinstance(reason := answers[node], Exception)}
-        if len(online) - len(silent) >= min_nodes or not silent or time.monotonic() > give_up:
+        enough = len(online) - len(silent) >= min_nodes or not silent
+        if enough or time.monotonic() > give_up:
             for node, reason in silent.items():
                 _log.warning("left out node %s: %r", node, reason)
+            if not enough and roster.is_new:
+                raise too_few_answers(min_nodes, len(online) - len(silent), silent)
             roster.update(online, {node: said for node, said in answers.items() if isinstance(said, NodeAnswer)})
             return
         time.sleep(NODES_POLL_S)
+
+
+def too_few_answers(expected: int, found: int, silent: Mapping[str, object]) -> ConfigError:
+    """The error of a run most of whose nodes are there and say nothing."""
+    reasons = "; ".join(f"node {node}: {reason}" for node, reason in silent.items())
+    return ConfigError(
+        f"Expected at least {expected} SuperNodes that say whom they host, found {found} ({reasons:.500}). "
+        "Restart those, or lower min-nodes."
+    )
 
 
 def too_few_nodes(expected: int, wait_s: float, found: int) -> ConfigError:

@@ -69,6 +69,7 @@ class FaultyDeployment(Deployment):
         self.disk = disk
         self.node_config = f"state-dir='{disk.folder / 'state'}'"
         self.tail_port = free_port()
+        self._starting = threading.Lock()
         (home.folder / "marks").mkdir()
         home.environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HSPLIT_FAULTS": str(home.folder / "marks")}
         super().__init__(home, NODES)
@@ -107,19 +108,15 @@ class FaultyDeployment(Deployment):
 
     @contextmanager
     def supervised(self) -> Iterator[None]:
-        """SuperNodes that end are started again, as docs/deployment.md says.
-
-        One that has said its farewell may hang in its last lines (flwr 1.42, where the SuperLink is killed while it
-        sends a reply). That is an end, too: whoever watches its connections or its log sees it.
-        """
+        """SuperNodes that end are started again, as docs/deployment.md says."""
         is_over = threading.Event()
 
         def supervise() -> None:
             while not is_over.wait(SUPERVISOR_S):
                 for node in range(NODES):
-                    if self.has_ended(node):
-                        self.kill_supernode(node)
-                        self.start_supernode(node)
+                    with self._starting:
+                        if not self.supernode(node):
+                            self.start_supernode(node)
 
         supervisor = threading.Thread(target=supervise, name="supervisor", daemon=True)
         supervisor.start()
@@ -128,6 +125,13 @@ class FaultyDeployment(Deployment):
         finally:
             is_over.set()
             supervisor.join(_COMMAND_LIMIT_S)
+
+    def restart_supernodes(self) -> None:
+        """End all of them and start them again, until the SuperLink has let them in."""
+        with self._starting:
+            for node in range(NODES):
+                self.kill_supernode(node)
+                self.start_supernode(node)
 
     def end_apps(self) -> None:
         """SIGKILL what a run has left behind, so that the next one is not its victim."""

@@ -61,6 +61,11 @@ def kill_superlink(deployment: FaultyDeployment, run: str) -> None:
     deployment.start_superlink()
 
 
+def restart_supernodes(deployment: FaultyDeployment) -> None:
+    """One that was sending when the SuperLink was killed may hang: alive to Flower, and mute (flwr 1.42)."""
+    deployment.restart_supernodes()
+
+
 def stop_client(deployment: FaultyDeployment, run: str) -> None:
     """A client's machine that sleeps."""
     _pause(deployment.supernode(VICTIM))
@@ -123,7 +128,7 @@ FAULTS: Mapping[str, Fault] = {
         Fault("kill-supernode", kill_supernode),
         Fault("kill-clientapp", kill_clientapp),
         Fault("kill-serverapp", kill_serverapp),
-        Fault("kill-superlink", kill_superlink),
+        Fault("kill-superlink", kill_superlink, restart_supernodes),
         Fault("stop-client", stop_client),
         Fault("stop-server", stop_server),
         Fault("cut-one", cut_one),

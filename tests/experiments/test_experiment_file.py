@@ -5,7 +5,7 @@ import pytest
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.experiment_file import SHARED_FIELDS, read_experiment
 from hsplit_flwr.experiments.main import SETTING_NAMES, main
-from hsplit_flwr.experiments.records import RunSpec
+from hsplit_flwr.experiments.records import EMBEDDED_DATA, RunSpec
 
 METHODS, SETTINGS = ("ours", "theirs", "other"), ("alike", "unlike")
 MATRIX = """
@@ -68,6 +68,20 @@ def test_a_relative_data_folder_counts_from_the_file(tmp_path: Path, monkeypatch
     assert read(folder, '[run]\ndata = "../data/e2e"\n' + MATRIX + RATES)[0].data == str(tmp_path / "data" / "e2e")
     assert read(folder, '[run]\ndata = "/data/e2e"\n' + MATRIX + RATES)[0].data == "/data/e2e"
     assert read(folder, '[run]\ndata = ""\n' + MATRIX + RATES)[0].data == ""
+
+
+@pytest.mark.parametrize("name", EMBEDDED_DATA)
+def test_the_name_of_an_embedded_set_is_no_folder(tmp_path: Path, name: str) -> None:
+    assert read(tmp_path, f'[run]\ndata = "{name}"\n' + MATRIX + RATES)[0].data == name
+    with pytest.raises(ConfigError, match="Rename the folder"):  # in a store both would be one data set
+        read(tmp_path, f'[run]\ndata = "./{name}"\n' + MATRIX + RATES)
+
+
+def test_the_file_knows_the_embedded_sets() -> None:
+    from hsplit_flwr.experiments.instructions import is_instructions
+    from hsplit_flwr.experiments.task import EMBEDDED
+
+    assert {name for name in EMBEDDED_DATA if not is_instructions(name)} | {""} == set(EMBEDDED)
 
 
 def test_learning_rates_of_methods_that_do_not_run_may_stay(tmp_path: Path) -> None:

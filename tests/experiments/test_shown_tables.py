@@ -14,6 +14,7 @@ OTHER_SOURCES = (
     "Does aggregation preserve the size of an update?",
     "Deep, unequal heads",
     "Settings and their plans",
+    "A second task: METAR",
 )
 """sections whose tables are not of stored runs"""
 DEFAULT_TABLES = ((), ("--ours", "hsplitlora_4_passes"))

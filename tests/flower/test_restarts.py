@@ -15,6 +15,7 @@ from flwr.client import Client
 from flwr.clientapp import ClientApp
 from flwr.server.compat.grid_client_proxy import GridClientProxy
 
+from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.client_data import ClientData
 from hsplit_flwr.federation.global_model import GlobalModel
 from hsplit_flwr.federation.roster import NodeAnswer, Roster
@@ -161,10 +162,11 @@ def test_a_node_that_does_not_answer_is_asked_again_where_it_is_needed(
     assert asked == [["1", "2"], ["2"], ["2"], ["2"]]
 
 
-@pytest.mark.parametrize("min_nodes", [1, 2])
-def test_a_node_that_never_answers_ends_nobodys_run(
-    roster: Roster, min_nodes: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("min_nodes", "under_way"), [(1, False), (1, True), (2, True), (2, False)])
+def test_a_node_that_never_answers_ends_no_run_that_is_under_way(
+    roster: Roster, min_nodes: int, under_way: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Nor one that is content with the others; a run that asks for it does not begin with fewer, in silence."""
     monkeypatch.setattr(nodes, "NODES_POLL_S", 0.01)
     monkeypatch.setattr(nodes, "ASK_AGAIN_S", 0.1)
     asked: list[str] = []
@@ -173,8 +175,15 @@ def test_a_node_that_never_answers_ends_nobodys_run(
         asked.extend(new)
         return {node: ValueError("broken") if node == "2" else NodeAnswer((f"of-{node}",), 0, {}) for node in new}
 
-    ask_nodes(roster, lambda: ["1", "2"], ask, min_nodes)
-    assert list(roster.clients) == ["of-1"]
+    if under_way:
+        roster.update(["1"], {"1": NodeAnswer(("of-1",), 0, {})})
+    if min_nodes == 2 and not under_way:
+        said = r"at least 2 SuperNodes that say whom they host, found 1 \(node 2: broken\)\. Restart"
+        with pytest.raises(ConfigError, match=said):
+            ask_nodes(roster, lambda: ["1", "2"], ask, min_nodes)
+    else:
+        ask_nodes(roster, lambda: ["1", "2"], ask, min_nodes)
+        assert list(roster.clients) == ["of-1"]
     assert caplog.text.count("left out node 2: ValueError('broken')") == 1
     assert (asked.count("2") > 1) == (min_nodes == 2)
 

@@ -48,7 +48,6 @@ class Deployment:
         self._nodes = nodes
         self.certificates = Certificates.make(home.folder / "tls")
         self._supernodes: dict[int, subprocess.Popen[bytes]] = {}
-        self._supernode_logs: dict[int, Path] = {}
         self.port = free_port()
         """the SuperLink's"""
         config = CONNECTION.format(name=NAME, port=self.port, authority=self.certificates.authority)
@@ -103,7 +102,7 @@ class Deployment:
             *("--auth-supernode-private-key", str(self._private_key(node)), "--port", str(free_port())),
             *("--node-config", f"{config} tail-root-certificates='{self.certificates.authority}' {self.node_config}"),
         )
-        self._supernodes[node], self._supernode_logs[node] = process, log
+        self._supernodes[node] = process
         wait_for(
             lambda: process.poll() is not None or "SuperNode ID" in log.read_text(), "an answer", None, log, START_S
         )
@@ -120,11 +119,6 @@ class Deployment:
     def supernode(self, node: int) -> list[psutil.Process]:
         """All processes of a SuperNode, itself first."""
         return family(self._supernodes[node].pid)
-
-    def has_ended(self, node: int) -> bool:
-        """Its process is gone, or has said that it goes."""
-        said = self._supernode_logs[node].read_text(errors="replace")
-        return not self.supernode(node) or "SuperNode terminated" in said
 
     def start(self, app: Path, run_config: Values) -> tuple["subprocess.Popen[bytes]", Path]:
         """``flwr run APP --stream``, under way; returns its process and log."""
