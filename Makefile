@@ -12,7 +12,7 @@ style:  ## fix what can be fixed automatically
 	$(PYTHON) -m ruff format .
 
 test:  ## everything: unit tests, Ray, real weights, a real deployment
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 3
 
 test-fast:  ## unit tests only, offline
 	$(PYTHON) -m pytest -m "not slow"
