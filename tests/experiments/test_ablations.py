@@ -83,6 +83,7 @@ def choices(round_plan: RoundPlan) -> tuple[dict[str, tuple[int, Mapping[str, in
 )
 def test_hsplitlora_is_what_a_deployment_computes(task: Task, method: str, planner: PlannerConfig) -> None:
     """The real strategy, clients and gRPC: same plans, same perplexity after every round."""
+    planner = replace(planner, round_weight=task.round_weight)
     strategy = HSplitLoRAStrategy(
         GlobalModel(task.files),
         AdaptivePlanning(task.costs, task.server, planner, lora_alpha=16.0),
@@ -148,7 +149,8 @@ def test_without_iwi_plans_as_if_all_weights_were_alike(hsplitlora: RunWithPlans
     task = Task.of(SPEC)
     result, plans = run_with_plans(replace(SPEC, method="without_iwi"))
     uniform = {matrix.name: 1.0 for matrix in task.costs.matrices}
-    alike = plan(task.costs, uniform, task.devices, task.server, PLANNER)
+    planner = replace(PLANNER, round_weight=task.round_weight)
+    alike = plan(task.costs, uniform, task.devices, task.server, planner)
     assert plans == [alike, alike]
     assert result.evaluations[1].perplexity == hsplitlora[0].evaluations[1].perplexity  # nothing is known yet
     assert choices(plans[1]) != choices(hsplitlora[1][1])
