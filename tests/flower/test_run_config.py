@@ -138,6 +138,7 @@ def test_every_key_arrives() -> None:
         *(3, 50, 8, "bf16", "bf16", "int8", True),
         importance_steps=2,
         importance_rows=0,
+        keep_adapters=True,
         joint_steps=True,
         tail_passes=3,
         **parts,
