@@ -36,7 +36,7 @@ class GridNodes:
         def find() -> list[str]:
             return [str(node) for node in sorted(self._wait_for_nodes(grid))]
 
-        ask_nodes(self.roster, find, partial(self._ask_all, grid), self._server.config.min_nodes)
+        ask_nodes(self.roster, find, partial(self._ask_all, grid), self._server.config)
         return self.roster
 
     def _ask_all(self, grid: Grid, nodes: list[str]) -> Answers:

@@ -13,6 +13,7 @@ from flwr.server.compat.grid_client_proxy import GridClientProxy
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.roster import NodeAnswer, Roster
+from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.flower.messages import PROBE_KEY, unpack_answer
 from hsplit_flwr.flower.restarts import UnlostGrid, restarts_of
@@ -56,7 +57,7 @@ class ConnectedNodes:
                 self._outlive_restarts(proxy)
             return list(self._proxies)
 
-        ask_nodes(self.roster, find, self._ask_all, config.min_nodes)
+        ask_nodes(self.roster, find, self._ask_all, config)
         return self.roster
 
     def _outlive_restarts(self, proxy: ClientProxy) -> None:
@@ -87,11 +88,11 @@ class ConnectedNodes:
 
 
 def ask_nodes(
-    roster: Roster, find: Callable[[], Collection[str]], ask: Callable[[list[str]], Answers], min_nodes: int
+    roster: Roster, find: Callable[[], Collection[str]], ask: Callable[[list[str]], Answers], config: StrategyConfig
 ) -> None:
     """Bring `roster` up to date with the nodes that are online, of which new ones are asked who they host.
 
-    A node that does not answer is left out of the round. Where fewer than `min_nodes` are left then, it is asked again
+    A node that does not answer is left out of the round. Where fewer than ``min_nodes`` are left, it is asked again
     for a while, if it is still there: after a restart of the SuperLink nodes are counted that are about to go, or that
     hang. A run does not begin with fewer; one that is under way goes on.
 
@@ -99,12 +100,13 @@ def ask_nodes(
         roster: of the run.
         find: the nodes that are online now, at least `min_nodes`; raises `ConfigError` if there are not enough in time.
         ask: node -> its answer, or why there is none.
-        min_nodes: that have to take part.
+        config: says how many nodes have to take part, and how long they are waited for.
 
     Raises:
         ConfigError: as `find`; or too few answer before the first round; or nobody hosts a client.
     """
-    give_up = time.monotonic() + ASK_AGAIN_S
+    min_nodes = config.min_nodes
+    give_up = time.monotonic() + min(ASK_AGAIN_S, config.wait_for_nodes_s)
     answers: dict[str, NodeAnswer | Exception] = {}
     while True:
         online = find()
@@ -115,7 +117,7 @@ def ask_nodes(
         if enough or time.monotonic() > give_up:
             for node, reason in silent.items():
                 _log.warning("left out node %s: %r", node, reason)
-            if not enough and roster.is_new:
+            if not enough and roster.is_new and len(silent) < len(online):  # of none at all `update` tells
                 raise too_few_answers(min_nodes, len(online) - len(silent), silent)
             roster.update(online, {node: said for node, said in answers.items() if isinstance(said, NodeAnswer)})
             return

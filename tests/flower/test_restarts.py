@@ -157,7 +157,7 @@ def test_a_node_that_does_not_answer_is_asked_again_where_it_is_needed(
         mute = ValueError("no answer")
         return {node: mute if node == "2" and len(asked) < 4 else NodeAnswer((f"of-{node}",), 0, {}) for node in new}
 
-    ask_nodes(roster, lambda: ["1", "2"], ask, 2)
+    ask_nodes(roster, lambda: ["1", "2"], ask, StrategyConfig(min_nodes=2))
     assert sorted(roster.clients) == ["of-1", "of-2"]
     assert asked == [["1", "2"], ["2"], ["2"], ["2"]]
 
@@ -180,9 +180,9 @@ def test_a_node_that_never_answers_ends_no_run_that_is_under_way(
     if min_nodes == 2 and not under_way:
         said = r"at least 2 SuperNodes that say whom they host, found 1 \(node 2: broken\)\. Restart"
         with pytest.raises(ConfigError, match=said):
-            ask_nodes(roster, lambda: ["1", "2"], ask, min_nodes)
+            ask_nodes(roster, lambda: ["1", "2"], ask, StrategyConfig(min_nodes=min_nodes))
     else:
-        ask_nodes(roster, lambda: ["1", "2"], ask, min_nodes)
+        ask_nodes(roster, lambda: ["1", "2"], ask, StrategyConfig(min_nodes=min_nodes))
         assert list(roster.clients) == ["of-1"]
     assert caplog.text.count("left out node 2: ValueError('broken')") == 1
     assert (asked.count("2") > 1) == (min_nodes == 2)
