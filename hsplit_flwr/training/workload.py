@@ -137,6 +137,12 @@ class Workload:
         return 2 if self.keep_adapters else 1
 
     @property
+    def adapter_copies(self) -> int:
+        """What is held beside an adapter that goes on from round to round, in adapters: what the round started from,
+        and beside a quantised weight also what that weight lacks of the delta."""
+        return (1 + (self.quantization != PLAIN)) * self.keep_adapters
+
+    @property
     def parts_alive(self) -> int:
         """Parts of which a head keeps activations at a time; with micro-steps also those of the next batch."""
         in_flight = self.micro_batches_in_flight

@@ -1,6 +1,7 @@
 """Plans of a base in 4 or 8 bits: predicted bytes against those of real segments; what a budget affords of it."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from transformers import LlamaConfig
 from hsplit_flwr.cli import main
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.federation.global_model import GlobalModel
+from hsplit_flwr.lora.deltas import WeightDelta
 from hsplit_flwr.lora.factors import LoraFactors
+from hsplit_flwr.lora.merge import merge_beneath, merge_delta
 from hsplit_flwr.lora.places import ScratchFolder
+from hsplit_flwr.lora.segment_adapters import SegmentAdapters
+from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.models.quantized import QuantizedLayer
 from hsplit_flwr.models.segments import Segment, linear_shapes, load_segment
 from hsplit_flwr.planning.costs.delta_costs import DeltaCosts
+from hsplit_flwr.planning.costs.memory import MemoryEstimate
 from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.training.workload import Workload
 from tests.helpers.models import saved_llama
@@ -61,6 +67,33 @@ def test_weights_and_what_stands_beside_them_take_the_bytes_that_were_predicted(
     beside = sum(4 * RANK * matrix.sides for matrix in predicted.matrices)
     whole = held_bytes(load_segment(files)) + beside
     assert whole == pytest.approx(predicted.tail_memory([1], {}).weights, rel=PER_CENT)
+
+
+@METHOD
+def test_an_adapter_that_is_kept_takes_room_beside_its_matrix(method: str, folder: Path) -> None:
+    """It is part of the delta, whose rank is bounded, and what stands beside the weight lacks it: two pairs more."""
+    files = ModelFiles.resolve(str(folder)).quantized_by(method)
+    work = replace(WORKLOAD, quantization=method, delta_rank=RANK)
+    restarts, keeps = (ModelCosts(files.config, w) for w in (work, replace(work, keep_adapters=True)))
+    head = load_segment(files, 0, 2)
+    adapters = SegmentAdapters(head, LoraSpec(RANK))
+    ranks, start = dict.fromkeys(adapters.module_names, RANK), adapters.factors()
+    delta = WeightDelta()
+    delta.add(start)
+    merge_delta(head, files, delta, start)
+    before = held_bytes(head)
+    merge_beneath(head, files, delta, start, start)
+    found = held_bytes(head) - before + sum(pair.A.nbytes + pair.B.nbytes for pair in start.values())
+
+    def more(estimate: Callable[[ModelCosts], MemoryEstimate]) -> int:
+        return estimate(keeps).total_bytes - estimate(restarts).total_bytes
+
+    assert more(lambda costs: costs.head_memory(2, ranks)) == found
+    assert more(lambda costs: costs.tail_memory([1, 2], ranks)) == found
+    assert more(lambda costs: costs.tail_memory([1], ranks)) == found / 2  # the tail alone has the second block
+    plain = ModelCosts(files.config, replace(WORKLOAD, keep_adapters=True))
+    of_plain = plain.head_memory(2, ranks).adapters - restarts.head_memory(2, ranks).adapters
+    assert of_plain == found / 2  # no more than what the round started from
 
 
 @METHOD

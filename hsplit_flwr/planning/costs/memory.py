@@ -57,7 +57,7 @@ class MemoryEstimate:
     weights: int
     """frozen, in the workload's dtype; a whole model's for the tail"""
     adapters: int
-    """A and B, float32"""
+    """A and B, float32, and copies of them: of parts in flight, of where a round started"""
     gradients: int
     optimizer: int
     """AdamW's two moments"""
@@ -102,7 +102,7 @@ class HeadMemory:
         self._in_flight = workload.parts_alive
         self._table = _table_bytes(workload)
         moves_on = workload.micro_steps and self._in_flight > 1
-        self._copies = self._in_flight if moves_on else 0
+        self._copies = (self._in_flight if moves_on else 0) + workload.adapter_copies
         workload = workload.part
         keeps_inputs = workload.quantization == INT8
         self._tokens = workload.batch_size * workload.sequence_length

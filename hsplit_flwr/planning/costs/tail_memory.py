@@ -49,6 +49,7 @@ class TailMemory:
         self._matrices = matrices
         self._joint = workload.joint_steps
         self._cache = workload.activation_cache_mib << 20
+        self._copies = workload.adapter_copies
         in_flight = workload.parts_alive
         rows_in_flight = workload.batch_size / workload.part.batch_size
         workload = workload.part
@@ -71,6 +72,7 @@ class TailMemory:
     def estimate(self, cuts: Sequence[int], ranks: Mapping[str, int]) -> MemoryEstimate:
         """With adapters of these ranks, in one step of clients with these cuts."""
         parameters = sum(ranks.get(matrix.name, 0) * matrix.sides for matrix in self._matrices)
+        copied = sum(ranks.get(m.name, 0) * m.sides for m in self._matrices if m.block < max(cuts, default=0))
         kept = [
             clients * (int(self._kept[cut]) + self._hidden_bytes + self._of_ranks(cut, ranks))
             for cut, clients in self._together(cuts).items()
@@ -78,7 +80,7 @@ class TailMemory:
         largest = max(self._together(cuts).values(), default=0)
         return MemoryEstimate(
             weights=self._weights,
-            adapters=4 * parameters,
+            adapters=4 * (parameters + self._copies * copied),
             gradients=4 * parameters,
             optimizer=8 * parameters,
             activations=max(kept, default=0),
@@ -89,7 +91,10 @@ class TailMemory:
     def rank_bytes(self, cuts: Sequence[int]) -> Floats:
         """Per matrix: bytes of one unit of rank in a step of these clients; an upper bound where cuts differ."""
         largest = max(self._together(cuts).values(), default=0)
-        return np.array([16 * matrix.sides + 4 * self._tokens * largest for matrix in self._matrices], np.float64)
+        deepest = max(cuts, default=0)
+        per_side = [16 + 4 * self._copies * (matrix.block < deepest) for matrix in self._matrices]
+        sizes = [a * m.sides + 4 * self._tokens * largest for a, m in zip(per_side, self._matrices, strict=True)]
+        return np.array(sizes, np.float64)
 
     def _together(self, cuts: Sequence[int]) -> Mapping[int, int]:
         """Cut -> clients that are computed on at once."""
