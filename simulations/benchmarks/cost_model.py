@@ -102,7 +102,8 @@ class Point:
     def how(self) -> str:
         """What is not plain about the head, in a word."""
         dropout = f"dropout {self.lora_dropout:g}" if self.lora_dropout else ""
-        said = [self.quantization, dropout, self.autocast, "checkpointed" if self.checkpointing else ""]
+        autocast = f"autocast {self.autocast}" if self.autocast != "none" else ""
+        said = [self.quantization, dropout, autocast, "checkpointed" if self.checkpointing else ""]
         return ", ".join(word for word in said if word not in ("", "none")) or "plain"
 
     @property
