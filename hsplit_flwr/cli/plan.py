@@ -83,6 +83,8 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     worth += f"{AUTO}, the default: whatever makes most progress per second"
     choice.add_argument("--tail-worth", type=_worth, metavar="W", help=worth)
     number(choice, "--min-cut", PlannerConfig.min_cut, "blocks that every head holds at least")
+    frozen = "heads may train nothing, if that makes more progress per second"
+    choice.add_argument("--frozen-heads", action="store_true", help=frozen)
     targets = "endings of the linear layers that may get an adapter, or one regular expression"
     targets = f"{targets} (default: {PlannerConfig.target_modules})"
     choice.add_argument("--target-modules", nargs="+", metavar="NAME", help=targets)
@@ -203,6 +205,7 @@ def _planner_config(options: argparse.Namespace) -> PlannerConfig:
         tail_rank=options.tail_rank,
         tail_worth=options.tail_worth,
         min_cut=options.min_cut,
+        frozen_heads=options.frozen_heads,
         deadline_s=options.deadline_s,
         target_modules=from_words(options.target_modules or ()),
         update=UpdateCoding(total_rank=0 if options.quantization == PLAIN else options.delta_rank),

@@ -12,6 +12,7 @@ Ablations of HSplitLoRA: the paper's three parts (``without_iwi``, ``without_arm
 Activations and their gradients travel in bfloat16 unless a method's name says otherwise. ``..._pipelined`` sends int8,
 in four parts of which three may be in flight, each an optimizer step; SplitLoRA gets it too (it is not its authors').
 ``hsplitlora_all`` also sends a round's update in bf16, as its best factors of rank 16, and carries what they lack.
+``hsplitlora_auto_heads`` is that, and its planner may leave all heads untrained.
 ``hsplitlora_step_ahead`` sends a batch before the gradient of the one before it is there.
 ``hsplitlora_keep`` keeps all adapters from round to round, those of heads too, and merges what a round changed in them.
 
@@ -98,6 +99,8 @@ class Method:
     """whole models have rank 8 on every device, whether or not it fits"""
     frozen_heads: bool = False
     """one block per client, or as many as the setting states, without adapters; not for the planner"""
+    auto_heads: bool = False
+    """the planner may leave all heads untrained"""
     importance: bool = True
     """the planner knows which weights matter"""
     deep_heads: bool = False
@@ -165,6 +168,13 @@ METHODS: Mapping[str, Method] = {
     "hsplitlora_pipelined": replace(_HSPLITLORA, title="HSplitLoRA, int8 wire, micro-steps", **_PIPELINED),
     "hsplitlora_all": replace(
         _HSPLITLORA, title="HSplitLoRA, int8, micro-steps, small updates", **_PIPELINED, **_SMALL_UPDATES
+    ),
+    "hsplitlora_auto_heads": replace(
+        _HSPLITLORA,
+        title="HSplitLoRA, int8, micro-steps, small updates, heads that may be frozen",
+        auto_heads=True,
+        **_PIPELINED,
+        **_SMALL_UPDATES,
     ),
     "hsplitlora_keep": replace(_HSPLITLORA, title="HSplitLoRA, heads keep their adapters", keep_heads=True),
     "hsplitlora_keep_pipelined": replace(

@@ -98,6 +98,7 @@ def planner_config(method: Method, min_cut: int, round_weight: float) -> Planner
         update=UpdateCoding(method.update_codec, method.update_rank),
         min_cut=min_cut,
         round_weight=round_weight,
+        frozen_heads=method.auto_heads,
     )
     return replace(config, tail_worth=0.0, deadline_s=math.inf) if method.deep_heads else config
 

@@ -118,6 +118,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             tail_rank=tail_rank,
             tail_worth=_tail_worth(run_config),
             min_cut=get(run_config, "min-cut", PlannerConfig.min_cut),
+            frozen_heads=get(run_config, "frozen-heads", PlannerConfig.frozen_heads),
             deadline_s=get(run_config, "deadline-s", 0.0) or None,
             target_modules=lora.target_modules,
             exclude_modules=lora.exclude_modules,

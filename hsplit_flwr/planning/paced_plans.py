@@ -2,8 +2,9 @@
 
 Two kinds of plans are made and played on the virtual clock: one that leaves the tail what it can train, whose round
 ends when the slowest client can be done with the shallowest head; and a few in which every client holds as many blocks
-as a depth and a length of the round allow (`solver.depths`), which take work off a server that is slow or small. Taken
-is the one with most clients, then most progress (`solver.pace`) per second of the clock.
+as a depth and a length of the round allow (`solver.depths`), which take work off a server that is slow or small. Where
+people allow it, a third kind has heads that train nothing (`solver.frozen`), which takes most of its transfers off a
+link. Taken is the plan with most clients, then most progress (`solver.pace`) per second of the clock.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import numpy as np
 
 from hsplit_flwr.planning.round_plan import RoundPlan, progress_per_s
 from hsplit_flwr.planning.solver.depths import depths, within
+from hsplit_flwr.planning.solver.frozen import frozen
 from hsplit_flwr.planning.solver.problem import Problem
 
 DEPTHS = 3
@@ -23,25 +25,27 @@ ROUNDING = 1 + 1e-6
 Make = Callable[[Problem], RoundPlan]
 
 
-def paced_plan(problem: Problem, stated_s: float, make: Make) -> RoundPlan:
+def paced_plan(problem: Problem, stated_s: float, make: Make, *, frozen_heads: bool = False) -> RoundPlan:
     """The best plan that `make` makes of the problem and of variants of it.
 
     Args:
         problem: with the worth of a tail that trains what it can, and the round's deadline for such plans.
         stated_s: the deadline that people state; inf: none.
         make: problem -> its plan.
+        frozen_heads: heads may train nothing.
 
     Raises:
         ConfigError: whatever `make` raises for `problem`.
     """
     shallow = make(problem)
-    plans = [shallow, *(_joined(make(deep), shallow) for deep in _deep(problem, shallow, stated_s))]
+    variants = _variants(problem, shallow, stated_s, frozen_heads)
+    plans = [shallow, *(_joined(make(variant), shallow) for variant in variants)]
     most = max(len(plan.clients) for plan in plans)
     return max((plan for plan in plans if len(plan.clients) == most), key=progress_per_s)
 
 
-def _deep(problem: Problem, shallow: RoundPlan, stated_s: float) -> Iterator[Problem]:
-    """The problem under depths worth trying, in which nothing is worth leaving to the tail."""
+def _variants(problem: Problem, shallow: RoundPlan, stated_s: float, frozen_heads: bool) -> Iterator[Problem]:
+    """The problem under depths worth trying, in which nothing is worth leaving to the tail, and of frozen heads."""
     taking_part = [i for i, client in enumerate(problem.devices.clients) if client in shallow.clients]
     if not taking_part:
         return
@@ -50,6 +54,8 @@ def _deep(problem: Problem, shallow: RoundPlan, stated_s: float) -> Iterator[Pro
     most = DEPTHS if len(taking_part) * problem.num_cuts <= LARGE else 1
     for depth in depths(served, most):
         yield replace(within(served, 1, depth.deepest), deadline_s=depth.round_s * ROUNDING)
+    if frozen_heads and (untrained := frozen(served)):
+        yield untrained
 
 
 def _joined(plan: RoundPlan, first: RoundPlan) -> RoundPlan:

@@ -96,6 +96,8 @@ class PlannerConfig:
     """which of the `target_modules` may not, as in `LoraSpec`"""
     layers_to_transform: tuple[int, ...] | None = None
     """the blocks whose layers may; None: all"""
+    frozen_heads: bool = False
+    """whether all heads may train nothing, if that makes more progress per second (`solver.frozen`)"""
     round_weight: float = 1.0
     """how often what a client exchanges once a round counts: not once where a model stands for a larger one, as in the
     experiments"""
@@ -110,6 +112,9 @@ class PlannerConfig:
         require(known, "tail_worth", ">= 0 and finite, or None (auto)", self.tail_worth)
         require_whole("min_cut", self.min_cut, 1)
         require(is_above(self.round_weight, 0), "round_weight", "> 0 and finite", self.round_weight)
+        weighed = not self.frozen_heads or self.tail_worth is None
+        expected = "= auto where frozen-heads = true, which is weighed by progress per second"
+        require(weighed, "tail_worth", expected, self.tail_worth, key="tail-worth")
         good = self.deadline_s is None or self.deadline_s > 0
         require(good, "deadline_s", "> 0 (inf: none), or None", self.deadline_s)
         self._choice()  # refuses none at all
@@ -209,7 +214,9 @@ def _best(
 
     def make(under: "ModelCosts") -> RoundPlan:
         problem = _problem(under, importance, clients, server, config)
-        return paced_plan(problem, config.deadline_s or math.inf, made) if config.tail_worth is None else made(problem)
+        if config.tail_worth is not None:
+            return made(problem)
+        return paced_plan(problem, config.deadline_s or math.inf, made, frozen_heads=config.frozen_heads)
 
     return choose(costs, config.choose, make) if config.choose else make(costs)
 

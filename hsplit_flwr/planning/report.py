@@ -115,4 +115,7 @@ def _totals(plan: RoundPlan) -> str:
     everyone = len(plan.clients) + len(plan.left_out)
     taking_part = f"{len(plan.clients):,} of {everyone:,} clients take part"
     time = f"a round takes {format_seconds(plan.round_s)} s, a step {format_seconds(plan.step_s)} s"
-    return f"{taking_part}; {time}; {describe(plan.exchange)}; {plan.pace:.3g} steps' worth of progress a step"
+    untrained = not any(any(client.ranks.values()) for client in plan.clients.values())
+    progress = f"{plan.pace:.3g} steps' worth of progress a step"
+    frozen = "; heads train nothing" if plan.clients and untrained else ""
+    return f"{taking_part}; {time}; {describe(plan.exchange)}; {progress}{frozen}"

@@ -66,6 +66,13 @@ def test_what_is_absent_takes_the_defaults_of_the_dataclasses() -> None:
     assert settings.fleet is None
 
 
+def test_heads_may_train_nothing_if_people_say_so() -> None:
+    assert not read_settings(SMALLEST, HERE).planner.frozen_heads
+    assert read_settings({**SMALLEST, "frozen-heads": True}, HERE).planner.frozen_heads
+    with pytest.raises(ConfigError, match=r"auto where frozen-heads = true.*found 0.0 \(run config: tail-worth\)"):
+        read_settings({**SMALLEST, "frozen-heads": True, "tail-worth": 0.0}, HERE)
+
+
 def test_every_key_arrives() -> None:
     settings = read_settings(
         {

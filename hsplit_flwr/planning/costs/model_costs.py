@@ -86,6 +86,10 @@ class ModelCosts:
         """a step's frames of activations, mask and labels"""
         self.step_bytes_down = sum(frame_bytes.step_bytes_down(load, self.hidden_size) for load in loads)
         """a step's frames of the activations' gradient"""
+        self.answer_bytes_down = sum(
+            frame_bytes.step_bytes_down(load, self.hidden_size, wants_gradient=False) for load in loads
+        )
+        """a step's frames to a head that trains nothing"""
         self.hello_bytes = frame_bytes.hello_bytes()
         """what a client sends at the start of a round"""
 

@@ -51,7 +51,7 @@ def _weighed(problem: Problem) -> Iterator[tuple[float, Depth]]:
     seconds = _seconds(problem)
     shallowest = np.argmin(seconds == math.inf, axis=1)
     known: set[bytes] = set()
-    for deepest in _caps(problem):
+    for deepest in allowed_cuts(problem):
         reachable = seconds[:, :deepest]
         finite = reachable[(reachable < math.inf) & (reachable <= problem.deadline_s)]
         lengths = np.unique(np.quantile(finite, np.linspace(0, 1, TIMES))) if finite.size else np.zeros(0)
@@ -102,8 +102,8 @@ def _seconds(problem: Problem) -> Floats:
     return np.stack(columns, axis=1)
 
 
-def _caps(problem: Problem) -> list[int]:
-    """Deepest cuts to try: allowed ones, closer to each other where they are shallow."""
+def allowed_cuts(problem: Problem) -> list[int]:
+    """Cuts to try, `CAPS` at most: allowed ones, closer to each other where they are shallow."""
     allowed = np.flatnonzero(np.isfinite(problem.heads.base_bytes)) + 1
     if not len(allowed):
         return []

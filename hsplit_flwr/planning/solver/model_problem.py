@@ -79,6 +79,7 @@ def _head_costs(costs: "ModelCosts", size: Floats, round_bytes_down: Floats, rou
         round_bytes_down=round_weight * round_bytes_down,
         step_bytes_up=costs.step_bytes_up,
         step_bytes_down=costs.step_bytes_down,
+        answer_bytes_down=costs.answer_bytes_down,
     )
 
 

@@ -44,6 +44,12 @@ def pace_of_cuts(problem: Problem, cuts: Ints) -> float:
     return _pace(problem, 1 - behind / len(cuts), behind)
 
 
+def pace_behind(problem: Problem, cut: int) -> float:
+    """The same where all heads end at `cut` and train nothing."""
+    behind = np.where(problem.matrices.block >= cut, problem.num_clients, 0)
+    return _pace(problem, np.zeros(len(behind)), behind)
+
+
 def _pace(problem: Problem, heads: Floats, behind: Ints) -> float:
     """From (M,) what the heads bring, and for how many clients the tail trains each matrix."""
     worth = 0.0 if problem.workload.joint_steps else TAIL_STEPS

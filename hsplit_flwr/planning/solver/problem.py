@@ -49,6 +49,8 @@ class HeadCosts:
     """(C,) download per round: at most what all adapters of the round before add to the head's weights"""
     step_bytes_up: float
     step_bytes_down: float
+    answer_bytes_down: float
+    """download per step of a head that trains nothing, and is sent no gradient"""
 
     @property
     def per_rank(self) -> Floats:

@@ -74,6 +74,7 @@ def random_problem(
             round_bytes_down=depth * 4 * weights * rng.uniform(0, 1),
             step_bytes_up=4 * TOKENS * hidden,
             step_bytes_down=4 * TOKENS * hidden,
+            answer_bytes_down=128,
         ),
         tail=TailCosts(
             ranks=tail_ranks,
