@@ -9,9 +9,9 @@ the data; one that the tail trains for k clients takes k steps after another. So
 (a joint tail takes one step for all: k_m^0), with I the importance, g `objective.gain` and R the largest candidate.
 Fitted once to final perplexities of the embedded model (`simulations/benchmarks/pace.py`: 5 and 20 clients, cuts 1 to
 7, ranks 4 to 16, 24 and 40 steps; 40 runs), where the loss is a floor and a power of pace times steps. Its figures are
-off by 3.5 % of perplexity (root mean square), 7 % at worst. Those runs are scored on the validation half and their seeds
-are no table's (`simulations/evidence/pace.toml`, `pace_short.toml`, `pace_twenty.toml`), so that plans do not depend on
-what tables are scored on. Other models and tasks are an extrapolation.
+off by 3.5 % of perplexity (root mean square), 7 % at worst. Those runs are scored on the validation half, and their
+seeds are no table's (`simulations/evidence/pace.toml`, `pace_short.toml`, `pace_twenty.toml`), so that plans do not
+depend on what tables are scored on. Other models and tasks are an extrapolation.
 """
 
 import numpy as np
