@@ -16,7 +16,7 @@ from hsplit_flwr.cli.parsing import NOBODY, Defaults, OneLineParser, fail, numbe
 from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.module_choice import from_words
-from hsplit_flwr.lora.update_coding import UpdateCoding
+from hsplit_flwr.lora.update_coding import UPDATE_CODECS, UpdateCoding
 from hsplit_flwr.planning.exchange_choice import AUTO, CHOICES, describe
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.round_plan import Exchange
@@ -50,6 +50,9 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     work.add_argument("--dtype", default=Workload.dtype, help="of the frozen weights: fp32, bf16 or fp16")
     formats = f"of the linear layers' frozen weights: {', '.join(QUANTIZATIONS)}"
     work.add_argument("--quantization", default=Workload.quantization, metavar="FORMAT", help=formats)
+    sent = f"of a round's update to the clients: {', '.join(UPDATE_CODECS)}"
+    work.add_argument("--update-codec", default=UpdateCoding.codec, metavar="CODEC", help=sent)
+    number_or_auto(work, "--update-rank", UpdateCoding.rank, "largest rank of a matrix' update; 0: any")
     number(work, "--delta-rank", Workload.delta_rank, "largest rank of what is trained beside a quantised weight")
     codecs = f"{', '.join(WIRE_CODECS)}; auto: where a link decides, a smaller one"
     up, down = TrainingConfig.activation_codec, TrainingConfig.gradient_codec
@@ -208,9 +211,15 @@ def _planner_config(options: argparse.Namespace) -> PlannerConfig:
         frozen_heads=options.frozen_heads,
         deadline_s=options.deadline_s,
         target_modules=from_words(options.target_modules or ()),
-        update=UpdateCoding(total_rank=0 if options.quantization == PLAIN else options.delta_rank),
+        update=_update(options),
+        choose_update=options.update_rank == AUTO,
         choose=tuple(name for name in CHOICES if getattr(options, name) == AUTO),
     )
+
+
+def _update(options: argparse.Namespace) -> UpdateCoding:
+    rank = 0 if options.update_rank == AUTO else options.update_rank
+    return UpdateCoding(options.update_codec, rank, 0 if options.quantization == PLAIN else options.delta_rank)
 
 
 def _heading(

@@ -28,7 +28,7 @@ from hsplit_flwr.common.state_files import save_tensors, with_tensors, without_t
 from hsplit_flwr.common.whole_folder import discard, remove_leftovers, whole_folder
 from hsplit_flwr.errors import ConfigError
 
-FORMAT = 3
+FORMAT = 4
 """of the files; another one is refused"""
 CHECKPOINTS = "checkpoints"
 ABOUT, VALUES, TENSORS = "checkpoint.json", "state.json", "state.safetensors"

@@ -348,6 +348,7 @@ class RoundServer:
         decision = self._plans.settle(present.clients, present.new_budgets)
         self._tasks.door.exchange_by(self.training)
         self.tail_rounds.train_by(self.training)
+        self.model.send_updates_by(self._plans.update_by(self.config.update_coding))
         if decision is None:
             return
         self._journal.note(round_number, drift=decision.drift, plan_reasons=decision.reasons)

@@ -103,9 +103,11 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
         raise ConfigError(f"Expected adapter-rank >= 0 (0: as much as exactness takes), found {adapter_rank}.")
     keep_checkpoints = get(run_config, "keep-checkpoints", KEEP_CHECKPOINTS)
     require_whole("keep_checkpoints", keep_checkpoints, 0)
+    chooses_update = run_config.get("update-rank") == AUTO
+    stated = ("rule", "update_rank") if chooses_update else ("rule",)
     strategy = StrategyConfig(
         rule=get(run_config, "aggregation", StrategyConfig.rule),
-        **of_fields(run_config, StrategyConfig, but=("rule",)),
+        **of_fields(run_config, StrategyConfig, but=stated),
     )
     workload = _workload(run_config, training, strategy)
     return Settings(
@@ -124,6 +126,7 @@ def read_settings(run_config: RunConfig, folder: Path) -> Settings:
             exclude_modules=lora.exclude_modules,
             layers_to_transform=lora.layers_to_transform,
             update=strategy.update_coding if workload.quantization != PLAIN else strategy.update_coding.merged(),
+            choose_update=chooses_update,
             choose=chosen,
         ),
         replan=ReplanConfig(**of_fields(run_config, ReplanConfig)),
@@ -176,8 +179,10 @@ def _tail_worth(run_config: RunConfig) -> float | None:
 def _chosen(run_config: RunConfig) -> tuple[str, ...]:
     """Fields of `TrainingConfig` that are left to the plan."""
     chosen = tuple(name for name in CHOICES if run_config.get(name.replace("_", "-")) == AUTO)
-    if chosen and get(run_config, "cuts", ""):
-        key = chosen[0].replace("_", "-")
+    keys = [name.replace("_", "-") for name in (*chosen, "update_rank")]
+    asked = [key for key in keys if run_config.get(key) == AUTO]
+    if asked and get(run_config, "cuts", ""):
+        key = asked[0]
         raise ConfigError(
             f"Expected {key} as a value where cuts are configured, found auto: it is chosen from the devices' budgets, "
             "which nobody asks for then. State it, or leave cuts empty."

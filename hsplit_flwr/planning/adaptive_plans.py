@@ -7,6 +7,7 @@ from hsplit_flwr.common.state import State
 from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.importance_history import ImportanceHistory
 from hsplit_flwr.planning.replanning import AdaptivePlanning, PlanDecision
@@ -39,6 +40,11 @@ class AdaptivePlans:
     def train_by(self, training: TrainingConfig) -> TrainingConfig:
         """`training` with the exchange of the plan in force; as it is before the first."""
         return made.exchange.of(training) if (made := self.adaptive.in_force) else training
+
+    def update_by(self, stated: UpdateCoding) -> UpdateCoding:
+        """The coding of updates that the plan in force has chosen; as `stated` where it is not the plan's to choose."""
+        made = self.adaptive.in_force
+        return made.update if made and self.adaptive.chooses_update else stated
 
     @property
     def history(self) -> ImportanceHistory:

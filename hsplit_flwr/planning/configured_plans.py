@@ -9,6 +9,7 @@ from hsplit_flwr.common.state import State
 from hsplit_flwr.common.tables import client_order
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.models.block_layout import block_of
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.importance_history import ImportanceHistory
@@ -82,6 +83,10 @@ class ConfiguredPlans:
     def train_by(self, training: TrainingConfig) -> TrainingConfig:
         """`training` as it is."""
         return training
+
+    def update_by(self, stated: UpdateCoding) -> UpdateCoding:
+        """Updates as `stated`."""
+        return stated
 
     def takes_part(self, client: str) -> bool:
         """Whether `client` has a plan."""

@@ -1,8 +1,8 @@
-"""Which codec, how many parts, how many tail passes: what a plan chooses where the run config says ``auto``.
+"""Which codec, how many parts, how many tail passes, which updates: what a plan chooses where people say ``auto``.
 
 Every choice is planned and played on the virtual clock. Taken is the mildest one (codecs by their measured cost, then
-few parts) that is hardly slower than the fastest to the same progress: a coarser codec or more parts must be worth it,
-as they are where a link decides.
+few parts; exact updates before small ones) that is hardly slower than the fastest to the same progress: a coarser codec
+or more parts must be worth it, as they are where a link decides.
 """
 
 import itertools
@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.round_plan import Exchange, RoundPlan, progress_per_s
 from hsplit_flwr.training.workload import Workload
 
@@ -58,12 +59,12 @@ def choose(costs: "ModelCosts", chosen: Sequence[str], make: Make) -> RoundPlan:
     plans = [make(costs.under(candidate)) for candidate in _candidates(load, chosen)]
     if all(plan.left_out for plan in plans):  # one part at a time takes the least memory
         plans += [make(costs.under(candidate)) for candidate in _candidates(load, chosen, overlap=False)]
-    best = _mildest(plans, WORTH)
+    best = mildest(plans, WORTH)
     if "tail_passes" not in chosen:
         return best
     within = best.exchange.of(load)
     more = [make(costs.under(replace(within, tail_passes=passes))) for passes in PASSES]
-    return _mildest([*more, best], IDLE)
+    return mildest([*more, best], IDLE)
 
 
 def _candidates(load: Workload, chosen: Sequence[str], *, overlap: bool = True) -> Iterator[Workload]:
@@ -87,12 +88,30 @@ def _candidates(load: Workload, chosen: Sequence[str], *, overlap: bool = True) 
         )
 
 
-def _mildest(plans: Sequence[RoundPlan], tolerance: float) -> RoundPlan:
+def choose_update(update: UpdateCoding, largest_rank: int, make: Callable[[UpdateCoding], RoundPlan]) -> RoundPlan:
+    """The plan of `make` whose updates go out as `update` says, or small, where that is worth it.
+
+    Small ones are in bf16, of the rank that one client's adapter has at most, and carry what they lack to the next
+    round: final perplexities were within 0.1 % (``hsplitlora_all`` and ``hsplitlora_pipelined`` in
+    `simulations/evidence/exchange.csv`, means over three seeds).
+    """
+    small = replace(update, codec="bf16", rank=largest_rank)
+    return mildest([replace(make(coding), update=coding) for coding in (update, small)], WORTH)
+
+
+def mildest(plans: Sequence[RoundPlan], tolerance: float) -> RoundPlan:
     """The first of the plans with most clients that is at most so much slower to the same progress than the fastest."""
     most = max(len(plan.clients) for plan in plans)
     serving = [plan for plan in plans if len(plan.clients) == most]
     fastest = max(map(progress_per_s, serving))
     return next(plan for plan in serving if progress_per_s(plan) * (1 + tolerance) >= fastest)
+
+
+def describe_update(update: UpdateCoding) -> str:
+    """How updates go out, in a few words; empty: as they are."""
+    if update.exact:
+        return ""
+    return f"updates in {update.codec}" + (f" of rank {update.rank}" if update.rank else "")
 
 
 def describe(exchange: Exchange) -> str:

@@ -4,7 +4,8 @@ Two kinds of plans are made and played on the virtual clock: one that leaves the
 ends when the slowest client can be done with the shallowest head; and a few in which every client holds as many blocks
 as a depth and a length of the round allow (`solver.depths`), which take work off a server that is slow or small. Where
 people allow it, a third kind has heads that train nothing (`solver.frozen`), which takes most of its transfers off a
-link. Taken is the plan with most clients, then most progress (`solver.pace`) per second of the clock.
+link; it must be worth it. Taken is the plan with most clients, then most progress (`solver.pace`) per second of the
+clock.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ DEPTHS = 3
 LARGE = 3_000
 """pairs of client and cut from which only the best depth is tried: a plan takes half a second then"""
 ROUNDING = 1 + 1e-6
+WORTH = 1.05
+"""times the progress per second of trained heads that heads have to make which train nothing"""
 Make = Callable[[Problem], RoundPlan]
 
 
@@ -38,24 +41,33 @@ def paced_plan(problem: Problem, stated_s: float, make: Make, *, frozen_heads: b
         ConfigError: whatever `make` raises for `problem`.
     """
     shallow = make(problem)
-    variants = _variants(problem, shallow, stated_s, frozen_heads)
-    plans = [shallow, *(_joined(make(variant), shallow) for variant in variants)]
+    served = _served(problem, shallow, stated_s)
+    if not served:
+        return shallow
+    plans = [shallow, *(_joined(make(deep), shallow) for deep in _deep(served))]
     most = max(len(plan.clients) for plan in plans)
-    return max((plan for plan in plans if len(plan.clients) == most), key=progress_per_s)
+    best = max((plan for plan in plans if len(plan.clients) == most), key=progress_per_s)
+    untrained = frozen(served) if frozen_heads and most == served.num_clients else None
+    if untrained:
+        still = _joined(make(untrained), shallow)
+        if len(still.clients) == most and progress_per_s(still) > WORTH * progress_per_s(best):
+            return still
+    return best
 
 
-def _variants(problem: Problem, shallow: RoundPlan, stated_s: float, frozen_heads: bool) -> Iterator[Problem]:
-    """The problem under depths worth trying, in which nothing is worth leaving to the tail, and of frozen heads."""
+def _served(problem: Problem, shallow: RoundPlan, stated_s: float) -> Problem | None:
+    """The problem of whom the shallow plan serves, in which nothing is worth leaving to the tail; None: of nobody."""
     taking_part = [i for i, client in enumerate(problem.devices.clients) if client in shallow.clients]
-    if not taking_part:
-        return
     worthless = replace(problem.tail, values=np.zeros(problem.num_cuts))
     served = replace(problem.restricted(taking_part), tail=worthless, deadline_s=stated_s)
-    most = DEPTHS if len(taking_part) * problem.num_cuts <= LARGE else 1
+    return served if taking_part else None
+
+
+def _deep(served: Problem) -> Iterator[Problem]:
+    """That problem under depths worth trying."""
+    most = DEPTHS if served.num_clients * served.num_cuts <= LARGE else 1
     for depth in depths(served, most):
         yield replace(within(served, 1, depth.deepest), deadline_s=depth.round_s * ROUNDING)
-    if frozen_heads and (untrained := frozen(served)):
-        yield untrained
 
 
 def _joined(plan: RoundPlan, first: RoundPlan) -> RoundPlan:

@@ -45,7 +45,7 @@ from hsplit_flwr.lora.module_choice import ALL_LINEAR
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.budgets.budget import Budget
-from hsplit_flwr.planning.exchange_choice import CHOICES, choose
+from hsplit_flwr.planning.exchange_choice import CHOICES, choose, choose_update
 from hsplit_flwr.planning.paced_plans import paced_plan
 from hsplit_flwr.planning.prediction import predict
 from hsplit_flwr.planning.round_plan import Exchange, PlannedClient, PlannedTail, RoundPlan
@@ -88,6 +88,8 @@ class PlannerConfig:
     """which linear layers may get an adapter, as in `LoraSpec`; all others have rank 0, in heads and tail"""
     update: UpdateCoding = field(default_factory=UpdateCoding)
     """how a round's update goes to the clients, which is what they download"""
+    choose_update: bool = False
+    """whether it may go out small instead, where that is quicker (`exchange_choice.choose_update`)"""
     choose: tuple[str, ...] = ()
     """what of the exchange the plan chooses, of `exchange_choice.CHOICES`; all else is as the costs' workload says"""
     min_cut: int = 1
@@ -207,18 +209,23 @@ def _best(
     config: PlannerConfig,
     solver: Solver,
 ) -> RoundPlan:
-    """The plan, with the exchange that is best for it where that is the planner's to choose."""
+    """The plan, with the exchange and updates that are best for it where those are the planner's to choose."""
 
     def made(problem: Problem) -> RoundPlan:
         return plan_in_time(problem, solver) if config.deadline_s else plan_problem(problem, solver)
 
-    def make(under: "ModelCosts") -> RoundPlan:
-        problem = _problem(under, importance, clients, server, config)
-        if config.tail_worth is not None:
-            return made(problem)
-        return paced_plan(problem, config.deadline_s or math.inf, made, frozen_heads=config.frozen_heads)
+    def best(update: UpdateCoding) -> RoundPlan:
+        def make(under: "ModelCosts") -> RoundPlan:
+            problem = _problem(under, importance, clients, server, replace(config, update=update))
+            if config.tail_worth is not None:
+                return made(problem)
+            return paced_plan(problem, config.deadline_s or math.inf, made, frozen_heads=config.frozen_heads)
 
-    return choose(costs, config.choose, make) if config.choose else make(costs)
+        return choose(costs, config.choose, make) if config.choose else make(costs)
+
+    if config.choose_update:
+        return choose_update(config.update, max(config.ranks), best)
+    return replace(best(config.update), update=config.update)
 
 
 def plan_in_time(problem: Problem, solver: Solver) -> RoundPlan:

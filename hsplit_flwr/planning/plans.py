@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from hsplit_flwr.common.state import State
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.adaptive_plans import AdaptivePlans
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.configured_plans import ConfiguredPlans
@@ -38,6 +39,9 @@ class PlansInForce(Protocol):
 
     def train_by(self, training: TrainingConfig) -> TrainingConfig:
         """`training` with the exchange of the plan in force, if a plan decides that."""
+
+    def update_by(self, stated: UpdateCoding) -> UpdateCoding:
+        """How updates go to the clients by the plan in force; as `stated` if no plan decides that."""
 
     @property
     def history(self) -> ImportanceHistory:

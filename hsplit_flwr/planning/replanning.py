@@ -8,7 +8,7 @@ Follows HSplitLoRA (arXiv:2505.02795), adaptive rank and split configuration; th
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hsplit_flwr.common.checks import require
@@ -111,6 +111,11 @@ class AdaptivePlanning:
         return tuple(self._planner.choose)
 
     @property
+    def chooses_update(self) -> bool:
+        """Whether the plan chooses how updates go out."""
+        return self._planner.choose_update
+
+    @property
     def costs(self) -> ModelCosts:
         """Costs under the exchange of the plan in force; before the first plan, as they are stated."""
         if self.in_force:
@@ -161,7 +166,10 @@ class AdaptivePlanning:
         Raises:
             ConfigError: see `planner.plan`.
         """
-        return plan(self.stated_costs, self.profile, budgets, self._server, self._planner)
+        planner = self._planner
+        if self.in_force and not self.in_force.update.exact:  # what such updates lack only such updates carry
+            planner = replace(planner, update=self.in_force.update, choose_update=False)
+        return plan(self.stated_costs, self.profile, budgets, self._server, planner)
 
     def settings(self) -> Mapping[str, Any]:
         """What plans are made by besides budgets and importance; the server's own budget may be measured."""

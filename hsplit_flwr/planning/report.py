@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hsplit_flwr.common.tables import client_order, describe_ranks, format_bytes, format_seconds, format_table
 from hsplit_flwr.planning.costs.delta_costs import DiskEstimate, update_ranks
-from hsplit_flwr.planning.exchange_choice import describe
+from hsplit_flwr.planning.exchange_choice import describe, describe_update
 from hsplit_flwr.planning.round_plan import PlannedClient, PlannedTail, RoundPlan
 
 if TYPE_CHECKING:
@@ -56,13 +56,16 @@ def deltas_of(plan: RoundPlan, costs: "ModelCosts", rounds: int, keep_checkpoint
     own = {name: _times(client.ranks, change) for name, client in plan.clients.items()}
     heads = [(client.cut, own[name]) for name, client in plan.clients.items()]
     ranks = update_ranks(heads, _times(tail, change), costs.matrices)
+    if most := plan.update.rank:
+        ranks = {name: min(rank, most) for name, rank in ranks.items()}
     found = {
         name: DeltaEstimate(
             deltas.client_disk(client.cut, ranks, own[name], rounds), deltas.client_loading(client.cut, ranks)
         )
         for name, client in plan.clients.items()
     }
-    server = deltas.server_disk(ranks, tail, rounds, keep_checkpoints=keep_checkpoints)
+    small = not plan.update.exact
+    server = deltas.server_disk(ranks, tail, rounds, keep_checkpoints=keep_checkpoints, carries_rest=small)
     return found | {TAIL: DeltaEstimate(server, deltas.server_merging(ranks))}
 
 
@@ -118,4 +121,5 @@ def _totals(plan: RoundPlan) -> str:
     untrained = not any(any(client.ranks.values()) for client in plan.clients.values())
     progress = f"{plan.pace:.3g} steps' worth of progress a step"
     frozen = "; heads train nothing" if plan.clients and untrained else ""
-    return f"{taking_part}; {time}; {describe(plan.exchange)}; {progress}{frozen}"
+    travels = [describe(plan.exchange), *filter(None, [describe_update(plan.update)])]
+    return f"{taking_part}; {time}; {', '.join(travels)}; {progress}{frozen}"

@@ -1,9 +1,10 @@
 """What the planner decides, as data: who trains what in a round, what it costs, what limits it."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, TypeVar
 
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.workload import Workload
 
@@ -78,6 +79,8 @@ class RoundPlan:
     """how batches travel"""
     pace: float
     """steps' worth of progress that everybody's step makes (`solver.pace`)"""
+    update: UpdateCoding = field(default_factory=UpdateCoding)
+    """how a round's update goes to the clients"""
 
 
 def progress_per_s(plan: RoundPlan) -> float:

@@ -78,8 +78,9 @@ def fit(found: list[Point]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def loss(point: Point, floor: float, scale: float, power: float, tail_steps: float, rank_worth: float) -> float:
     """Log perplexity that is predicted."""
-    learnt: float = scale * pace(point, tail_steps, rank_worth) * point.steps
-    return floor + learnt**-power
+    learnt = scale * pace(point, tail_steps, rank_worth) * point.steps
+    above: float = learnt**-power
+    return floor + above
 
 
 def main() -> None:

@@ -210,8 +210,12 @@ def test_an_experiment_changes_only_keys_that_the_app_has(experiment: Path) -> N
 
 
 def test_what_is_auto_is_left_to_the_plan() -> None:
-    keys: RunConfig = {"activation-codec": "auto", "micro-batches": "auto", "tail-passes": 2}
+    keys: RunConfig = {"activation-codec": "auto", "micro-batches": "auto", "tail-passes": 2, "update-rank": "auto"}
     settings = read_settings(keys, HERE)
+    assert settings.planner.choose_update
+    assert settings.strategy.update_coding.exact  # until a plan has chosen
+    with pytest.raises(ConfigError, match="Expected update-rank as a value where cuts are configured, found auto"):
+        read_settings({"update-rank": "auto", "cuts": "1,2", "ranks": "2,4"}, HERE)
     assert settings.planner.choose == ("activation_codec", "micro_batches")
     assert settings.training == TrainingConfig(tail_passes=2)
     with pytest.raises(ConfigError, match="Expected activation-codec as a value where cuts are configured, found auto"):

@@ -21,6 +21,7 @@ from hsplit_flwr.federation.round_config import StrategyConfig
 from hsplit_flwr.flower.messages import TASK_KEY
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
 from hsplit_flwr.lora.spec import LoraSpec
+from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.models.files import ModelFiles
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.budgets.probe import measure_link
@@ -28,6 +29,7 @@ from hsplit_flwr.planning.costs.model_costs import ModelCosts
 from hsplit_flwr.planning.exchange_choice import CHOICES
 from hsplit_flwr.planning.planner import PlannerConfig
 from hsplit_flwr.planning.replanning import AdaptivePlanning, ReplanConfig
+from hsplit_flwr.planning.report import plan_table
 from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from hsplit_flwr.training.workload import Workload
@@ -88,13 +90,13 @@ def planning(costs: ModelCosts, drift_threshold: float = 1.0, **options: Any) ->
 
 
 def make_strategy(
-    model: Path, plans: AdaptivePlanning, gate_s: float = 30.0, training: TrainingConfig = TRAINING
+    model: Path, plans: AdaptivePlanning, gate_s: float = 30.0, training: TrainingConfig = TRAINING, **config: Any
 ) -> HSplitLoRAStrategy:
     return HSplitLoRAStrategy(
         GlobalModel(ModelFiles.resolve(str(model))),
         plans,
         training,
-        config=StrategyConfig(wait_for_nodes_s=10.0),
+        config=StrategyConfig(wait_for_nodes_s=10.0, **config),
         limits=BarrierLimits(start_gate_s=gate_s, straggler_limit_s=20.0, step_limit_s=40.0),
         eval_batches=EVALUATION,
     )
@@ -283,6 +285,54 @@ def test_an_exchange_that_the_plan_chooses_is_that_of_one_who_states_it(
         found.append(played[-1].weights)
     for name, weight in found[1].items():
         assert torch.equal(found[0][name], weight), name
+
+
+SMALL = UpdateCoding("bf16", 4)
+
+
+def slow_links(costs: ModelCosts, up: float = 1e4, down: float = 1e4) -> dict[str, Budget]:
+    return {c: replace(b, uplink_bytes_per_s=up, downlink_bytes_per_s=down) for c, b in budgets(costs).items()}
+
+
+def test_updates_that_the_plan_makes_small_are_those_of_one_who_states_it(
+    model: Path, costs: ModelCosts, close: list[HSplitLoRAStrategy]
+) -> None:
+    """Where a link decides; the tail's weights after three rounds, and what clients were sent, to the bit."""
+    links = slow_links(costs)
+    chosen = AdaptivePlanning(costs, SERVER, replace(CONFIG, choose_update=True))
+    same = AdaptivePlanning(costs, SERVER, replace(CONFIG, update=SMALL))
+    found, sent = [], []
+    told: tuple[dict[str, Any], ...] = ({}, {"update_codec": SMALL.codec, "update_rank": SMALL.rank})
+    for plans, config in zip((chosen, same), told, strict=True):
+        strategy = make_strategy(model, plans, **config)
+        close.append(strategy)
+        manager = manager_of(*(node(model, c, lambda client, round_number: links[client]) for c in CLIENTS))
+        played = [play_round(strategy, manager, number) for number in (1, 2, 3)]
+        assert plans.in_force
+        assert plans.in_force.update == SMALL
+        found.append(played[-1].weights)
+        sent.append([c.bytes_down for record in strategy.history for c in record.clients])
+    assert sent[0] == sent[1]
+    for name, weight in found[1].items():
+        assert torch.equal(found[0][name], weight), name
+
+
+def test_updates_are_small_where_that_is_worth_it_and_stay_so(costs: ModelCosts) -> None:
+    """What small updates lack is carried, and only small updates carry it: a link that got better changes nothing."""
+    asked = AdaptivePlanning(costs, SERVER, replace(CONFIG, choose_update=True))
+    stated = AdaptivePlanning(costs, SERVER, replace(CONFIG, update=SMALL))
+    exact = observed(asked, slow_links(costs, 1e9, 1e9)).decide(CLIENTS).plan
+    assert exact.update == UpdateCoding()
+    small = observed(asked, slow_links(costs)).decide(CLIENTS).plan
+    assert small == observed(stated, slow_links(costs)).decide(CLIENTS).plan
+    assert "updates in bf16 of rank 4" in plan_table(small)
+    assert "updates" not in plan_table(exact)
+    again = observed(asked, slow_links(costs, 1e9, 1e9)).decide(CLIENTS)
+    assert again.reasons
+    assert again.plan.update == SMALL
+    resumed = AdaptivePlanning(costs, SERVER, replace(CONFIG, choose_update=True))
+    resumed.load_state(asked.state())
+    assert resumed.in_force == again.plan
 
 
 def test_a_head_beyond_the_budget_is_refused_with_the_figures_and_planned_anew(
