@@ -10,6 +10,7 @@ share no report.
 
 import random
 
+from hsplit_flwr.data.grammar import distinct_texts
 from hsplit_flwr.data.text_batches import Example
 
 NUM_TRAIN, NUM_HELD_OUT, REFS_PER_REPORT = 400, 80, 4
@@ -76,10 +77,7 @@ def _coded(degrees: int) -> str:
 
 def _references(slots: dict[str, str], rng: random.Random) -> list[str]:
     """``REFS_PER_REPORT`` different texts, each of which says every group."""
-    references: dict[str, None] = {}
-    while len(references) < REFS_PER_REPORT:
-        references[_realise(slots, rng)] = None
-    return list(references)
+    return distinct_texts(lambda: _realise(slots, rng), REFS_PER_REPORT)
 
 
 def _realise(slots: dict[str, str], rng: random.Random) -> str:

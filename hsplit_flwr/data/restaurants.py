@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hsplit_flwr.data.grammar import distinct_texts
 from hsplit_flwr.data.text_batches import Example
 from hsplit_flwr.errors import ConfigError
 
@@ -107,10 +108,7 @@ def _random_slots(rng: random.Random) -> dict[str, str]:
 
 def _references(slots: dict[str, str], rng: random.Random) -> list[str]:
     """``REFS_PER_MR`` different texts, each of which says every slot."""
-    references: dict[str, None] = {}
-    while len(references) < REFS_PER_MR:
-        references[_realise(slots, rng)] = None
-    return list(references)
+    return distinct_texts(lambda: _realise(slots, rng), REFS_PER_MR)
 
 
 def _realise(slots: dict[str, str], rng: random.Random) -> str:
