@@ -12,12 +12,14 @@ README = (SIMULATIONS / "README.md").read_text(encoding="utf-8")
 EVIDENCE = SIMULATIONS / "evidence"
 OTHER_SOURCES = (
     "Does aggregation preserve the size of an update?",
-    "Deep, unequal heads",
+    "Claim by claim",
+    "An exchange inside a round",
     "Settings and their plans",
     "A second task: METAR",
 )
 """sections whose tables are not of stored runs"""
 DEFAULT_TABLES = ((), ("--ours", "hsplitlora_4_passes"))
+PIPELINED = ("--ours", "hsplitlora_keep_pipelined", "--rivals")
 TABLES = {
     "controls.csv": (
         ("--rivals", "splitlora,splitlora_16,frozen_head"),
@@ -29,6 +31,31 @@ TABLES = {
     ),
     "smollm2_wire.csv": (("--ours", "hsplitlora_int8", "--rivals", "hsplitlora_fp32"),),
     "exchange_one_block.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
+    "settings.csv": (
+        ("--ours", "hsplitlora_all", "--rivals", "splitlora_16,splitlora_16_pipelined,frozen_head_pipelined"),
+        ("--ours", "frozen_head_pipelined", "--rivals", "hsplitlora_all,splitlora_16,splitlora_16_pipelined"),
+    ),
+    "settings_ablations.csv": (("--ours", "without_armsc", "--rivals", "without_naa"),),
+    "settings_one_block.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
+    "settings_two_blocks.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
+    "settings_fitting_rank.csv": (("--ours", "splitlora", "--rivals", "splitlora_16"),),
+    "settings_auto_heads.csv": (("--ours", "hsplitlora_auto_heads", "--rivals", "splitlora_16"),),
+    "rules.csv": (
+        (
+            *("--ours", "hsplitlora_keep", "--rivals"),
+            "hsplitlora,without_naa,with_fedex,with_ffa,with_fair,fedex_lora,ffa_lora,lora_fair",
+        ),
+    ),
+    "deep_heads.csv": (
+        ("--ours", "hsplitlora_keep", "--rivals", "one_model,hsplitlora,frozen_head"),
+        (*PIPELINED, "one_model_pipelined,hsplitlora_pipelined,frozen_head_pipelined"),
+    ),
+    "deep_heads_120.csv": (
+        ("--ours", "hsplitlora_keep", "--rivals", "one_model,hsplitlora"),
+        (*PIPELINED, "one_model_pipelined,hsplitlora_pipelined,frozen_head_pipelined"),
+    ),
+    "short_rounds.csv": (("--ours", "hsplitlora_keep", "--rivals", "hsplitlora_keep_pipelined"),),
+    "short_rounds_120.csv": (("--ours", "hsplitlora_keep", "--rivals", "hsplitlora_keep_pipelined"),),
 }
 """store -> options of the tables that are shown of it, where they are not the default ones"""
 
@@ -68,6 +95,12 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("search of the controls", "search_controls"),
         ("controls", "controls"),
         ("exchange", "exchange"),
+        ("settings", "settings"),
+        ("rules", "rules"),
+        ("search of rules", "search_rules"),
+        ("deep heads", "deep_heads"),
+        ("search of deep heads", "search_deep_heads"),
+        ("search of deep heads 120", "search_deep_heads_120"),
     ],
 )
 def test_a_marked_section_is_of_its_store(marker: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
