@@ -35,11 +35,17 @@ CLIENTS = ("0", "1", "2", "3", "4")
 PLANNER = PlannerConfig((1, 2, 4, 8, 16), tail_rank=16)
 """as the engine's, stated again"""
 DIFFERENT = (
-    *("hsplitlora_all", "hsplitlora_keep_pipelined", "hsplitlora_4_passes", "hsplitlora_int4", "hsplitlora_step_ahead"),
-    *("without_iwi", "without_going_on", "with_deep_heads", "with_fedex", "with_ffa", "with_fair"),
-    *("one_model_pipelined", "hsplitlora_auto_heads"),
-    *("splitlora_as_released", "splitlora_joint", "splitlora_16_pipelined", "frozen_head_4_passes", "cenlora", "ft"),
-    *("hetlora", "flora", "flexlora", "fedex_lora", "ffa_lora", "lora_fair", "cenlora_small_batch"),
+    *("hsplitlora_all", "hsplitlora_keep_pipelined", "hsplitlora_int4", "with_fedex", "with_ffa", "with_fair"),
+    *(
+        "one_model_pipelined",
+        "splitlora_as_released",
+        "splitlora_joint",
+        "cenlora",
+        "ft",
+        "hetlora",
+        "flora",
+        "flexlora",
+    ),
 )
 """methods that do something of their own: all others do what some of these do"""
 RunWithPlans = tuple[RunResult, list[RoundPlan]]
