@@ -39,6 +39,7 @@ TABLES = {
     "settings_one_block.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
     "settings_two_blocks.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
     "settings_fitting_rank.csv": (("--ours", "splitlora", "--rivals", "splitlora_16"),),
+    "settings_frozen.csv": (("--ours", "frozen_head", "--rivals", "splitlora_16"),),
     "settings_auto_heads.csv": (("--ours", "hsplitlora_auto_heads", "--rivals", "splitlora_16"),),
     "rules.csv": (
         (
