@@ -219,7 +219,8 @@ def _planner_config(options: argparse.Namespace) -> PlannerConfig:
 
 def _update(options: argparse.Namespace) -> UpdateCoding:
     rank = 0 if options.update_rank == AUTO else options.update_rank
-    return UpdateCoding(options.update_codec, rank, 0 if options.quantization == PLAIN else options.delta_rank)
+    coding = UpdateCoding(options.update_codec, rank, options.delta_rank)
+    return coding.merged() if options.quantization == PLAIN else coding
 
 
 def _heading(

@@ -159,6 +159,7 @@ _CENLORA = Method(title="CenLoRA", trainer="rivals.server_model:ServerTrainer", 
 _AVERAGED: dict[str, Any] = {"rule": "fedavg", "carried": True}
 _PIPELINED: dict[str, Any] = {"codec": "int8", "micro_batches": 4, "in_flight": 3, "micro_steps": True}
 _SMALL_UPDATES: dict[str, Any] = {"update_codec": "bf16", "update_rank": 16}
+_ALL = replace(_HSPLITLORA, title="HSplitLoRA, int8, micro-steps, small updates", **_PIPELINED, **_SMALL_UPDATES)
 METHODS: Mapping[str, Method] = {
     "hsplitlora": _HSPLITLORA,
     "hsplitlora_4_passes": replace(_HSPLITLORA, title="HSplitLoRA, 4 tail passes", tail_passes=4),
@@ -166,15 +167,9 @@ METHODS: Mapping[str, Method] = {
     "hsplitlora_int8": replace(_HSPLITLORA, title="HSplitLoRA, int8 wire", codec="int8"),
     "hsplitlora_int4": replace(_HSPLITLORA, title="HSplitLoRA, int4 wire", codec="int4"),
     "hsplitlora_pipelined": replace(_HSPLITLORA, title="HSplitLoRA, int8 wire, micro-steps", **_PIPELINED),
-    "hsplitlora_all": replace(
-        _HSPLITLORA, title="HSplitLoRA, int8, micro-steps, small updates", **_PIPELINED, **_SMALL_UPDATES
-    ),
+    "hsplitlora_all": _ALL,
     "hsplitlora_auto_heads": replace(
-        _HSPLITLORA,
-        title="HSplitLoRA, int8, micro-steps, small updates, heads that may be frozen",
-        auto_heads=True,
-        **_PIPELINED,
-        **_SMALL_UPDATES,
+        _ALL, title="HSplitLoRA, int8, micro-steps, small updates, heads that may be frozen", auto_heads=True
     ),
     "hsplitlora_keep": replace(_HSPLITLORA, title="HSplitLoRA, heads keep their adapters", keep_heads=True),
     "hsplitlora_keep_pipelined": replace(

@@ -32,7 +32,8 @@ PARTS = (1, 2, 4, 8)
 PASSES = (4, 3, 2)
 """more than one; simulations/README.md has what four bring"""
 WORTH = 0.05
-"""by which a coarser codec or more parts must shorten a round of the same progress, relative to it"""
+"""by which a coarser codec, more parts, small updates or untrained heads must shorten a round of the same progress,
+relative to it"""
 IDLE = 0.02
 """by which further passes of the tail may lengthen a round of the same progress: they are for its idle time"""
 

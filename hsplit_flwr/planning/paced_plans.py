@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from hsplit_flwr.planning.exchange_choice import WORTH
 from hsplit_flwr.planning.round_plan import RoundPlan, progress_per_s
 from hsplit_flwr.planning.solver.depths import depths, within
 from hsplit_flwr.planning.solver.frozen import frozen
@@ -23,8 +24,6 @@ DEPTHS = 3
 LARGE = 3_000
 """pairs of client and cut from which only the best depth is tried: a plan takes half a second then"""
 ROUNDING = 1 + 1e-6
-WORTH = 1.05
-"""times the progress per second of trained heads that heads have to make which train nothing"""
 Make = Callable[[Problem], RoundPlan]
 
 
@@ -50,7 +49,7 @@ def paced_plan(problem: Problem, stated_s: float, make: Make, *, frozen_heads: b
     untrained = frozen(served) if frozen_heads and most == served.num_clients else None
     if untrained:
         still = _joined(make(untrained), shallow)
-        if len(still.clients) == most and progress_per_s(still) > WORTH * progress_per_s(best):
+        if len(still.clients) == most and progress_per_s(still) > (1 + WORTH) * progress_per_s(best):
             return still
     return best
 

@@ -17,7 +17,7 @@ from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.planning.budgets.budget import Budget
 from hsplit_flwr.planning.clock import ClientWork, play_round
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
-from hsplit_flwr.planning.paced_plans import WORTH
+from hsplit_flwr.planning.exchange_choice import WORTH
 from hsplit_flwr.planning.planner import PlannerConfig, plan, plan_exact
 from hsplit_flwr.planning.round_plan import RoundPlan, progress_per_s
 from hsplit_flwr.planning.solver.frozen import frozen
@@ -61,7 +61,7 @@ def test_where_a_link_decides_heads_train_nothing(
     assert trains(trained)
     assert not trains(found)
     assert {client.cut for client in found.clients.values()} == {1}
-    assert progress_per_s(found) > WORTH * progress_per_s(trained)
+    assert progress_per_s(found) > (1 + WORTH) * progress_per_s(trained)
     assert found.pace == pytest.approx(7 / 8 * len(clients) ** TAIL_STEPS)
     steps = costs.workload.local_steps
     work = [
