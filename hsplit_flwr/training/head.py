@@ -16,7 +16,7 @@ from hsplit_flwr.lora.segment_adapters import Pairs, SegmentAdapters
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.batch import Batch, part_rows
 from hsplit_flwr.training.config import TrainingConfig
-from hsplit_flwr.training.host_memory import trim_heap
+from hsplit_flwr.training.host_memory import trim_after_step
 from hsplit_flwr.training.importance import ImportanceProbe, MeanImportance, sample_rows
 from hsplit_flwr.training.loss import target_tokens, tensors_of
 from hsplit_flwr.training.optimizer import Optimizer
@@ -208,7 +208,7 @@ class HeadTraining:
             if ends_batch:
                 self._optimizer.step(self._first_step + sent.part.step)
                 self._optimizer.zero_grad()
-        trim_heap()
+        trim_after_step()
         self._count(sent.part, reply)
 
     def _pass(self, part: BatchPart) -> AbstractContextManager[None]:

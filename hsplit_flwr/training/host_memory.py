@@ -4,14 +4,16 @@ torch asks for blocks that are aligned to 64 bytes. glibc (2.36 at least) cuts t
 objects that settle in the clippings keep freed tensors from growing together again: a head's process grows to 1.4 to
 1.7 times what it holds (SmolLM2-135M, batch 8 x 64). Two remedies, see `simulations/benchmarks/split_overhead.py`:
 
-* Start the client with ``GLIBC_TUNABLES`` set to `CLIENT_TUNABLES`: clippings go back at once, and `trim_heap` after
-  each step returns what the step no longer needs. Costs next to nothing.
+* Start the client with ``GLIBC_TUNABLES`` set to `CLIENT_TUNABLES`: clippings go back at once, and `trim_after_step`
+  returns what a step no longer needs. Costs next to nothing.
 * Otherwise `return_freed_tensors` maps every large tensor on its own. Costs page faults.
 """
 
 import ctypes
+import math
 import os
 import sys
+import time
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +22,8 @@ CLIENT_TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 M_MMAP_THRESHOLD = -3
 """`mallopt(3)`"""
 THRESHOLD_BYTES = 1 << 20
+TRIM_SECONDS = 0.5
+"""between two trims at least: a head whose memory matters steps more slowly; a small one's trim is a sixth of a step"""
 
 
 def return_freed_tensors() -> bool:
@@ -38,6 +42,18 @@ def trim_heap() -> None:
     """Give the free pages of the heap back to the system (`malloc_trim(3)`); nothing where there is no such thing."""
     if trim := _libc_function("malloc_trim"):
         trim(0)
+
+
+_trimmed_at = -math.inf
+"""by `time.monotonic`; of the process, as the heap is"""
+
+
+def trim_after_step() -> None:
+    """`trim_heap`, where this process has not done so for `TRIM_SECONDS`."""
+    global _trimmed_at
+    if time.monotonic() - _trimmed_at >= TRIM_SECONDS:
+        trim_heap()
+        _trimmed_at = time.monotonic()
 
 
 @lru_cache

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from hsplit_flwr.training.host_memory import CLIENT_TUNABLES
+from hsplit_flwr.training import host_memory
+from hsplit_flwr.training.host_memory import CLIENT_TUNABLES, TRIM_SECONDS, trim_after_step
 
 SCRIPT = """
 from hsplit_flwr.training.host_memory import return_freed_tensors
@@ -36,3 +37,15 @@ def test_freed_tensors_go_back_unless_the_user_decides(user_setting: dict[str, s
     asked, grown_mib = out.stdout.split()
     assert asked == str(not user_setting)
     assert int(grown_mib) < 20  # 63 tensors are 96 MiB, three are 5 MiB
+
+
+def test_steps_that_follow_fast_share_a_trim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trim after each of many small steps took a sixth of their time."""
+    now, trims = [100.0], []
+    monkeypatch.setattr(host_memory, "_trimmed_at", 0.0)
+    monkeypatch.setattr(host_memory, "trim_heap", lambda: trims.append(now[0]))
+    monkeypatch.setattr("hsplit_flwr.training.host_memory.time.monotonic", lambda: now[0])
+    for step in range(11):
+        now[0] = 100 + step * TRIM_SECONDS / 5
+        trim_after_step()
+    assert trims == [100, 100 + TRIM_SECONDS, 100 + 2 * TRIM_SECONDS]
