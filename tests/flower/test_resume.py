@@ -84,11 +84,12 @@ def budgets(client: str, round_number: int) -> Budget:
     )
 
 
-def planning() -> AdaptivePlanning:
+def planning(*, frozen_heads: bool = False) -> AdaptivePlanning:
     server = Budget(
         memory_bytes=8 << 30, flops_per_s=1e12, uplink_bytes_per_s=1e8, downlink_bytes_per_s=1e8, latency_s=0.0
     )
-    planner = PlannerConfig(choose=("gradient_codec",))  # part of what a resumed run must know
+    # choices that a resumed run must know
+    planner = PlannerConfig(choose=("gradient_codec",), choose_update=True, frozen_heads=frozen_heads)
     return AdaptivePlanning(costs(), server, planner)
 
 
@@ -101,8 +102,11 @@ def costs() -> ModelCosts:
 class Federation:
     """The clients of a run, which outlive its server, behind either face."""
 
-    def __init__(self, face: str, planned: bool, quantization: str = "none", **config: Any) -> None:
+    def __init__(
+        self, face: str, planned: bool, quantization: str = "none", *, frozen_heads: bool = False, **config: Any
+    ) -> None:
         self.face = face
+        self.frozen_heads = frozen_heads
         self.quantization = quantization
         self.config = config
         self.planned = planned
@@ -138,7 +142,7 @@ class Federation:
             "limits": LIMITS,
             "eval_batches": EVALUATION,
         }
-        plans = planning() if self.planned else PLANS
+        plans = planning(frozen_heads=self.frozen_heads) if self.planned else PLANS
         if self.grid:
             strategy = HSplitLoRAMessageStrategy(model, plans, training, output=output, **options)
             trap(strategy.rounds)
@@ -239,8 +243,23 @@ def test_a_run_that_broke_off_ends_as_if_it_had_not(
     assert_same_run(found, out, expected, reference)
     if planned:  # a plan that a wrong budget would have changed
         assert any("memory" in reason for reason in found.history[-1].plan_reasons)
+        assert found.history[0].plan
+        assert found.history[0].plan.update.rank == 16
     else:
         assert {len(record.clients) for record in found.history} == {2}
+
+
+def test_heads_that_a_plan_left_untrained_stay_so(tmp_path: Path) -> None:
+    expected = Federation("messages", True, frozen_heads=True).run(tmp_path / "whole")
+    federation = Federation("messages", True, frozen_heads=True)
+    with pytest.raises(KeyboardInterrupt):
+        federation.run(tmp_path / "broken", trap=ended("close_training", 2))
+    found = federation.run(tmp_path / "broken", resume="latest")
+    assert found.resumed_after == 1
+    assert_same_run(found, tmp_path / "broken", expected, tmp_path / "whole")
+    plans = [record.plan for record in found.history if record.plan]
+    assert plans
+    assert {rank for plan in plans for client in plan.clients.values() for rank in client.ranks.values()} <= {0}
 
 
 @FACES
