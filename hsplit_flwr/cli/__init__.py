@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from hsplit_flwr.cli import chat, export, new, plan, push, results, status
 from hsplit_flwr.cli.parsing import PROGRAM, USER_ERROR, OneLineParser, fail
+from hsplit_flwr.common.closed_pipe import reader_may_leave
 from hsplit_flwr.errors import HSplitError
 
 __all__ = ["USER_ERROR", "main"]
@@ -20,9 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.declare(commands)
     push.declare(commands)
     status.declare(commands)
-    options = parser.parse_args(arguments)
-    try:
-        code: int = options.run(options)
-    except HSplitError as error:
-        return fail(USER_ERROR, str(error))
-    return code
+    with reader_may_leave():
+        options = parser.parse_args(arguments)
+        try:
+            code: int = options.run(options)
+        except HSplitError as error:
+            return fail(USER_ERROR, str(error))
+        return code

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from hsplit_flwr.common.closed_pipe import reader_may_leave
 from hsplit_flwr.errors import ConfigError, HSplitError
 from hsplit_flwr.experiments.evidence.audit import AuditPlan, audit, audit_table
 from hsplit_flwr.experiments.evidence.paired import paired_table
@@ -48,13 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0; 1 if runs failed or an audit found something; 2 for what the user can mend; 130 after Ctrl-C.
     """
-    options = _parser().parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] = options.command
-    try:
-        return command(options)
-    except HSplitError as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+    with reader_may_leave():
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] = options.command
+        try:
+            return command(options)
+        except HSplitError as error:
+            print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return USER_ERROR
 
 
 def run_engine(spec: RunSpec, on_round: Callable[[Evaluation], None]) -> Sequence[Evaluation]:
