@@ -261,29 +261,13 @@ def test_own_app_runs_and_saves(document: str, name: str, tmp_path: Path) -> Non
     assert [name for name in SAVED if not (tmp_path / "results" / name).is_file()] == []
 
 
-CONTROLS, TINY = (ROOT / "simulations" / "evidence" / f"{name}.csv" for name in ("controls", "tiny"))
+RESULTS = ROOT / "simulations" / "evidence" / "results.csv"
 SCENARIO = ("heterogeneous", "dirichlet")
-SHOWN = (
-    "hsplitlora",
-    "hsplitlora_4_passes",
-    "splitlora",
-    "hetlora",
-    "flora",
-    "flexlora",
-    "cenlora",
-    "cenlora_small_batch",
-    "ft",
-)
-"""rows of README's table besides those of controls.csv; taken from tiny.csv where controls.csv does not have them"""
-NOT_YET = "not run yet"
 
 
 def evidence_table() -> str:
-    """Final perplexity over the seeds in SCENARIO: every method of controls.csv, and SHOWN."""
-    rows = Store(CONTROLS).rows() if CONTROLS.exists() else []
-    wanted = set(SHOWN) - {row.spec.method for row in rows}
-    rows += [row for row in Store(TINY).rows() if row.spec.method in wanted]
-    rows = [row for row in rows if (row.spec.setting, row.spec.partition) == SCENARIO]
+    """Final perplexity over the seeds in SCENARIO."""
+    rows = [row for row in Store(RESULTS).rows() if (row.spec.setting, row.spec.partition) == SCENARIO]
     return perplexity_table(StoredRuns.of(rows, (*METHODS, *SCENARIO)), markdown=True)
 
 
@@ -293,8 +277,6 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_readme_shows_the_evidence() -> None:
-    """Before controls.csv is there, its rows may say NOT_YET."""
     table = evidence_table()
     shown = README.split("<!-- evidence -->")[1].split("<!-- end evidence -->")[0]
-    found = [row for row in cells(shown) if CONTROLS.exists() or NOT_YET not in row]
-    assert found == cells(table), f"Put this between README's evidence marks:\n{table}"
+    assert cells(shown) == cells(table), f"Put this between README's evidence marks:\n{table}"

@@ -208,5 +208,5 @@ METHODS: Mapping[str, Method] = {
     "cenlora_small_batch": replace(_CENLORA, title="CenLoRA, small batches"),
     "ft": Method(title="FT", trainer="rivals.full_model:FullTrainer"),
 }
-RIVALS = ("splitlora", "hetlora", "flora", "flexlora", "cenlora", "ft")
+RIVALS = ("splitlora_16", "hetlora", "flora", "flexlora", "cenlora_small_batch", "ft")
 """whom HSplitLoRA is compared with"""

@@ -1,6 +1,6 @@
 """Does error feedback help a lossy wire? What an encoding lacked is added before the next one is made.
 
-Trained as in `simulations/evidence/tiny.toml` (embedded model, heterogeneous devices, non-IID, 5 rounds of 8 steps),
+Trained as in `simulations/evidence/results.toml` (embedded model, heterogeneous devices, non-IID, 5 rounds of 8 steps),
 with what each codec makes of activations and gradients. Feedback is of what was last sent at the same place of a batch
 (*place*: another row's error), or of the same row's last encoding (*row*). That needs rows that come again, which few
 do in 40 steps; so it is tried on 32 rows of each client, which come five times. Always in both directions.

@@ -18,8 +18,8 @@ from hsplit_flwr.experiments.main import main
 from hsplit_flwr.experiments.records import Evaluation, RunSpec
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "simulations" / "evidence"
-OF_SEVERAL_COMMITS = {"remedies", "search", "search_smollm2", "search_three_rounds", "tiny"}
-"""stores of before there were audits, of which simulations/README.md says so"""
+OF_SEVERAL_COMMITS = {"search_smollm2"}
+"""a store of before there were audits, of which simulations/README.md says so"""
 TOML = """
 [run]
 rounds = 2

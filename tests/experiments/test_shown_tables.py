@@ -15,22 +15,41 @@ OTHER_SOURCES = (
     "Claim by claim",
     "An exchange inside a round",
     "Settings and their plans",
-    "A second task: METAR",
 )
 """sections whose tables are not of stored runs"""
-DEFAULT_TABLES = ((), ("--ours", "hsplitlora_4_passes"))
+OTHERS = "hetlora,flora,flexlora,cenlora_small_batch,ft"
+MAIN = (
+    "--ours",
+    "hsplitlora_all",
+    "--rivals",
+    f"splitlora_16,splitlora_16_pipelined,frozen_head,frozen_head_pipelined,{OTHERS}",
+)
 PIPELINED = ("--ours", "hsplitlora_keep_pipelined", "--rivals")
+SEARCHES = {"rates.csv", "metar_control.csv"}
+"""stores of searches by another name"""
 TABLES = {
-    "controls.csv": (
-        ("--rivals", "splitlora,splitlora_16,frozen_head"),
+    "results.csv": (
+        MAIN,
+        ("--ours", "hsplitlora", "--rivals", "splitlora_16,frozen_head"),
+        ("--ours", "frozen_head_pipelined", "--rivals", "hsplitlora_all,splitlora_16,splitlora_16_pipelined"),
+    ),
+    "results_iid.csv": (MAIN,),
+    "results_one_block.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
+    "wire.csv": (
+        (
+            *("--ours", "hsplitlora", "--rivals"),
+            "hsplitlora_fp32,hsplitlora_int8,hsplitlora_int4,hsplitlora_step_ahead,splitlora_16,splitlora_16_int8",
+        ),
         ("--ours", "hsplitlora_4_passes", "--rivals", "splitlora_4_passes,frozen_head_4_passes"),
     ),
-    "exchange.csv": tuple(
-        ("--ours", ours, "--rivals", "splitlora_16,splitlora_16_int8,splitlora_16_pipelined,frozen_head_pipelined")
-        for ours in ("hsplitlora_pipelined", "hsplitlora_all")
+    "parts.csv": (
+        (
+            *("--ours", "hsplitlora", "--rivals"),
+            "with_joint_steps,with_deep_heads,without_one_alpha,without_going_on,splitlora,splitlora_joint,splitlora_as_released",
+        ),
     ),
+    "smollm2.csv": (("--rivals", "splitlora,hetlora,flora,flexlora,cenlora,ft"),),
     "smollm2_wire.csv": (("--ours", "hsplitlora_int8", "--rivals", "hsplitlora_fp32"),),
-    "exchange_one_block.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
     "settings.csv": (
         ("--ours", "hsplitlora_all", "--rivals", "splitlora_16,splitlora_16_pipelined,frozen_head_pipelined"),
         ("--ours", "frozen_head_pipelined", "--rivals", "hsplitlora_all,splitlora_16,splitlora_16_pipelined"),
@@ -55,6 +74,9 @@ TABLES = {
         ("--ours", "hsplitlora_keep", "--rivals", "one_model,hsplitlora"),
         (*PIPELINED, "one_model_pipelined,hsplitlora_pipelined,frozen_head_pipelined"),
     ),
+    "twenty.csv": (
+        ("--ours", "hsplitlora_all", "--rivals", "splitlora_16,splitlora_16_pipelined,frozen_head_pipelined"),
+    ),
     "short_rounds.csv": (("--ours", "hsplitlora_keep", "--rivals", "hsplitlora_keep_pipelined"),),
     "short_rounds_120.csv": (("--ours", "hsplitlora_keep", "--rivals", "hsplitlora_keep_pipelined"),),
 }
@@ -66,10 +88,10 @@ def rows(text: str) -> list[str]:
 
 
 def rendered(store: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    if store.name.startswith("search"):
+    if store.name.startswith("search") or store.name in SEARCHES:
         assert main(["search", str(store), "--markdown"]) == 0
     else:
-        for options in TABLES.get(store.name, DEFAULT_TABLES):
+        for options in TABLES.get(store.name, ((),)):
             assert main(["table", str(store), "--markdown", *options]) == 0
     return capsys.readouterr().out
 
@@ -91,10 +113,14 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("marker", "store"),
     [
-        ("search", "search"),
-        ("results", "tiny"),
-        ("search of the controls", "search_controls"),
-        ("controls", "controls"),
+        ("rates", "rates"),
+        ("results", "results"),
+        ("results iid", "results_iid"),
+        ("results at one block", "results_one_block"),
+        ("wire", "wire"),
+        ("parts", "parts"),
+        ("twenty", "twenty"),
+        ("metar", "metar_control"),
         ("exchange", "exchange"),
         ("settings", "settings"),
         ("rules", "rules"),

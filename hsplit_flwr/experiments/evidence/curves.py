@@ -24,6 +24,8 @@ LOG_TIME_RATIO = 8.0
 """From this ratio of the longest to the shortest curve, x is logarithmic."""
 TICKS = ((20.0, (1, 2, 5)), (2.0, (1, 1.5, 2, 3, 4, 5, 7)))
 """From this ratio of highest to lowest perplexity, ticks at these multiples of the powers of ten."""
+LONG_TIME_RATIO = 200.0
+"""From this ratio of the latest to the first time on, there is room for two ticks a power of ten."""
 MOST_COLUMNS = 3
 MOST_MARKERS = 12
 """A curve with more points is a plain line."""
@@ -148,7 +150,10 @@ def _scale_x(axes: Any, x: Axis, logarithmic: bool) -> None:
 
     if logarithmic:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+        first, last = axes.get_xlim()
+        axes.xaxis.set_major_locator(
+            LogLocator(subs=(1, 3) if last > LONG_TIME_RATIO * first else (1, 2, 5), numticks=20)
+        )
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     elif x == "round":
