@@ -1,9 +1,9 @@
 """Why all parts of a client's batch have their turn at the tail in one go: what training is worth if they do not.
 
 Trained as in `simulations/evidence/results.toml` (embedded model, heterogeneous devices, non-IID, 5 rounds of 8 steps,
-an fp32 wire) with batches in four parts. *in one go* is the library's order. *in between* lets the tail take one part of
-every client after another, as they would come in: then most of the gradients that a client's optimizer step is taken on
-are from before the others' steps.
+an fp32 wire) with batches in four parts. *in one go* is the library's order. *in between* lets the tail take one part
+of every client after another, as they would come in: then most of the gradients that a client's optimizer step is taken
+on are from before the others' steps.
 
     python simulations/benchmarks/stale_parts.py --json OUT
 """
