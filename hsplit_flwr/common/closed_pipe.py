@@ -1,4 +1,4 @@
-"""A command whose reader leaves early, as in ``... | head``, ends in silence, as other commands do."""
+"""A command whose reader leaves early (``| head``) ends in silence, as other commands do."""
 
 import os
 import select

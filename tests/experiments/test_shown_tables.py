@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hsplit_flwr.experiments.evidence.store import Store
 from hsplit_flwr.experiments.main import main
 
 SIMULATIONS = Path(__file__).resolve().parents[2] / "simulations"
@@ -13,7 +14,6 @@ EVIDENCE = SIMULATIONS / "evidence"
 OTHER_SOURCES = (
     "Does aggregation preserve the size of an update?",
     "Claim by claim",
-    "An exchange inside a round",
     "Settings and their plans",
 )
 """sections whose tables are not of stored runs"""
@@ -25,8 +25,6 @@ MAIN = (
     f"splitlora_16,splitlora_16_pipelined,frozen_head,frozen_head_pipelined,{OTHERS}",
 )
 PIPELINED = ("--ours", "hsplitlora_keep_pipelined", "--rivals")
-SEARCHES = {"rates.csv", "metar_control.csv"}
-"""stores of searches by another name"""
 TABLES = {
     "results.csv": (
         MAIN,
@@ -87,8 +85,14 @@ def rows(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
+def is_search(store: Path) -> bool:
+    """Whether it has a method at several learning rates."""
+    specs = [row.spec for row in Store(store).rows()]
+    return len({(s.method, s.learning_rate) for s in specs}) > len({s.method for s in specs})
+
+
 def rendered(store: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    if store.name.startswith("search") or store.name in SEARCHES:
+    if is_search(store):
         assert main(["search", str(store), "--markdown"]) == 0
     else:
         for options in TABLES.get(store.name, ((),)):
@@ -121,6 +125,8 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("parts", "parts"),
         ("twenty", "twenty"),
         ("metar", "metar_control"),
+        ("short rounds", "short_rounds"),
+        ("short rounds 120", "short_rounds_120"),
         ("exchange", "exchange"),
         ("settings", "settings"),
         ("rules", "rules"),
