@@ -28,7 +28,7 @@ from tests.helpers.flower import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NODES = 3
-STEPS = 20
+STEPS = 8
 RUN_S = 600.0
 """longest that runs may take, two at a time on two busy cores; they take about a minute"""
 CONFIGURED: Values = {"cuts": "2,4,6", "ranks": "4,8,8", "rounds": 2, "local-steps": STEPS, "warmup-steps": 2}
