@@ -11,9 +11,9 @@
     seeds = [0, 1, 2]
     cuts = [1, 2]             # optional, as are ranks and learning_rates
 
-    [learning_rates]          # a number per method, where the matrix has no list of them
+    [learning_rates]          # a number per method, where the matrix has no list of them; several for a search
     hsplitlora = 0.003
-    splitlora = 0.001
+    splitlora = [0.001, 0.002]
 
 ``[audit]`` and ``[[claims]]`` are of what becomes of the runs: see `evidence.audit` and `evidence.claims`.
 Runs come seed by seed, so that an interrupted matrix compares all methods on fewer seeds.
@@ -21,7 +21,7 @@ Runs come seed by seed, so that an interrupted matrix compares all methods on fe
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -74,19 +74,18 @@ def _specs(
             setting=setting,
             partition=partition,
             seed=seed,
-            learning_rate=rates[method] if rate is None else rate,
+            learning_rate=rate,
             cut=cut,
             rank=rank,
             **shared,
         )
-        for seed, setting, partition, cut, rank, rate, method in itertools.product(
+        for seed, setting, partition, cut, rank, (rate, method) in itertools.product(
             lists["seeds"],
             lists["settings"],
             lists["partitions"],
             lists.get("cuts", [0]),
             lists.get("ranks", [0]),
-            lists.get("learning_rates", [None]),
-            lists["methods"],
+            _rate_by_rate(lists["methods"], rates),
         )
     )
 
@@ -107,8 +106,8 @@ def _shared(table: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 def _learning_rates(
     content: Mapping[str, Any], lists: Mapping[str, list[Any]], methods: Collection[str]
-) -> dict[str, float]:
-    """Learning rates by method; empty where the matrix lists them for all."""
+) -> dict[str, list[float]]:
+    """Learning rates by method."""
     table = _table(content, "learning_rates")
     if "learning_rates" in lists:
         if table:
@@ -116,7 +115,7 @@ def _learning_rates(
                 "Expected learning rates in one place, found both [matrix] learning_rates and [learning_rates]. "
                 "Remove one."
             )
-        return {}
+        return dict.fromkeys(lists["methods"], lists["learning_rates"])
     _only_known("[learning_rates]", table, methods)
     missing = [method for method in lists["methods"] if method not in table]
     if missing:
@@ -124,7 +123,17 @@ def _learning_rates(
             f"Expected a learning rate for every method in [learning_rates], found none for {', '.join(missing)}. "
             "Add it, or list learning_rates in [matrix]."
         )
-    return {method: _typed(f"[learning_rates] {method}", "learning_rate", value) for method, value in table.items()}
+    where = "[learning_rates] {}".format
+    return {
+        method: _distinct(where(method), "learning_rate", value if isinstance(value, list) else [value])
+        for method, value in table.items()
+    }
+
+
+def _rate_by_rate(methods: Sequence[str], rates: Mapping[str, list[float]]) -> list[tuple[float, str]]:
+    """Every method's first rate, then every method's second, and so on."""
+    rounds = itertools.zip_longest(*(rates[method] for method in methods))
+    return [(rate, method) for tried in rounds for rate, method in zip(tried, methods, strict=True) if rate is not None]
 
 
 def _table(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -135,13 +144,17 @@ def _table(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _list(matrix: Mapping[str, Any], key: str) -> list[Any]:
-    values = matrix.get(key)
+    return _distinct(f"[matrix] {key}", FIELD_OF_LIST[key], matrix.get(key))
+
+
+def _distinct(where: str, field: str, values: object) -> list[Any]:
+    """`values` as a list of that field's type, none twice."""
     if not isinstance(values, list) or not values:
         found = "nothing" if values is None else repr(values)
-        raise ConfigError(f"Expected [matrix] {key} as a list with at least one value, found {found}.")
-    typed = [_typed(f"[matrix] {key}", FIELD_OF_LIST[key], value) for value in values]
+        raise ConfigError(f"Expected {where} as a list with at least one value, found {found}.")
+    typed = [_typed(where, field, value) for value in values]
     if len(set(typed)) < len(typed):
-        raise ConfigError(f"Expected every value of [matrix] {key} once, found {values!r}.")
+        raise ConfigError(f"Expected every value of {where} once, found {values!r}.")
     return typed
 
 

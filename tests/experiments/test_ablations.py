@@ -34,10 +34,18 @@ DEPLOYED = 1e-6
 CLIENTS = ("0", "1", "2", "3", "4")
 PLANNER = PlannerConfig((1, 2, 4, 8, 16), tail_rank=16)
 """as the engine's, stated again"""
-DIFFERENT = """
-    hsplitlora_all hsplitlora_keep_pipelined hsplitlora_int4 with_fedex with_ffa with_fair one_model_pipelined
-    splitlora_as_released splitlora_joint cenlora ft hetlora flora flexlora
-""".split()
+OF_OURS = ("hsplitlora_all", "hsplitlora_keep_pipelined", "hsplitlora_int4", "with_fedex", "with_ffa", "with_fair")
+OF_RIVALS = (
+    "one_model_pipelined",
+    "splitlora_as_released",
+    "splitlora_joint",
+    "cenlora",
+    "ft",
+    "hetlora",
+    "flora",
+    "flexlora",
+)
+DIFFERENT = (*OF_OURS, *OF_RIVALS)
 """methods that do something of their own: all others do what some of these do"""
 RunWithPlans = tuple[RunResult, list[RoundPlan]]
 """a run, and the plan in force in every round"""

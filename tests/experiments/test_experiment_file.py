@@ -61,6 +61,17 @@ def test_cuts_ranks_and_learning_rates_are_lists_of_the_matrix(tmp_path: Path) -
     }
 
 
+def test_a_search_has_rates_of_its_own_for_every_method(tmp_path: Path) -> None:
+    """One grid for all spent half of its runs far from where a method could be best."""
+    specs = read(tmp_path, MATRIX.replace("[0, 1]", "[0]") + RATES.replace("0.003", "[0.003, 0.03]"))
+    assert [(spec.method, spec.learning_rate) for spec in specs][:3] == [
+        ("ours", 0.003),
+        ("theirs", 1.0),
+        ("ours", 0.03),
+    ]
+    assert len(specs) == 2 * 3  # settings, pairs of method and rate
+
+
 def test_a_relative_data_folder_counts_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     folder = tmp_path / "experiments"
@@ -114,6 +125,8 @@ def test_learning_rates_of_methods_that_do_not_run_may_stay(tmp_path: Path) -> N
         (MATRIX, r"learning rate for every method in \[learning_rates\], found none for ours, theirs"),
         (MATRIX + RATES + "our = 1\n", r"\[learning_rates\] among other, ours, theirs, found 'our'"),
         (MATRIX + RATES.replace("0.003", "'a'"), r"\[learning_rates\] ours as a finite number, found 'a'"),
+        (MATRIX + RATES.replace("0.003", "[]"), r"\[learning_rates\] ours as a list with at least one value"),
+        (MATRIX + RATES.replace("0.003", "[1, 1.0]"), r"Expected every value of \[learning_rates\] ours once"),
         (MATRIX + RATES.replace("0.003", "0.0"), r"learning_rate and alpha > 0, found 0\.0"),
         (MATRIX + "learning_rates = [1]\n" + RATES, r"learning rates in one place, found both"),
     ],

@@ -2,8 +2,8 @@
 
 During local training the penalty ``strength * ||B[:, q:]||_F ||A[q:, :]||_F`` of every adapter is added to the loss,
 with q = floor(decay * r) the rank that would be left. If ``||B[:, q:] A[q:, :]||_F`` is smaller after the round than
-before, the client goes on with rank q. ``decay``, 0.99, is what several public re-implementations have; ``strength``, 5e-3,
-is what we remember of its experiments.
+before, the client goes on with rank q. ``decay``, 0.99, is what several public re-implementations have; ``strength``,
+5e-3, is what we remember of its experiments.
 """
 
 from collections.abc import Mapping
