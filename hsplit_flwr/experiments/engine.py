@@ -16,7 +16,8 @@ from hsplit_flwr.experiments.task import Task, spread
 from hsplit_flwr.experiments.work import RoundOutcome, weighed
 from hsplit_flwr.models.generation import generate_texts
 from hsplit_flwr.planning.clock import RoundTimeline, play_round
-from hsplit_flwr.reports.text_metrics import TextScores, score_texts
+from hsplit_flwr.reports.text_intervals import TextIntervals, score_with_intervals
+from hsplit_flwr.reports.text_metrics import TextScores
 from hsplit_flwr.training.loss import Score
 
 
@@ -81,10 +82,10 @@ def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> 
             )
         )
         last = round_number == spec.rounds
-        scores = _text_scores(trainer, task) if last and spec.text_prompts else None
+        texts = _text_scores(trainer, task) if last and spec.text_prompts else (None, None)
         perplexity = trainer.score().perplexity
         seconds = time.perf_counter() - started
-        evaluations.append(_evaluation(evaluations[-1], outcome, timelines, perplexity, seconds, scores))
+        evaluations.append(_evaluation(evaluations[-1], outcome, timelines, perplexity, seconds, *texts))
         if on_round:
             on_round(evaluations[-1])
     return RunResult(tuple(evaluations), tuple(timelines))
@@ -97,6 +98,7 @@ def _evaluation(
     perplexity: float,
     wall_s: float,
     scores: TextScores | None,
+    intervals: TextIntervals | None,
 ) -> Evaluation:
     up = sum(work.upload_bytes + work.steps * work.step_bytes_up for work in outcome.work)
     down = sum(work.download_bytes + work.steps * work.step_bytes_down for work in outcome.work)
@@ -115,10 +117,11 @@ def _evaluation(
         too_large=outcome.too_large,
         wall_s=wall_s,
         scores=scores,
+        intervals=intervals,
     )
 
 
-def _text_scores(trainer: Trainer, task: Task) -> TextScores:
+def _text_scores(trainer: Trainer, task: Task) -> tuple[TextScores, TextIntervals]:
     """Greedy texts for held-out meaning representations, against all their references."""
     references: dict[str, list[str]] = {}
     for example in task.held_out:
@@ -130,4 +133,4 @@ def _text_scores(trainer: Trainer, task: Task) -> TextScores:
         [prompt_text(mr) for mr in prompts],
         max_new_tokens=task.spec.max_length // 2,
     )
-    return score_texts(texts, [references[mr] for mr in prompts])
+    return score_with_intervals(texts, [references[mr] for mr in prompts])

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 
 from hsplit_flwr.common.checks import require_whole
 from hsplit_flwr.errors import ConfigError
+from hsplit_flwr.reports.text_intervals import TextIntervals
 from hsplit_flwr.reports.text_metrics import TextScores
 
 EMBEDDED_DATA = ("desk", "metar")
@@ -98,6 +99,8 @@ class Evaluation:
     """real time on the machine that computed it"""
     scores: TextScores | None = None
     """scores of texts, in the last round if asked for"""
+    intervals: TextIntervals | None = None
+    """of `scores`, over meaning representations; None in stores that are older"""
 
     @classmethod
     def untrained(cls, perplexity: float) -> "Evaluation":

@@ -67,18 +67,39 @@ def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Te
     Raises:
         ConfigError: no text, another number of entries, an entry or sentence without words, or a missing package.
     """
-    _check(texts, references)
-    tokens = [_tokenize(text) for text in texts]
-    reference_tokens = [[_tokenize(sentence) for sentence in entry] for entry in references]
-    words = [_words(text) for text in tokens]
-    reference_words = [[_words(sentence) for sentence in entry] for entry in reference_tokens]
-    return TextScores(
-        bleu=_bleu(texts, references),
-        nist=_nist(tokens, reference_tokens),
-        meteor=_meteor(words, reference_words),
-        rouge_l=_rouge_l(words, reference_words),
-        cider=_cider(words, reference_words),
-    )
+    return ScoredTexts(texts, references).scores(range(len(texts)))
+
+
+class ScoredTexts:
+    """Texts whose scores can be had for any choice of them: `score_texts`, with its arguments and errors.
+
+    METEOR, ROUGE-L and CIDEr are means over texts, computed once; CIDEr's document frequencies are of all entries.
+    """
+
+    def __init__(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        _check(texts, references)
+        self._texts, self._references = texts, references
+        self._tokens = [_tokenize(text) for text in texts]
+        self._reference_tokens = [[_tokenize(sentence) for sentence in entry] for entry in references]
+        words = [_words(text) for text in self._tokens]
+        reference_words = [[_words(sentence) for sentence in entry] for entry in self._reference_tokens]
+        self._meteor = _meteor(words, reference_words)
+        self._rouge_l = _rouge_l(words, reference_words)
+        self._cider = _cider(words, reference_words)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def scores(self, chosen: Iterable[int]) -> TextScores:
+        """Scores of the texts at the indices `chosen`; one may come more than once."""
+        chosen = list(chosen)
+        return TextScores(
+            bleu=_bleu([self._texts[i] for i in chosen], [self._references[i] for i in chosen]),
+            nist=_nist([self._tokens[i] for i in chosen], [self._reference_tokens[i] for i in chosen]),
+            meteor=fmean(self._meteor[i] for i in chosen),
+            rouge_l=fmean(self._rouge_l[i] for i in chosen),
+            cider=fmean(self._cider[i] for i in chosen),
+        )
 
 
 def has_words(text: str) -> bool:
@@ -150,20 +171,20 @@ def _nist(texts: list[_Tokens], references: list[list[_Tokens]]) -> float:
     return float(_package("nltk.translate.nist_score").corpus_nist(references, texts, order)) if order else 0.0
 
 
-def _meteor(texts: list[_Tokens], references: list[list[_Tokens]]) -> float:
+def _meteor(texts: list[_Tokens], references: list[list[_Tokens]]) -> list[float]:
     score = _package("nltk.translate.meteor_score").meteor_score
     stem = _package("nltk.stem.porter").PorterStemmer().stem
-    return fmean(
+    return [
         score(entry, text, wordnet=_Synonyms(chain(text, *entry), stem))
         for text, entry in zip(texts, references, strict=True)
-    )
+    ]
 
 
-def _rouge_l(texts: list[_Tokens], references: list[list[_Tokens]]) -> float:
+def _rouge_l(texts: list[_Tokens], references: list[list[_Tokens]]) -> list[float]:
     scorer = _package("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_SpaceTokenizer())
     pairs = zip(texts, references, strict=True)
     scores = [scorer.score_multi([" ".join(sentence) for sentence in entry], " ".join(text)) for text, entry in pairs]
-    return fmean(score["rougeL"].fmeasure for score in scores)
+    return [score["rougeL"].fmeasure for score in scores]
 
 
 class _SpaceTokenizer:
@@ -173,12 +194,12 @@ class _SpaceTokenizer:
         return text.split()
 
 
-def _cider(texts: list[_Tokens], references: list[list[_Tokens]]) -> float:
+def _cider(texts: list[_Tokens], references: list[list[_Tokens]]) -> list[float]:
     scorer = _package("pycocoevalcap.cider.cider_scorer").CiderScorer(n=4, sigma=6.0)
     for text, entry in zip(texts, references, strict=True):
         scorer += (" ".join(text), [" ".join(sentence) for sentence in entry])
-    corpus, _ = scorer.compute_score()
-    return float(corpus)
+    _, by_text = scorer.compute_score()
+    return [float(score) for score in by_text]
 
 
 @dataclass(frozen=True)

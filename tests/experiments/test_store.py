@@ -16,10 +16,13 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.evidence import store as store_module
 from hsplit_flwr.experiments.evidence.store import COLUMNS, Store, key_of, stored_spec
 from hsplit_flwr.experiments.records import Evaluation, RunSpec
+from hsplit_flwr.reports.text_intervals import TextIntervals
 from hsplit_flwr.reports.text_metrics import TextScores
 
 SPEC = RunSpec("ours", "alike", "iid", 0, 0.1 + 0.2, data="/machine/folder/e2e")
 ROOT = Path(__file__).parents[2]
+SCORES = ("bleu", "nist", "meteor", "rouge_l", "cider")
+INTERVALS = TextIntervals(TextScores(55.5, 7.0, 0.3, 0.5, 1.5), TextScores(66.5, 7.5, 0.45, 0.65, 2.25))
 
 
 def evaluations(rounds: int = 2) -> list[Evaluation]:
@@ -55,6 +58,26 @@ def test_what_goes_in_comes_out(store: Store) -> None:
     assert store.done_keys() == {key_of(SPEC)}
 
 
+def test_intervals_of_text_scores_come_out_too(store: Store) -> None:
+    last = replace(evaluations()[-1], intervals=INTERVALS)
+    store.append(SPEC, [*evaluations()[:-1], last])
+    assert [row.evaluation.intervals for row in store.rows()] == [None, None, INTERVALS]
+
+
+def test_a_store_that_was_begun_without_intervals_goes_on(store: Store) -> None:
+    store.append(SPEC, evaluations())
+    lines = list(csv.reader(store.path.read_text().splitlines()))
+    assert lines[0][-10:] == [f"{name}_{end}" for end in ("low", "high") for name in SCORES]
+    store.path.write_text("".join(",".join(cells[:-10]) + "\n" for cells in lines))
+    before = store.path.read_bytes()
+    assert [row.evaluation for row in store.rows()] == evaluations()
+    assert not store.append(SPEC, evaluations())
+    assert store.path.read_bytes() == before  # nothing is written where nothing is new
+    assert store.append(replace(SPEC, seed=1), [replace(evaluations()[-1], intervals=INTERVALS)])
+    assert [row.evaluation.intervals for row in store.rows()] == [None, None, None, INTERVALS]
+    assert [row.evaluation for row in store.rows()][:3] == evaluations()
+
+
 def test_columns_are_tidy_and_typed(store: Store) -> None:
     store.append(SPEC, evaluations())
     with store.path.open(newline="") as file:
@@ -64,9 +87,10 @@ def test_columns_are_tidy_and_typed(store: Store) -> None:
     assert lines[0]["bleu"] == lines[0]["train_loss"] == ""
     assert lines[0]["round"] == "0"
     assert {line["key"] for line in lines} == {key_of(SPEC)}
-    expected = [*RunSpec.field_names(), *Evaluation.field_names(), "bleu", "nist", "meteor", "rouge_l", "cider", "key"]
+    expected = [*RunSpec.field_names(), *Evaluation.field_names(), *SCORES, "key"]
+    expected += [f"{name}_{end}" for name in SCORES for end in ("low", "high")]
     expected += ["commit", "dirty", "python", "torch", "transformers", "peft", "hsplit_flwr", "command"]
-    assert set(lines[0]) == set(expected) - {"scores"}
+    assert set(lines[0]) == set(expected) - {"scores", "intervals"}
 
 
 def test_rows_say_what_made_them(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

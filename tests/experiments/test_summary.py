@@ -26,6 +26,7 @@ from hsplit_flwr.experiments.evidence.summary import (
 )
 from hsplit_flwr.experiments.main import main
 from hsplit_flwr.experiments.records import Evaluation, RunSpec
+from hsplit_flwr.reports.text_intervals import TextIntervals
 from hsplit_flwr.reports.text_metrics import TextScores
 
 ORIGIN = Origin("abc", False, {}, "python")
@@ -244,6 +245,17 @@ def test_text_scores_of_the_runs_that_have_some() -> None:
         ["alike, iid", "hsplitlora", "61.500", "7.250", "0.400", "0.600", "2.000"],
     ]
     assert text_table(runs_of(run("splitlora", [9, 8]))) == ""
+
+
+def test_text_scores_have_the_means_of_their_intervals() -> None:
+    runs = []
+    for seed, bleu in enumerate((60.0, 62.0)):
+        scored = run("hsplitlora", [9, 8], seed=seed)
+        scores = TextScores(bleu, 7.25, 0.4, 0.6, 2.0)
+        intervals = TextIntervals(replace(scores, bleu=bleu - 10), replace(scores, bleu=bleu + 4))
+        last = replace(scored.evaluations[-1], scores=scores, intervals=intervals)
+        runs.append(StoredRun(scored.spec, (scored.evaluations[0], last)))
+    assert cells(text_table(runs_of(*runs), markdown=True))[1][2] == "61.000 (60.000 - 62.000) [51.000, 65.000]"
 
 
 def searched() -> StoredRuns:

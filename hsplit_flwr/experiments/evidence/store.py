@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from hsplit_flwr.common import provenance
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.records import Evaluation, RunSpec
+from hsplit_flwr.reports.text_intervals import TextIntervals
 from hsplit_flwr.reports.text_metrics import TextScores
 
 PACKAGES = ("python", "torch", "transformers", "peft", "hsplit_flwr")
@@ -103,10 +104,13 @@ def _columns_of(record: type, skipped: Sequence[str] = (), *, optional: bool = F
 
 
 _SPEC = _columns_of(RunSpec)
-_EVALUATION = _columns_of(Evaluation, skipped=("scores",))
+_EVALUATION = _columns_of(Evaluation, skipped=("scores", "intervals"))
 _SCORES = _columns_of(TextScores, optional=True)
 _ORIGIN = {name: _Column(str) for name in ("commit", *PACKAGES, "command")} | {"dirty": _Column(bool)}
-COLUMNS = {"key": _Column(str), **_SPEC, **_EVALUATION, **_SCORES, **_ORIGIN}
+_ENDS = {end: {f"{name}_{end}": column for name, column in _SCORES.items()} for end in ("low", "high")}
+"""of `TextIntervals`; the last columns, which files that were begun without them lack"""
+FORMER_COLUMNS = {"key": _Column(str), **_SPEC, **_EVALUATION, **_SCORES, **_ORIGIN}
+COLUMNS = {**FORMER_COLUMNS, **_ENDS["low"], **_ENDS["high"]}
 
 
 class Store:
@@ -145,7 +149,7 @@ class Store:
         if not evaluations:
             raise ConfigError(f"Expected at least one evaluation of {spec.method}, found none.")
         run = _lines(stored_spec(spec), evaluations, self._origin)
-        return self._changed(lambda text: text if key_of(spec) in self._keys(text) else text + run)
+        return self._changed(lambda text: text if key_of(spec) in self._keys(text) else self._widened(text) + run)
 
     def rows(self) -> list[StoredEvaluation]:
         """All rows in the order of the file.
@@ -196,6 +200,10 @@ class Store:
             os.fsync(file.fileno())
         unfinished.replace(self.path)
 
+    def _widened(self, text: str) -> str:
+        """`text` with all `COLUMNS`."""
+        return text if text.startswith(_header()) else _csv([list(COLUMNS), *self._cells(text)])
+
     def _keys(self, text: str) -> frozenset[str]:
         return frozenset(cells[0] for cells in self._cells(text))
 
@@ -206,18 +214,19 @@ class Store:
         except csv.Error as error:
             raise ConfigError(f"Expected a CSV at {self.path}, found: {error}. Restore the file.") from error
         header = lines[0] if lines else []
-        if header != list(COLUMNS):
+        if header not in (list(COLUMNS), list(FORMER_COLUMNS)):
             other = sorted(set(header) ^ set(COLUMNS)) or ["their order"]
             raise ConfigError(
                 f"Expected the {len(COLUMNS)} columns of this version in {self.path}, found {len(header)} columns "
                 f"that differ in {', '.join(other[:5])}. Use another file for new results."
             )
         for number, cells in enumerate(lines[1:], start=2):
-            if len(cells) != len(COLUMNS):
+            if len(cells) != len(header):
                 raise ConfigError(
-                    f"Expected {len(COLUMNS)} cells in row {number} of {self.path}, found {len(cells)}. {REMEDY}"
+                    f"Expected {len(header)} cells in row {number} of {self.path}, found {len(cells)}. {REMEDY}"
                 )
-        return lines[1:]
+        lacking = [""] * (len(COLUMNS) - len(header))
+        return [cells + lacking for cells in lines[1:]]
 
     def _row(self, number: int, cells: Sequence[str], specs: dict[tuple[str, ...], RunSpec]) -> StoredEvaluation:
         where, texts = f"row {number} of {self.path}", dict(zip(COLUMNS, cells, strict=True))
@@ -232,14 +241,20 @@ class Store:
         same_run = (texts["key"], *(texts[name] for name in _SPEC))
         if same_run not in specs:
             specs[same_run] = _checked_spec(where, values)
-        scores = {name: values[name] for name in _SCORES}
+        low, high = (_scores_in(values, f"_{end}") for end in _ENDS)
         evaluation = Evaluation(
             **{name: values[name] for name in _EVALUATION},
-            scores=None if None in scores.values() else TextScores(**scores),
+            scores=_scores_in(values),
+            intervals=TextIntervals(low, high) if low and high else None,
         )
         versions = {package: values[package] for package in PACKAGES}
         origin = Origin(values["commit"], values["dirty"], versions, values["command"])
         return StoredEvaluation(specs[same_run], evaluation, origin)
+
+
+def _scores_in(values: Mapping[str, Any], suffix: str = "") -> TextScores | None:
+    scores = {name: values[name + suffix] for name in _SCORES}
+    return None if None in scores.values() else TextScores(**scores)
 
 
 def _checked_spec(where: str, values: Mapping[str, Any]) -> RunSpec:
@@ -263,6 +278,8 @@ def _lines(spec: RunSpec, evaluations: Sequence[Evaluation], origin: Origin) -> 
     for evaluation in evaluations:
         values = fixed | {name: getattr(evaluation, name) for name in _EVALUATION}
         values |= {name: getattr(evaluation.scores, name, None) for name in _SCORES}
+        ends = {end: getattr(evaluation.intervals, end, None) for end in _ENDS}
+        values |= {f"{name}_{end}": getattr(scores, name, None) for end, scores in ends.items() for name in _SCORES}
         lines.append([column.text(values[name]) for name, column in COLUMNS.items()])
     return _csv(lines)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from hsplit_flwr.common.tables import MISSING, format_bytes, format_number, format_seconds, format_table
 from hsplit_flwr.experiments.evidence.stored_runs import StoredRun, StoredRuns, by_seed
+from hsplit_flwr.experiments.records import Evaluation
 
 Format = Callable[[float], str]
 TEXT_SCORES = {"bleu": "BLEU", "nist": "NIST", "meteor": "METEOR", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
@@ -114,17 +115,27 @@ def cost_table(runs: StoredRuns, *, markdown: bool = False) -> str:
 
 
 def text_table(runs: StoredRuns, *, markdown: bool = False) -> str:
-    """The text scores of the final models; empty if no run has any."""
+    """The text scores of the final models; empty if no run has any.
+
+    In brackets, where runs have it, the interval over meaning representations: means over the runs of its ends.
+    """
     rows = []
     for label, of_scenario in runs.scenarios().items():
         for variant, mine in runs.variants(of_scenario).items():
-            scores = [run.evaluations[-1].scores for run in mine]
-            known = [score for score in scores if score is not None]
-            if known:
-                cells = [over_seeds([getattr(s, name) for s in known], seeds(of_scenario)) for name in TEXT_SCORES]
-                rows.append([label, variant, *cells])
+            last = [run.evaluations[-1] for run in mine if run.evaluations[-1].scores]
+            if last:
+                rows.append([label, variant, *(_score(last, name, seeds(of_scenario)) for name in TEXT_SCORES)])
     header = ["setting", "method", *TEXT_SCORES.values()]
     return format_table(header, rows, markdown, left_aligned=2) if rows else ""
+
+
+def _score(last: Sequence[Evaluation], name: str, runs: int) -> str:
+    found = over_seeds([getattr(evaluation.scores, name) for evaluation in last], runs)
+    known = [evaluation.intervals for evaluation in last if evaluation.intervals]
+    if len(known) < len(last):
+        return found
+    low, high = (mean([getattr(getattr(of_run, end), name) for of_run in known]) for end in ("low", "high"))
+    return f"{found} [{format_number(low)}, {format_number(high)}]"
 
 
 def search_table(runs: StoredRuns, *, markdown: bool = False) -> str:
