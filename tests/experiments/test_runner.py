@@ -255,7 +255,7 @@ def test_time_left(durations: Any, waiting: Any, running: Any, workers: int, exp
 def test_the_engine_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = tmp_path / "experiment.toml"
     experiment.write_text(
-        "[run]\nrounds = 1\nlocal_steps = 1\neval_examples = 4\nwarmup_steps = 0\n"
+        "[run]\nrounds = 1\nlocal_steps = 1\neval_examples = 4\nwarmup_steps = 0\ntext_prompts = 3\n"
         '[matrix]\nmethods = ["hsplitlora", "cenlora"]\nsettings = ["heterogeneous"]\npartitions = ["iid"]\n'
         "seeds = [0]\nlearning_rates = [0.003]\n"
     )
@@ -264,7 +264,14 @@ def test_the_engine_through_the_command(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["table", str(store)]) == 0
     output = capsys.readouterr().out
     assert "hsplitlora against the best rival" in output
-    assert [row.evaluation.round for row in Store(store).rows()] == [0, 1, 0, 1]
+    assert "Text scores" in output
+    rows = [row.evaluation for row in Store(store).rows()]
+    assert [evaluation.round for evaluation in rows] == [0, 1, 0, 1]
+    for untrained, last in (rows[:2], rows[2:]):
+        assert (untrained.scores, untrained.intervals) == (None, None)
+        assert last.scores
+        assert last.intervals
+        assert last.intervals.low.rouge_l <= last.scores.rouge_l <= last.intervals.high.rouge_l
     assert main(["run", str(experiment), "--store", str(store), "--list"]) == 0
     assert "0 of 2 runs to do" in capsys.readouterr().out
 
