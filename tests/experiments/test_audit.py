@@ -97,9 +97,9 @@ def test_rows_of_another_commit_version_or_command(store: Store, name: str, valu
     assert [finding.fine for finding in one_origin(store.rows())].count(False) == 1
 
 
-def searched(store: Store, best: float, rates: Sequence[float], **changes: object) -> None:
+def searched(store: Store, best: float, rates: Sequence[float], name: str = "search.csv", **changes: object) -> None:
     """A search beside `store`: the rate `best` ends lowest."""
-    search = Store(store.path.with_name("search.csv"))
+    search = Store(store.path.with_name(name))
     for method in ("hsplitlora", "splitlora"):
         for rate in rates:
             values = (9.0, 5.0, 3.0 if rate == best else 4.0)
@@ -124,7 +124,7 @@ def test_rates_of_a_search(store: Store) -> None:
 def test_rates_that_were_not_found_as_they_should_be(
     store: Store, best: float, rates: Sequence[float], changes: dict[str, object], what: str
 ) -> None:
-    searched(store, best, rates, **changes)
+    searched(store, best, rates, **changes)  # type: ignore[arg-type]
     assert bad(audited(store, SEARCH)) == {what}
 
 
@@ -134,6 +134,17 @@ def test_a_rate_that_was_searched_for_another_method(store: Store) -> None:
     other.write_text("".join(line for line in other.open() if ",splitlora," not in line))
     assert bad(audited(store, SEARCH)) == {"learning rates: the best of the search"}
     assert bad(audited(store, f"{SEARCH}[audit.rates_of]\nsplitlora = 'hsplitlora'\n")) == set()
+
+
+def test_a_search_may_go_on_in_another_store(store: Store) -> None:
+    """The best rate was an edge; searching all over again would have cost as much once more."""
+    searched(store, 0.01, (0.005, 0.01))
+    assert bad(audited(store, SEARCH)) == {"learning rates: none at the edge of the search"}
+    both = "[audit]\nsearch = ['search.csv', 'more.csv']\n"
+    searched(store, 0.01, (0.02,), "more.csv")
+    assert bad(audited(store, both)) == set()
+    searched(store, 0.01, (0.05,), "more.csv", rounds=1)
+    assert bad(audited(store, both)) >= {"searches of like runs"}
 
 
 CLAIM = "[[claims]]\nours = 'hsplitlora'\nrival = 'splitlora'\n"

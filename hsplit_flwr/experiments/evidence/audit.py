@@ -5,14 +5,14 @@ Learning rates are the best ones of a search that the file names: on the validat
 edge of what was tried.
 
     [audit]
-    search = "search_exchange.csv"      # beside the file
+    search = "search_exchange.csv"      # beside the file; or a list: a later search goes on where the best was an edge
     [audit.rates_of]                    # whose rate a method takes that was not searched itself
     hsplitlora_int8 = "hsplitlora"
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ SHOWN = 3
 class AuditPlan:
     """What an experiment file says of how its store is to be looked at."""
 
-    search: Path | None = None
+    searches: tuple[Path, ...] = ()
     rates_of: Mapping[str, str] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
 
@@ -48,8 +48,9 @@ class AuditPlan:
         audit: Mapping[str, Any] = content.get("audit", {})
         if unknown := set(audit) - {"search", "rates_of"}:
             raise ConfigError(f"{path}: expected search and rates_of in [audit], found {', '.join(sorted(unknown))}.")
-        search = path.parent / audit["search"] if "search" in audit else None
-        return cls(search, audit.get("rates_of", {}), tuple(Claim.read(table) for table in content.get("claims", ())))
+        names = audit.get("search", [])
+        searches = tuple(path.parent / name for name in ([names] if isinstance(names, str) else names))
+        return cls(searches, audit.get("rates_of", {}), tuple(Claim.read(table) for table in content.get("claims", ())))
 
 
 def audit(plan: AuditPlan, wanted: Sequence[RunSpec], store: Store, order: Sequence[str] = ()) -> list[Finding]:
@@ -61,8 +62,8 @@ def audit(plan: AuditPlan, wanted: Sequence[RunSpec], store: Store, order: Seque
     rows = store.rows()
     runs = StoredRuns.of(rows, order)
     found = [_complete(wanted, runs.runs), _whole(runs.runs), *one_origin(rows)]
-    if plan.search:
-        found += _searched(plan, wanted, Store(plan.search).rows())
+    if plan.searches:
+        found += _searched(plan, wanted, [Store(path).rows() for path in plan.searches])
     return found + [finding for claim in plan.claims for finding in claim.findings(runs)]
 
 
@@ -108,8 +109,10 @@ def _whole(runs: Sequence[StoredRun]) -> Finding:
     return Finding("runs with all of their rounds", _some(broken) if broken else "all", not broken)
 
 
-def _searched(plan: AuditPlan, wanted: Sequence[RunSpec], rows: Sequence[StoredEvaluation]) -> list[Finding]:
-    runs = StoredRuns.of(rows)
+def _searched(
+    plan: AuditPlan, wanted: Sequence[RunSpec], searches: Sequence[Sequence[StoredEvaluation]]
+) -> list[Finding]:
+    runs = StoredRuns.of([row for rows in searches for row in rows])
     halves, seeds = {run.spec.held_out for run in runs.runs}, {run.spec.seed for run in runs.runs}
     shared = seeds & {spec.seed for spec in wanted}
     best = best_learning_rates(runs)
@@ -124,10 +127,24 @@ def _searched(plan: AuditPlan, wanted: Sequence[RunSpec], rows: Sequence[StoredE
     return [
         Finding("search: the validation half", _some(halves), halves == {"validation"}),
         Finding("search: other seeds", _some(seeds), not shared),
-        *(Finding(f"search, {finding.what}", finding.found, finding.fine) for finding in one_origin(rows)),
+        *(
+            Finding(f"search, {finding.what}", finding.found, finding.fine)
+            for rows in searches
+            for finding in one_origin(rows)
+        ),
+        *_alike(searches),
         Finding("learning rates: the best of the search", _some(other) if other else "all", not other),
         Finding("learning rates: none at the edge of the search", _some(edge) if edge else "all", not edge),
     ]
+
+
+def _alike(searches: Sequence[Sequence[StoredEvaluation]]) -> list[Finding]:
+    """Runs of several searches differ in method and rate alone: else their perplexities are not comparable."""
+    if len(searches) == 1:
+        return []
+    kinds = [{replace(row.spec, method="any", learning_rate=1.0) for row in rows} for rows in searches]
+    same = all(kind == kinds[0] for kind in kinds)
+    return [Finding("searches of like runs", f"{len(searches)} stores" + ("" if same else ", unlike"), same)]
 
 
 def _some(items: Iterable[object]) -> str:
