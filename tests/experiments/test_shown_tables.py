@@ -72,6 +72,11 @@ TABLES = {
         ("--ours", "hsplitlora_keep", "--rivals", "one_model,hsplitlora"),
         (*PIPELINED, "one_model_pipelined,hsplitlora_pipelined,frozen_head_pipelined"),
     ),
+    "deep_heads_400.csv": (
+        ("--ours", "hsplitlora_keep", "--rivals", "one_model"),
+        (*PIPELINED, "one_model_pipelined,frozen_head_pipelined"),
+    ),
+    "long.csv": (("--ours", "hsplitlora", "--rivals", "splitlora_16,frozen_head,hetlora,flora,ft"),),
     "twenty.csv": (
         ("--ours", "hsplitlora_all", "--rivals", "splitlora_16,splitlora_16_pipelined,frozen_head_pipelined"),
     ),
@@ -86,9 +91,10 @@ def rows(text: str) -> list[str]:
 
 
 def is_search(store: Path) -> bool:
-    """Whether it has a method at several learning rates."""
+    """Whether it has a method at several learning rates, or goes on where another search ended."""
     specs = [row.spec for row in Store(store).rows()]
-    return len({(s.method, s.learning_rate) for s in specs}) > len({s.method for s in specs})
+    several = len({(s.method, s.learning_rate) for s in specs}) > len({s.method for s in specs})
+    return several or store.stem.startswith("search_")
 
 
 def rendered(store: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -134,6 +140,12 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("deep heads", "deep_heads"),
         ("search of deep heads", "search_deep_heads"),
         ("search of deep heads 120", "search_deep_heads_120"),
+        ("deep heads 400", "deep_heads_400"),
+        ("search of deep heads 400", "search_deep_heads_400"),
+        ("search of one model 400", "search_one_model_400"),
+        ("long", "long"),
+        ("long rates", "long_rates"),
+        ("long ft rates", "long_ft_rates"),
     ],
 )
 def test_a_marked_section_is_of_its_store(marker: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
