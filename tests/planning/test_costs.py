@@ -23,6 +23,7 @@ from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.segments import Segment, segment_from_model
+from hsplit_flwr.planning.costs.memory import PACKING_BYTES, PROCESS_BYTES, THREADS
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.loss import PART_BYTES
@@ -35,6 +36,11 @@ FLOPS_CHECKPOINTING_TOLERANCE = 0.05
 """a recomputation ends with the last tensor it needs, the model computes all again"""
 BF16_ACTIVATIONS_TOLERANCE = 1.04
 """a tensor in the lower precision stays alive that autograd itself would not keep"""
+MEMORY_TOLERANCE = 0.10
+"""relative, of a head's process; the target that simulations/benchmarks/cost_model.py states"""
+WARM_BYTES = THREADS * PACKING_BYTES + PROCESS_BYTES
+"""What an estimate counts whatever the model. A process that has warmed up may have it already, so that it is in what
+the process grew from: with busy cores the smallest head (37 MB) grew 13 % less than predicted, SmolLM2's 2 % more."""
 BATCH, LENGTH = 3, 16
 WORKLOAD = Workload(BATCH, LENGTH)
 
@@ -438,9 +444,10 @@ def test_memory_of_a_real_head_process(model: str, monkeypatch: pytest.MonkeyPat
     assert points
     for point in points:
         files = cost_model.ModelFiles.resolve(cost_model.MODELS[model]())
-        row = cost_model.memory_row(point, ModelCosts(files.config, point.workload), files, repeats=3)
-        # The target is 0.10 (see the benchmark); one process differs from the next by as much (glibc's heap).
-        assert abs(row["memory"]["relative_error"]) < 0.15, row
+        repeats = 3 if model == "tiny-gpt2" else 1  # of a small process, glibc's heap is a larger share
+        row = cost_model.memory_row(point, ModelCosts(files.config, point.workload), files, repeats)
+        predicted, measured = row["memory"]["predicted"], row["memory"]["measured"]
+        assert abs(predicted - measured) < MEMORY_TOLERANCE * measured + WARM_BYTES, row
         assert row["wire_bytes"]["relative_error"] == 0
 
 
