@@ -77,6 +77,7 @@ TABLES = {
         (*PIPELINED, "one_model_pipelined,frozen_head_pipelined"),
     ),
     "long.csv": (("--ours", "hsplitlora", "--rivals", "splitlora_16,frozen_head,hetlora,flora,ft"),),
+    "e2e.csv": (("--ours", "hsplitlora", "--rivals", "splitlora_16,frozen_head"),),
     "twenty.csv": (
         ("--ours", "hsplitlora_all", "--rivals", "splitlora_16,splitlora_16_pipelined,frozen_head_pipelined"),
     ),
@@ -146,6 +147,10 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("long", "long"),
         ("long rates", "long_rates"),
         ("long ft rates", "long_ft_rates"),
+        ("e2e", "e2e"),
+        ("e2e rates", "e2e_rates"),
+        ("search of e2e splitlora", "search_e2e_splitlora"),
+        ("search of e2e frozen", "search_e2e_frozen"),
     ],
 )
 def test_a_marked_section_is_of_its_store(marker: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
