@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-TOOLS = ("unshare", "nsenter", "ip", "tc", "sysctl")
+TOOLS = ("unshare", "nsenter", "ip", "tc")
 COMMAND_LIMIT_S = 20.0
 NAMESPACE_LIMIT_S = 5.0
 TRANSFER_LIMIT_S = 60.0
@@ -24,8 +24,9 @@ BURST_S, LEAST_BURST_BYTES = 3e-4, 1600
 """of the token bucket: what timers may be late by, and a packet. More would let small frames pass unlimited."""
 QUEUE_BYTES = 256 * 1024
 """before a link: no packet is dropped at the rates here (counted: 0 dropped of 9,500)"""
-CONGESTION_CONTROL = "cubic"
-"""Linux's default, whatever this machine's is"""
+CONGESTION = ("congctl", "cubic")
+"""of a route: Linux's default congestion control, whatever this machine's is. By route, because a machine whose own is
+another one allows no namespace to choose it for all connections."""
 HEAD_END, TAIL_END = "hsplit", "hsplit"
 """of a link, by the device's name; at the tail a number follows"""
 CHECK_S, CHECKS = 1.0, 3
@@ -58,7 +59,7 @@ def why_not() -> str | None:
     if os.geteuid() != 0:
         return "network namespaces and tc need root"
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
-        return f"there is no {', '.join(missing)} (packages util-linux, iproute2, procps)"
+        return f"there is no {', '.join(missing)} (packages util-linux, iproute2)"
     tried = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True, timeout=COMMAND_LIMIT_S)
     return f"this root may make no network namespace: {tried.stderr.strip()}" if tried.returncode else None
 
@@ -74,7 +75,7 @@ class Namespace:
         try:
             self._wait()
             self.run("ip", "link", "set", "lo", "up")
-            self.run("sysctl", "-q", "-w", f"net.ipv4.tcp_congestion_control={CONGESTION_CONTROL}")
+            self.run("ip", "route", "replace", "local", "127.0.0.1", "dev", "lo", "table", "local", *CONGESTION)
         except BaseException:
             self.close()
             raise
@@ -190,8 +191,9 @@ class Star:
         pair = f"ip link add {tail_end} type veth peer name {HEAD_END} netns {head.pid}"
         self.tail.run(*pair.split())
         for namespace, device, last in ((self.tail, tail_end, 1), (head, HEAD_END, 2)):
-            namespace.run("ip", "addr", "add", f"10.77.{index}.{last}/30", "dev", device)
+            namespace.run("ip", "addr", "add", f"10.77.{index}.{last}/30", "dev", device, "noprefixroute")
             namespace.run("ip", "link", "set", "dev", device, "up")
+            namespace.run("ip", "route", "add", f"10.77.{index}.0/30", "dev", device, *CONGESTION)
 
 
 def _queue(namespace: Namespace, device: str) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark("_network", monkeypatch)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(module.shutil, "which", lambda tool: None if tool == "tc" else f"/sbin/{tool}")
-    assert module.why_not() == "there is no tc (packages util-linux, iproute2, procps)"
+    assert module.why_not() == "there is no tc (packages util-linux, iproute2)"
 
 
 @pytest.mark.slow
@@ -235,6 +235,16 @@ def test_a_link_has_the_rate_that_is_stated(network: ModuleType) -> None:
     assert up.wire_mbit_s == pytest.approx(60, rel=RATE_TOLERANCE)
     assert down.wire_mbit_s == pytest.approx(110, rel=RATE_TOLERANCE)
     assert (up.dropped, down.dropped) == (0, 0)
+
+
+def test_every_link_has_the_same_congestion_control_on_every_machine(network: ModuleType) -> None:
+    """A machine whose own is BBR allows no namespace to choose another for all: the benchmark did not start there."""
+    begun = "import socket, sys; s = socket.socket(); s.setblocking(False); s.connect_ex((sys.argv[1], 9))"
+    asked = f"{begun}; print(s.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).strip(bytes(1)).decode())"
+    with network.Star(2) as star:
+        ways = [(star.heads[0], "10.77.0.1"), (star.tail, "10.77.1.2"), (star.heads[1], "127.0.0.1")]
+        found = [inside.run(sys.executable, "-c", asked, address).strip() for inside, address in ways]
+    assert found == ["cubic"] * 3
 
 
 def test_a_process_that_is_killed_leaves_no_namespace_behind(network: ModuleType) -> None:
