@@ -18,8 +18,6 @@ from hsplit_flwr.experiments.main import main
 from hsplit_flwr.experiments.records import Evaluation, RunSpec
 
 EVIDENCE = Path(__file__).resolve().parents[2] / "simulations" / "evidence"
-OF_SEVERAL_COMMITS = {"search_smollm2"}
-"""a store of before there were audits, of which simulations/README.md says so"""
 TOML = """
 [run]
 rounds = 2
@@ -208,6 +206,5 @@ def test_paired_differences_say_when_there_is_none(store: Store) -> None:
 
 @pytest.mark.parametrize("store", sorted(EVIDENCE.glob("*.csv")), ids=lambda path: path.stem)
 def test_the_stored_evidence(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Passes the audit; of the old ones that do not, it says that they are of several commits."""
     code = main(["audit", str(store.with_suffix(".toml")), "--store", str(store)])
-    assert code == (1 if store.stem in OF_SEVERAL_COMMITS else 0), capsys.readouterr().out
+    assert code == 0, capsys.readouterr().out

@@ -46,7 +46,6 @@ TABLES = {
             "with_joint_steps,with_deep_heads,without_one_alpha,without_going_on,splitlora,splitlora_joint,splitlora_as_released",
         ),
     ),
-    "smollm2.csv": (("--rivals", "splitlora,hetlora,flora,flexlora,cenlora,ft"),),
     "smollm2_wire.csv": (("--ours", "hsplitlora_int8", "--rivals", "hsplitlora_fp32"),),
     "settings.csv": (
         ("--ours", "hsplitlora_all", "--rivals", "splitlora_16,splitlora_16_pipelined,frozen_head_pipelined"),
@@ -78,6 +77,8 @@ TABLES = {
     ),
     "long.csv": (("--ours", "hsplitlora", "--rivals", "splitlora_16,frozen_head,hetlora,flora,ft"),),
     "e2e.csv": (("--ours", "hsplitlora", "--rivals", "splitlora_16,frozen_head"),),
+    "e2e_whole.csv": (("--ours", "hetlora", "--rivals", "cenlora_small_batch"),),
+    "e2e_absent.csv": (("--ours", "hsplitlora", "--rivals", "splitlora_16,frozen_head,hetlora"),),
     "twenty.csv": (
         ("--ours", "hsplitlora_all", "--rivals", "splitlora_16,splitlora_16_pipelined,frozen_head_pipelined"),
     ),
@@ -151,6 +152,10 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("e2e rates", "e2e_rates"),
         ("search of e2e splitlora", "search_e2e_splitlora"),
         ("search of e2e frozen", "search_e2e_frozen"),
+        ("e2e whole rates", "e2e_whole_rates"),
+        ("search of e2e hetlora", "search_e2e_hetlora"),
+        ("e2e whole", "e2e_whole"),
+        ("e2e absent", "e2e_absent"),
     ],
 )
 def test_a_marked_section_is_of_its_store(marker: str, store: str, capsys: pytest.CaptureFixture[str]) -> None:
