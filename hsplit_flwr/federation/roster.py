@@ -77,6 +77,10 @@ class Roster:
         """Those of the nodes `online` that have not answered yet."""
         return [node for node in online if node not in self._nodes]
 
+    def lacks(self, online: Collection[str]) -> bool:
+        """Whether a node that was there in the last round is not among those `online`."""
+        return not self._nodes.keys() <= set(online)
+
     def update(self, online: Collection[str], answers: Mapping[str, NodeAnswer]) -> None:
         """The nodes `online` now, and the `answers` of new ones; who left takes its clients along.
 

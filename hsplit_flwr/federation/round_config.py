@@ -29,7 +29,7 @@ class StrategyConfig:
     rule: str = EXACT_RULE
     """aggregation rule, one of `aggregation.RULES`"""
     min_nodes: int = 1
-    """a round starts once so many SuperNodes are connected"""
+    """a run begins once so many SuperNodes are connected and say whom they host; later rounds go on with fewer"""
     fraction_clients: float = 1.0
     """share of the known clients that train in a round"""
     federated_evaluation: bool = True
@@ -39,6 +39,7 @@ class StrategyConfig:
     message_limit_s: float = 300.0
     """how long a client may take to answer a message, where the exchange goes over Flower's messages"""
     wait_for_nodes_s: float = 300.0
+    """longest wait for the nodes that a run begins with, and later for the first one, before the run ends"""
     patience: int = 0
     """a run ends after so many scored rounds in a row without a lower held-out perplexity; 0: after its last round"""
     max_share: float = 1.0

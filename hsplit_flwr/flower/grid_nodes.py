@@ -1,7 +1,6 @@
 """SuperNodes behind Flower's grid: each is asked once who it hosts."""
 
-import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from hsplit_flwr.federation.roster import NodeAnswer, Roster
 from hsplit_flwr.federation.round_server import RoundServer
 from hsplit_flwr.flower.message_client import CONFIG, config_of
 from hsplit_flwr.flower.messages import PROBE_KEY, unpack_answer
-from hsplit_flwr.flower.nodes import NODES_POLL_S, Answers, ask_nodes, too_few_nodes
+from hsplit_flwr.flower.nodes import Answers, ask_nodes, wait_for_nodes
 
 
 class GridNodes:
@@ -32,11 +31,15 @@ class GridNodes:
         Raises:
             ConfigError: not enough nodes in time, or nobody hosts a client.
         """
+        config = self._server.config
 
-        def find() -> list[str]:
-            return [str(node) for node in sorted(self._wait_for_nodes(grid))]
+        def online() -> Collection[str]:
+            return [str(node) for node in sorted(grid.get_node_ids())]
 
-        ask_nodes(self.roster, find, partial(self._ask_all, grid), self._server.config)
+        def find() -> Collection[str]:
+            return wait_for_nodes(self.roster, online, config)
+
+        ask_nodes(self.roster, find, partial(self._ask_all, grid), config)
         return self.roster
 
     def _ask_all(self, grid: Grid, nodes: list[str]) -> Answers:
@@ -44,15 +47,6 @@ class GridNodes:
         replies = grid.send_and_receive(list(questions.values()), timeout=self._server.config.wait_for_nodes_s)
         answers = {str(reply.metadata.src_node_id): reply for reply in replies}
         return {node: _read_answer(answers.get(node), config_of(question)) for node, question in questions.items()}
-
-    def _wait_for_nodes(self, grid: Grid) -> list[int]:
-        config = self._server.config
-        give_up = time.monotonic() + config.wait_for_nodes_s
-        while len(nodes := list(grid.get_node_ids())) < config.min_nodes:
-            if time.monotonic() > give_up:
-                raise too_few_nodes(config.min_nodes, config.wait_for_nodes_s, len(nodes))
-            time.sleep(NODES_POLL_S)
-        return nodes
 
     def _question(self, node: str) -> Message:
         task = self._server.probe_task(node)

@@ -22,7 +22,8 @@ _log = logging.getLogger("hsplit_flwr")
 MOST_ASKED_AT_A_TIME = 32
 NODES_POLL_S = 1.0
 ASK_AGAIN_S = 30.0
-"""that nodes which do not answer are asked again; about as long as Flower takes for there what is gone"""
+"""that nodes which do not answer are asked again, and those which left are waited for: a restart takes less, and Flower
+takes what is gone for there about as long"""
 Answers: TypeAlias = Mapping[str, NodeAnswer | Exception]
 """node -> what it says of itself, or why it says nothing"""
 
@@ -49,13 +50,15 @@ class ConnectedNodes:
         """
         config = self._server.config
 
-        def find() -> Collection[str]:
-            if not client_manager.wait_for(config.min_nodes, timeout=int(config.wait_for_nodes_s)):
-                raise too_few_nodes(config.min_nodes, config.wait_for_nodes_s, client_manager.num_available())
+        def online() -> Collection[str]:
             self._proxies = dict(client_manager.all())
+            return list(self._proxies)
+
+        def find() -> Collection[str]:
+            found = wait_for_nodes(self.roster, online, config)
             for proxy in self._proxies.values():
                 self._outlive_restarts(proxy)
-            return list(self._proxies)
+            return found
 
         ask_nodes(self.roster, find, self._ask_all, config)
         return self.roster
@@ -87,6 +90,32 @@ class ConnectedNodes:
             return error
 
 
+def wait_for_nodes(roster: Roster, find: Callable[[], Collection[str]], config: StrategyConfig) -> Collection[str]:
+    """The nodes that are online: `min_nodes` at least where a run begins.
+
+    One that is under way goes on without nodes that left, once they had time for a restart, as long as one is there.
+
+    Args:
+        roster: of the run, as the last round left it.
+        find: the nodes that are online now.
+        config: says how many nodes have to be there, and how long they are waited for.
+
+    Raises:
+        ConfigError: too few, or under way none, within ``wait_for_nodes_s``.
+    """
+    needed = config.min_nodes if roster.is_new else 1
+    begun = time.monotonic()
+    while len(nodes := find()) < config.min_nodes:
+        waited = time.monotonic() - begun
+        if len(nodes) >= needed and not (roster.lacks(nodes) and waited < min(ASK_AGAIN_S, config.wait_for_nodes_s)):
+            _log.warning("%d of %d nodes (min-nodes) are connected: the run goes on", len(nodes), config.min_nodes)
+            break
+        if waited > config.wait_for_nodes_s:
+            raise too_few_nodes(needed, config.wait_for_nodes_s, len(nodes))
+        time.sleep(NODES_POLL_S)
+    return nodes
+
+
 def ask_nodes(
     roster: Roster, find: Callable[[], Collection[str]], ask: Callable[[list[str]], Answers], config: StrategyConfig
 ) -> None:
@@ -98,7 +127,7 @@ def ask_nodes(
 
     Args:
         roster: of the run.
-        find: the nodes that are online now, at least `min_nodes`; raises `ConfigError` if there are not enough in time.
+        find: the nodes that are online now, as `wait_for_nodes` has them; raises `ConfigError` if there are too few.
         ask: node -> its answer, or why there is none.
         config: says how many nodes have to take part, and how long they are waited for.
 

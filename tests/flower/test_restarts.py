@@ -27,7 +27,7 @@ from hsplit_flwr.flower.client_node import ClientNode
 from hsplit_flwr.flower.message_client import client_app
 from hsplit_flwr.flower.message_strategy import HSplitLoRAMessageStrategy
 from hsplit_flwr.flower.messages import TASK_KEY
-from hsplit_flwr.flower.nodes import ask_nodes
+from hsplit_flwr.flower.nodes import ask_nodes, wait_for_nodes
 from hsplit_flwr.flower.restarts import Restarts, Watched
 from hsplit_flwr.flower.server import HSplitLoRAServer
 from hsplit_flwr.flower.strategy import HSplitLoRAStrategy
@@ -137,6 +137,20 @@ def test_what_a_restarted_node_lost_costs_its_client_the_round(
     assert second.failures == ()
 
 
+class Clock:
+    """Of which a test has the hands."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    monotonic = __call__
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
 # --- nodes that the SuperLink counts, and that do not answer ---
 
 
@@ -188,14 +202,59 @@ def test_a_node_that_never_answers_ends_no_run_that_is_under_way(
     assert (asked.count("2") > 1) == (min_nodes == 2)
 
 
+# --- nodes that leave ---
+
+
+def waited_for(
+    roster: Roster, monkeypatch: pytest.MonkeyPatch, *online: list[str], min_nodes: int = 3
+) -> tuple[list[str], int]:
+    """The nodes that `wait_for_nodes` has found, and how often it looked, a second apart, as they come `online`."""
+    clock, looks = Clock(), iter(online)
+    monkeypatch.setattr(nodes, "time", clock)
+    found = wait_for_nodes(roster, lambda: next(looks), StrategyConfig(min_nodes=min_nodes, wait_for_nodes_s=60.0))
+    return list(found), round(clock.now) + 1
+
+
+def known(*names: str) -> dict[str, NodeAnswer]:
+    return {name: NodeAnswer((f"of-{name}",), 0, {}) for name in names}
+
+
+def test_a_run_begins_with_min_nodes(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waited_for(roster, monkeypatch, [], ["1"], ["1", "2"], ["1", "2", "3"]) == (["1", "2", "3"], 4)
+    with pytest.raises(
+        ConfigError, match=r"at least 3 SuperNodes within 60 s, found 2\. Start more, or lower min-nodes"
+    ):
+        waited_for(roster, monkeypatch, *[["1", "2"]] * 100)
+
+
+def test_a_node_that_stays_away_ends_nobody_s_run(
+    roster: Roster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With min-nodes = 3 of three, one that was away for wait-for-nodes-s ended the run for the other two."""
+    roster.update(["1", "2", "3"], known("1", "2", "3"))
+    found, looks = waited_for(roster, monkeypatch, *[["1", "2"]] * 100)
+    assert (found, looks) == (["1", "2"], nodes.ASK_AGAIN_S + 1)
+    assert "2 of 3 nodes (min-nodes) are connected: the run goes on" in caplog.text
+    roster.update(["1", "2"], {})
+    assert waited_for(roster, monkeypatch, ["1", "2"]) == (["1", "2"], 1)  # it is not waited for in every round
+    assert waited_for(roster, monkeypatch, ["1", "2", "3"]) == (["1", "2", "3"], 1)
+
+
+def test_a_node_that_is_started_again_is_waited_for(roster: Roster, monkeypatch: pytest.MonkeyPatch) -> None:
+    roster.update(["1", "2"], known("1", "2"))
+    assert waited_for(roster, monkeypatch, ["1"], ["1"], ["1", "7"], min_nodes=2) == (["1", "7"], 3)
+
+
+def test_a_run_whose_nodes_have_all_left_waits_for_one_and_ends(
+    roster: Roster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roster.update(["1", "2"], known("1", "2"))
+    assert waited_for(roster, monkeypatch, *[[]] * 50, ["1"])[0] == ["1"]
+    with pytest.raises(ConfigError, match=r"at least 1 SuperNodes within 60 s, found 0\."):
+        waited_for(roster, monkeypatch, *[[]] * 100)
+
+
 # --- which messages are lost ---
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def watched(grid: ThreadGrid, heard: set[str], clock: Clock) -> tuple[Restarts, Watched]:
