@@ -24,7 +24,7 @@ class RunFailedError(HSplitError):
 class ExchangeError(HSplitError):
     """A frame or a stream between a head and the tail was refused.
 
-    ``code`` is stable and travels over the wire (see `exchange/frames.py`); the message is for people.
+    ``code`` is stable and travels over the wire (docs/exchange.md lists them); the message is for people.
     """
 
     def __init__(self, code: str, message: str) -> None:

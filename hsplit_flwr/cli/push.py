@@ -11,10 +11,10 @@ def declare(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     command = commands.add_parser(
         "push",
         help="upload an adapter or a merged model to the hub",
-        description="Upload a run's adapter or merged_model folder, model card included.",
+        description="Upload a run's adapter or merged_model folder, with the model card that lies in it.",
         formatter_class=Defaults,
     )
-    command.add_argument("folder", type=Path, help="adapter, best_adapter or merged_model of a run")
+    command.add_argument("folder", type=Path, help="adapter, merged_model or best/round-*/adapter of a run")
     command.add_argument("repository", help="user/name on the hub; made if it is not there")
     command.add_argument("--private", action="store_true", help="of a repository that is made")
     command.set_defaults(run=run)

@@ -148,7 +148,7 @@ def _pairs(source: str, split: str) -> list[tuple[str, str]]:
 
 def _csv_pairs(path: Path) -> list[tuple[str, str]]:
     if not path.is_file():
-        raise ConfigError(f"Expected the file {path.name} in {path.parent}, found none. Give the E2E NLG folder.")
+        raise ConfigError(f"Expected the file {path.name} in {path.parent}, found none. Give E2E NLG's folder as data.")
     with path.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines)
         mr, ref = _mr_and_ref(reader.fieldnames or [], path.name)

@@ -177,7 +177,7 @@ def _check_size(rows: int, width: int, workload: Workload | None, max_bytes: int
         raise ExchangeError(
             "batch_too_large",
             f"Expected a batch that takes at most {max_bytes} bytes without padding, found {rows} x {width} tokens, "
-            f"which take {nbytes}. Use smaller batches, or raise max_frame_bytes (max-frame-mib) on the server.",
+            f"which take {nbytes}. Use smaller batches, or raise max-frame-mib on the server.",
         )
 
 

@@ -99,7 +99,7 @@ def decode(frame: bytes, max_bytes: int) -> Frame:
         raise ExchangeError(
             "frame_too_large",
             f"Expected a frame of at most {max_bytes} bytes, found {len(frame)}. "
-            "Use smaller batches or raise max_frame_bytes on the server.",
+            "Use smaller batches or raise max-frame-mib on the server.",
         )
     try:
         header = _header(frame)

@@ -347,9 +347,9 @@ def _as_exchange_error(error: Any) -> ExchangeError:
             "Let fewer clients train at a time (fraction-clients).",
         )
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return ExchangeError("frame_too_large", f"{details}. Use smaller batches or raise max_frame_bytes.")
+        return ExchangeError("frame_too_large", f"{details}. Use smaller batches or raise max-frame-mib.")
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ExchangeError("round_timeout", "The round's time limit is over. Raise the round timeout.")
+        return ExchangeError("round_timeout", "The round's time limit is over. Raise round-limit-s.")
     if code == grpc.StatusCode.CANCELLED:
         return ExchangeError("round_closed", "The server closed the round.")
     if code == grpc.StatusCode.UNAVAILABLE or _BROKEN.search(details):

@@ -84,7 +84,7 @@ def plain(costs: ModelCosts) -> ModelCosts:
     return costs.under(Workload.of(training, **sizes))  # type: ignore[arg-type]
 
 
-# transformers' default Llama is LLaMA-2-7B; tests/test_settings.py computes it again:
+# transformers' default Llama is LLaMA-2-7B; tests/experiments/test_settings.py computes it again:
 #   python -c "from transformers import LlamaConfig
 #   from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
 #   from hsplit_flwr.experiments.settings import Size

@@ -224,6 +224,7 @@ def _bounded(batches: Iterable[Batch], workload: Workload | None) -> Iterator[Ba
         if workload and (rows > workload.batch_size or width > workload.sequence_length):
             raise ConfigError(
                 f"Expected batches of at most {workload.batch_size} x {workload.sequence_length} tokens, as the plan "
-                f"was made for, found {rows} x {width}. Raise the strategy's workload, or use smaller batches."
+                f"was made for, found {rows} x {width}. Raise the strategy's workload (batch-size, max-length), or use "
+                "smaller batches."
             )
         yield batch

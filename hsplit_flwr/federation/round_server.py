@@ -80,7 +80,7 @@ class RoundServer:
         if limits.start_gate_s >= self.config.round_limit_s:
             raise ConfigError(
                 f"Expected start_gate_s below round_limit_s, found {limits.start_gate_s} >= "
-                f"{self.config.round_limit_s}: a round must not end at its gate. Lower start_gate_s."
+                f"{self.config.round_limit_s}: a round must not end at its gate. Lower start-gate-s."
             )
         if training.keep_adapters and self.config.rule not in STACKING:
             raise ConfigError(

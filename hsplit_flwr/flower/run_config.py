@@ -1,6 +1,6 @@
 """Flower's run config (flat keys of strings and numbers) -> the typed settings of a run."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -238,22 +238,6 @@ def _configured_plans(run_config: RunConfig, lora: LoraSpec) -> dict[str, Client
     if not get(run_config, "cuts", ""):
         return None
     cuts, ranks = integers(run_config, "cuts"), integers(run_config, "ranks")
-    return _plans(cuts, ranks, lora)
-
-
-def plans_from_table(
-    cuts: Mapping[str, int],
-    ranks: Mapping[str, int],
-    *,
-    lora_alpha: float = 16.0,
-    target_modules: str = "",
-) -> dict[str, ClientPlan]:
-    """Plans per client id from two small tables, with one alpha for all."""
-    lora = LoraSpec(lora_alpha=lora_alpha, target_modules=from_words(target_modules.split()))
-    return _plans(cuts, ranks, lora)
-
-
-def _plans(cuts: Mapping[str, int], ranks: Mapping[str, int], lora: LoraSpec) -> dict[str, ClientPlan]:
     if set(cuts) != set(ranks):
         raise ConfigError(f"Expected cuts and ranks for the same clients, found {sorted(cuts)} and {sorted(ranks)}.")
     return {client: ClientPlan(cuts[client], replace(lora, r=ranks[client])) for client in cuts}

@@ -17,7 +17,7 @@ _REASONS = {
     "target_parameters": "parameters that are no linear layers (fused experts) stay frozen here",
     "trainable_token_indices": "rows of the embeddings are not trained: every head holds them",
     "megatron_config": "Megatron's parallel layers are not cut",
-    "lora_dropout": "dropout in adapters would make what head and tail compute depend on who draws",
+    "lora_dropout": "dropout is the training's: set lora-dropout (TrainingConfig.lora_dropout)",
     "layers_pattern": "blocks are found by the model's own list of them; layers_to_transform alone says which",
     "arrow_config": "routing among adapters is not merged into one model",
     "alora_invocation_tokens": "adapters that begin with a token are not merged into one model",

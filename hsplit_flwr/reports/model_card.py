@@ -50,7 +50,7 @@ def push(folder: Path, repository: str, *, private: bool = False) -> str:
     """Upload an adapter or a merged model with its card to the hub; returns its address.
 
     Args:
-        folder: `adapter`, `best_adapter` or `merged_model` of a run.
+        folder: `adapter`, `merged_model` or `best/round-NNNN/adapter` (which has no card) of a run.
         repository: ``user/name``; made where it does not exist.
         private: whoever it is shown to, of a repository that is made.
 

@@ -85,7 +85,7 @@ class LocalSession(TailSession):
             raise ExchangeError(
                 "step_timeout",
                 f"Expected the tail's answer within {self.step_limit_s} s, found none. "
-                "Raise step_limit_s or use smaller batches.",
+                "Raise step-limit-s or use smaller batches.",
             ) from None
         finally:
             self._asked.popleft()

@@ -121,7 +121,7 @@ class SharedTail:
             raise ExchangeError(
                 "step_timeout",
                 f"Expected the tail's last step of the round to end within {limit_s} s, found it under way. "
-                "Raise step_limit_s or use smaller batches.",
+                "Raise step-limit-s or use smaller batches.",
             )
         dropped = self._barrier.dropped
         self._barrier = self._worker = None

@@ -24,7 +24,6 @@ from tests.helpers.models import HIDDEN_SIZE, VOCAB_SIZE
 STREAM_LIMIT_S = 20.0
 """who is neither answered nor refused by then is held to hang"""
 HONEST_LIMIT_S = 60.0
-ACCEPTED = {"train": ("gradient",), "evaluate": ("score",), "hello": ("delta",)}
 
 
 @dataclass

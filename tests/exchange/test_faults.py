@@ -650,7 +650,7 @@ def test_the_time_limit_of_the_task_ends_the_wait() -> None:
     with serving("good", "never", concurrency=2) as served:
         with RemoteTail(replace(served.task("good"), time_limit_s=0.5), MAX_FRAME, connect) as session:
             session.fetch_delta(0)
-            with pytest.raises(ExchangeError, match=r"time limit is over\. Raise the round timeout") as refusal:
+            with pytest.raises(ExchangeError, match=r"time limit is over\. Raise round-limit-s") as refusal:
                 session.train_step(0, *batch("good", 0))
         assert refusal.value.code == "round_timeout"
         wait_until(lambda: not asked(served, "good"), "the tail to let go")
@@ -865,7 +865,7 @@ def test_a_delta_above_the_clients_limit_is_refused() -> None:
     with serving("good", deltas=lambda have, cut, own: (1, True, large)) as served:
         session = served.fresh("good")
         error = refused(lambda: session.fetch_delta(0), "frame_too_large")
-        assert "raise max_frame_bytes" in str(error)
+        assert "raise max-frame-mib" in str(error)
 
 
 @pytest.mark.parametrize("bind", ["0.0.0.0:0", "[::]:0"])

@@ -207,7 +207,7 @@ def test_malformed_frames_are_refused(case: Malformed) -> None:
 
 def test_a_frame_above_the_limit_is_refused_before_it_is_parsed() -> None:
     assert decode(GOOD, len(GOOD)).header == HEADER
-    with pytest.raises(ExchangeError, match=f"at most {len(GOOD) - 1} bytes, found {len(GOOD)}.*max_frame_bytes") as e:
+    with pytest.raises(ExchangeError, match=f"at most {len(GOOD) - 1} bytes, found {len(GOOD)}.*max-frame-mib") as e:
         decode(GOOD, len(GOOD) - 1)
     assert e.value.code == "frame_too_large"
     with pytest.raises(ExchangeError) as e:

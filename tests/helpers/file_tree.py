@@ -75,7 +75,8 @@ def write(tree: Tree, depth: int = 0) -> Iterator[str]:
 def first_sentence(path: Path) -> str:
     """What a file says about itself: its docstring or first comment, up to the first full stop or colon."""
     text = path.read_text(encoding="utf-8")
-    about = ast.get_docstring(ast.parse(text)) if path.suffix == ".py" else text.lstrip("# ")
+    without_marks = re.sub(r"^# ?", "", text, flags=re.MULTILINE)
+    about = ast.get_docstring(ast.parse(text)) if path.suffix == ".py" else without_marks
     sentence = re.split(r"[.:]\s|\.$|\n\n", about or "", maxsplit=1)[0]
     return " ".join(sentence.split())
 

@@ -84,7 +84,7 @@ def test_what_matches_nothing_is_an_error(choice: dict[str, Any], message: str) 
         ({"init_lora_weights": "pissa"}, "out of the base weights"),
         ({"init_lora_weights": "olora"}, "out of the base weights"),
         ({"bias": "lora_only"}, "only A and B are aggregated"),
-        ({"lora_dropout": 0.1}, "depend on who draws"),
+        ({"lora_dropout": 0.1}, "set lora-dropout"),
         ({"modules_to_save": ["lm_head"]}, "trained in full"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "fused experts"),
     ],

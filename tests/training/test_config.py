@@ -12,7 +12,6 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import ConfigError
-from hsplit_flwr.flower.run_config import plans_from_table
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 
@@ -65,20 +64,6 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None
 def test_a_plan_needs_a_cut(cut: Any) -> None:
     with pytest.raises(ConfigError, match=rf"Expected a cut >= 1 \(blocks held by the client\), found {cut!r}"):
         ClientPlan(cut, LoraSpec())
-
-
-def test_plans_from_a_table() -> None:
-    plans = plans_from_table({"a": 1, "b": 3}, {"a": 8, "b": 2}, lora_alpha=12.0, target_modules="q_proj v_proj")
-    assert plans == {
-        "a": ClientPlan(1, LoraSpec(8, 12.0, ("q_proj", "v_proj"))),
-        "b": ClientPlan(3, LoraSpec(2, 12.0, ("q_proj", "v_proj"))),
-    }
-    assert plans_from_table({"a": 1}, {"a": 8})["a"].lora == LoraSpec(8, 16.0, "all-linear")
-
-
-def test_a_table_names_the_same_clients_twice() -> None:
-    with pytest.raises(ConfigError, match=r"same clients, found \['a'\] and \['a', 'b'\]"):
-        plans_from_table({"a": 1}, {"a": 8, "b": 8})
 
 
 # ---------------------------------------------------------------------------------------------- learning rate

@@ -250,7 +250,7 @@ def test_a_step_that_does_not_end_is_not_merged_under_way(monkeypatch: pytest.Mo
     with in_round(tail, "a") as (session,):
         session.step_limit_s = SOON_S
         ask(session, 0)
-        with pytest.raises(ExchangeError, match=r"last step of the round to end within 0\.1 s.*Raise step_limit_s"):
+        with pytest.raises(ExchangeError, match=r"last step of the round to end within 0\.1 s.*Raise step-limit-s"):
             tail.close_training()
         go.set()
         wait_until(lambda: not any(thread.name == "tail-steps" for thread in threading.enumerate()))

@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from hsplit_flwr.common.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, new_figure, save_figure
+from hsplit_flwr.common.figures import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, YELLOW, new_figure, save_figure
 from hsplit_flwr.planning.clock import SERVER, Interval, RoundTimeline, What
 
-YELLOW = "#F0E442"
-"""Okabe and Ito's last colour, see plots.py"""
 COLOURS: dict[What, str] = {
     "download": PURPLE,
     "forward": SKY,

@@ -1,6 +1,7 @@
 """What a plan costs, from a model's config alone: bytes held, FLOPs per step, bytes on the wire.
 
-`ModelCosts` runs one step on fake tensors (`step_trace`) and adds up its parts (`memory`, `flops`, `wire_bytes`).
+`ModelCosts` runs one step on fake tensors (`step_trace`) and adds up its parts (`memory`, `flops`, and from the
+exchange's `frame_bytes` what its frames weigh).
 Beside what a given plan costs it has the coefficients of a linear form, ``base(cut) + sum of rank * per_rank``, for
 planners: exact where every matrix of the head has an adapter, an upper bound where some have rank 0.
 """
