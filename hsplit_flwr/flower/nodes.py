@@ -107,7 +107,8 @@ def wait_for_nodes(roster: Roster, find: Callable[[], Collection[str]], config: 
     begun = time.monotonic()
     while len(nodes := find()) < config.min_nodes:
         waited = time.monotonic() - begun
-        if len(nodes) >= needed and not (roster.lacks(nodes) and waited < min(ASK_AGAIN_S, config.wait_for_nodes_s)):
+        may_return = roster.lacks(nodes) and waited < _restart_limit_s(config)
+        if len(nodes) >= needed and not may_return:
             _log.warning("%d of %d nodes (min-nodes) are connected: the run goes on", len(nodes), config.min_nodes)
             break
         if waited > config.wait_for_nodes_s:
@@ -135,7 +136,7 @@ def ask_nodes(
         ConfigError: as `find`; or too few answer before the first round; or nobody hosts a client.
     """
     min_nodes = config.min_nodes
-    give_up = time.monotonic() + min(ASK_AGAIN_S, config.wait_for_nodes_s)
+    give_up = time.monotonic() + _restart_limit_s(config)
     answers: dict[str, NodeAnswer | Exception] = {}
     while True:
         online = find()
@@ -151,6 +152,11 @@ def ask_nodes(
             roster.update(online, {node: said for node, said in answers.items() if isinstance(said, NodeAnswer)})
             return
         time.sleep(NODES_POLL_S)
+
+
+def _restart_limit_s(config: StrategyConfig) -> float:
+    """Longest wait for a node that may come back, or answer yet."""
+    return min(ASK_AGAIN_S, config.wait_for_nodes_s)
 
 
 def too_few_answers(expected: int, found: int, silent: Mapping[str, object]) -> ConfigError:

@@ -247,7 +247,7 @@ def test_what_is_auto_is_left_to_the_plan() -> None:
         ({"exchange": "post"}, r"Expected exchange as one of \('grpc', 'messages'\), found 'post'"),
         ({"message-limit-s": 0}, "Expected message_limit_s > 0 s, found 0.0 .run config: message-limit-s"),
         ({"cuts": "1,x"}, "Expected cuts as integers with commas, such as '2,4,6', found '1,x'"),
-        ({"cuts": "1,2,3"}, "Expected cuts and ranks for the same clients"),
+        ({"cuts": "1,2,3"}, r"cuts and ranks for the same clients, found \['0', '1', '2'\] and \['0', '1'\]"),
         ({"cuts": "0,2"}, "Expected a cut >= 1"),
         ({"ranks": "-1,2"}, "Expected LoRA ranks to be integers >= 0"),
     ],
