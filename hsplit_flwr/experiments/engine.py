@@ -51,20 +51,21 @@ def trainer_of(method: Method) -> Callable[[Task, Method], Trainer]:
     return cast(Callable[[Task, Method], Trainer], found)
 
 
-def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None) -> RunResult:
+def run(spec: RunSpec, on_round: Callable[[Evaluation], None] | None = None, device: str = "cpu") -> RunResult:
     """Train as `spec` says. Equal specs give equal results on one machine and version.
 
     Args:
         spec: what decides the run.
         on_round: called with every evaluation as it is made.
+        device: where models compute, ``cpu`` or ``cuda``; it rounds otherwise, as another machine does.
 
     Raises:
-        ConfigError: an unknown method or setting, a model or data set that is not there, or devices too small.
+        ConfigError: an unknown method or setting, a model, data set or GPU that is not there, or devices too small.
     """
     if spec.method not in METHODS:
         raise ConfigError(f"Expected a method among {sorted(METHODS)}, found {spec.method!r}.")
     method = METHODS[spec.method]
-    task = Task.of(spec)
+    task = Task.of(spec, device=device)
     trainer = trainer_of(method)(task, method)
     started = time.perf_counter()
     evaluations = [Evaluation.untrained(trainer.score().perplexity)]

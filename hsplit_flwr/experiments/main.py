@@ -10,6 +10,7 @@ audit FILE --store CSV    whether all runs are there, of one clean commit, and h
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from hsplit_flwr.common.closed_pipe import reader_may_leave
@@ -59,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return USER_ERROR
 
 
-def run_engine(spec: RunSpec, on_round: Callable[[Evaluation], None]) -> Sequence[Evaluation]:
-    """Compute a run; for a worker process, which alone imports torch."""
+def run_engine(spec: RunSpec, on_round: Callable[[Evaluation], None], device: str = "cpu") -> Sequence[Evaluation]:
+    """Compute a run on `device`; for a worker process, which alone imports torch."""
     from hsplit_flwr.experiments.engine import run
 
-    return run(spec, on_round).evaluations
+    return run(spec, on_round, device).evaluations
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("file", type=Path, metavar="FILE", help="TOML file of the experiment")
     run.add_argument("--store", required=True, type=Path, metavar="CSV", help="where results are kept")
     run.add_argument("--workers", type=int, default=1, metavar="N", help="runs at once, one thread each (default: 1)")
+    run.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where models compute (default: cpu)")
     run.add_argument("--list", action="store_true", help="only list the runs that the store lacks")
     run.set_defaults(command=_run)
 
@@ -107,7 +109,8 @@ def _run(options: argparse.Namespace) -> int:
     specs = read_experiment(options.file, METHODS, SETTING_NAMES)
     store = Store(options.store)
     if not options.list:
-        return run_all(specs, store, run_engine, workers=options.workers).exit_code
+        engine = partial(run_engine, device=options.device)
+        return run_all(specs, store, engine, workers=options.workers).exit_code
     todo = pending(specs, store)
     for spec in todo:
         print(describe(spec))

@@ -47,7 +47,7 @@ class SplitTrainer:
         self.server = MethodServer(
             method,
             self.heads,
-            GlobalModel(task.files),
+            GlobalModel(task.files, device=task.device),
             plans.plans,
             self._training,
             self._open_door,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from hsplit_flwr.data.e2e import client_examples, validation_examples
@@ -63,6 +64,8 @@ class Task:
     """One run's surroundings."""
 
     spec: RunSpec
+    device: str = "cpu"
+    """where models compute"""
     files: ModelFiles
     costs: ModelCosts
     setting: Setting
@@ -82,12 +85,14 @@ class Task:
     eval_batches: Iterable[Batch]
 
     @classmethod
-    def of(cls, spec: RunSpec, method: Method | None = None) -> "Task":
+    def of(cls, spec: RunSpec, method: Method | None = None, device: str = "cpu") -> "Task":
         """The surroundings that `spec` describes; `method` is the one that it names, unless a variant is given.
 
         Raises:
-            ConfigError: an unknown setting, a data set or model that is not there.
+            ConfigError: an unknown setting, a data set, model or device that is not there.
         """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("Expected a GPU that torch sees, found none. Leave --device out, or give --device cpu.")
         if spec.setting not in SETTINGS:
             raise ConfigError(f"Expected a setting among {sorted(SETTINGS)}, found {spec.setting!r}.")
         setting = SETTINGS[spec.setting]
@@ -107,6 +112,7 @@ class Task:
         data = prepare(spec, files.tokenizer(), len(devices), EVAL_BATCH_SIZE)
         return cls(
             spec=spec,
+            device=device,
             files=files,
             costs=costs,
             setting=setting,

@@ -22,7 +22,7 @@ class FullTrainer:
 
     def __init__(self, task: Task, method: Method) -> None:
         self._task = task
-        self._segment = load_segment(task.files)
+        self._segment = load_segment(task.files, device=task.device)
         for parameter in self._segment.parameters():
             parameter.data = parameter.data.clone()  # mapped from disk: may not be written to
             parameter.requires_grad_()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.exchange.positions import BatchForm
 from hsplit_flwr.experiments.methods import Method
+from hsplit_flwr.experiments.rivals.whole_training import backward
 from hsplit_flwr.experiments.task import LARGEST_RANK, LORA_ALPHA, Task
 from hsplit_flwr.experiments.work import RoundOutcome, length_factor, recorded, whole_flops
 from hsplit_flwr.federation.global_model import GlobalModel
@@ -22,7 +23,7 @@ from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.segments import block_of
 from hsplit_flwr.training.batch import Batch, part_rows
-from hsplit_flwr.training.loss import Score, score_segment, target_tokens, token_losses
+from hsplit_flwr.training.loss import Score, score_segment, target_tokens
 from hsplit_flwr.training.optimizer import Optimizer
 
 
@@ -35,7 +36,7 @@ class OneModelTrainer:
     def __init__(self, task: Task, method: Method) -> None:
         self._task = task
         self._parts = method.micro_batches if method.micro_steps else 1
-        self._segment = GlobalModel(task.files).segment
+        self._segment = GlobalModel(task.files, device=task.device).segment
         self._adapters = SegmentAdapters(self._segment, LoraSpec(task.spec.rank or LARGEST_RANK, LORA_ALPHA))
         self._adapters.reset(derive_seed(task.training.seed, "tail"))
         stated = task.setting.cuts(task.costs.num_blocks).values()
@@ -88,10 +89,7 @@ class OneModelTrainer:
         """Fresh gradients on all adapters of the mean loss of `batch`, which has so many target tokens."""
         self._shared_optimizer.zero_grad()
         self._tail_optimizer.zero_grad()
-        logits = self._segment(batch["input_ids"], batch["attention_mask"])
-        loss = token_losses(logits, batch["labels"]).sum() / max(1, tokens)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+        return backward(self._segment, batch, tokens)
 
     def score(self) -> Score:
         """Score of the model with its adapters."""

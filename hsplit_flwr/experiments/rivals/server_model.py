@@ -24,7 +24,7 @@ class ServerTrainer:
     def __init__(self, task: Task, method: Method) -> None:
         self._task = task
         self._joint = method.joint_steps
-        self._segment = GlobalModel(task.files).segment
+        self._segment = GlobalModel(task.files, device=task.device).segment
         rank = task.spec.rank or LARGEST_RANK
         self._adapters = SegmentAdapters(self._segment, LoraSpec(rank, SCALING * rank))
         self._adapters.reset(derive_seed(task.training.seed, "tail"))

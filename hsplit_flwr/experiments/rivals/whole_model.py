@@ -48,7 +48,7 @@ class WholeTrainer:
     def __init__(self, task: Task, method: Method) -> None:
         self._task = task
         self._method = method
-        self._model = GlobalModel(task.files)
+        self._model = GlobalModel(task.files, device=task.device)
         """never has adapters"""
         shapes = linear_shapes(self._model.segment)
         by_device = dict.fromkeys(task.devices, RANK) if method.one_rank else task.setting.ranks

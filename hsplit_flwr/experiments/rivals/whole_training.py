@@ -12,7 +12,7 @@ from hsplit_flwr.experiments.task import Task
 from hsplit_flwr.experiments.work import recorded
 from hsplit_flwr.models.segments import Segment
 from hsplit_flwr.training.batch import Batch
-from hsplit_flwr.training.loss import target_tokens, token_losses
+from hsplit_flwr.training.loss import target_tokens, tensors_of, token_losses
 from hsplit_flwr.training.optimizer import Optimizer
 
 
@@ -48,16 +48,21 @@ def train_whole(
         tokens = sum(target_tokens(batch["labels"]) for batch in batches)
         total = 0.0
         for batch in batches:
-            logits = segment(batch["input_ids"], batch["attention_mask"])
-            loss = token_losses(logits, batch["labels"]).sum() / max(1, tokens)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+            total += backward(segment, batch, tokens)
         if extra_loss is not None and (extra := extra_loss()).requires_grad:
             extra.backward()  # type: ignore[no-untyped-call]
         optimizer.step(first_step + step)
         losses.append(total)
         trained += tokens
     return WholeReport(fmean(losses), trained)
+
+
+def backward(segment: Segment, batch: Batch, tokens: int) -> float:
+    """Add the gradients of the loss of `batch` over `tokens` to those of `segment`; returns that loss."""
+    input_ids, mask, labels = tensors_of(batch, segment)
+    loss = token_losses(segment(input_ids, mask), labels.to(input_ids.device)).sum() / max(1, tokens)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return float(loss.detach())
 
 
 def client_steps(task: Task, client: str, first_step: int, forms: list[list[BatchForm]]) -> Iterable[list[Batch]]:
