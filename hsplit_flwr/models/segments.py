@@ -91,14 +91,14 @@ class Segment(nn.Module):
         Args:
             inputs: `input_ids` (B, T) if the segment starts with the embeddings and `entry` is None,
                 otherwise the smashed activations (B, T, W) that enter before block `entry`, in the segment's
-                dtype.
-            attention_mask: (B, T), 1 for tokens and 0 for padding.
+                dtype. On any device.
+            attention_mask: (B, T), 1 for tokens and 0 for padding. On any device.
             entry: a block of the segment; its first one by default.
             until: the block before which the pass ends; ``stop`` by default.
 
         Returns:
             The hidden states (B, T, W) after block ``until - 1``, or the logits (B, T, V) if that is the
-            model's last one.
+            model's last one; on the segment's device.
 
         Raises:
             ConfigError: `entry` or `until` outside the segment, or `inputs` of the wrong shape for it.
@@ -107,6 +107,7 @@ class Segment(nn.Module):
         first = self.start if entry is None else entry
         end = self.stop if until is None else until
         self._check(inputs, first, end, embed)
+        inputs, attention_mask = inputs.to(self.device), attention_mask.to(self.device)
         view = self._view(first, end, None if embed else inputs)
         tokens = {"input_ids": inputs} if embed else {"inputs_embeds": stand_in(inputs, self._layout.embedding_size)}
         try:

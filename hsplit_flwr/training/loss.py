@@ -29,7 +29,9 @@ def target_tokens(labels: Tensor) -> int:
 
 
 def tensors_of(batch: Batch, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
-    """``input_ids`` and ``attention_mask`` where `segment` is, which holds the embeddings, and ``labels`` as they are.
+    """``input_ids``, ``attention_mask`` and ``labels`` of a batch for `segment`, which holds the embeddings; on the CPU.
+
+    What travels, and what is counted, is told by mask and labels, and a GPU would be waited for each time.
 
     Raises:
         ConfigError: one is missing, they are not of one shape (B, T), the mask has other values than 0 and 1, or the
@@ -43,7 +45,7 @@ def tensors_of(batch: Batch, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
             f"Expected no tensors in a batch but {', '.join(PARTS)}, found {', '.join(ignored)}: neither head nor tail "
             "would use it. Put one document in a row, padded, and take it out of the batch."
         )
-    input_ids, mask, labels = (batch[name] for name in PARTS)
+    input_ids, mask, labels = (batch[name].cpu() for name in PARTS)
     if not (input_ids.shape == mask.shape == labels.shape and input_ids.dim() == 2):
         raise ConfigError(
             f"Expected {', '.join(PARTS)} of one shape (B, T), "
@@ -55,8 +57,7 @@ def tensors_of(batch: Batch, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
             "Put one document in a row, padded."
         )
     segment.check_tokens(input_ids, labels)
-    device = next(segment.parameters()).device
-    return input_ids.to(device), mask.to(device), labels
+    return input_ids, mask, labels
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -67,9 +68,9 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (B, T, V), any float dtype.
-        labels: (B, T).
+        labels: (B, T), on any device.
     """
-    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten().to(logits.device)
     flat = logits.flatten(0, 1)
     if len(flat) <= _positions_at_once(flat):
         return _losses(flat, shifted).view(labels.shape)
@@ -149,7 +150,7 @@ def score_segment(segment: Segment, batches: Iterable[Batch]) -> Score:
     with torch.no_grad():
         for batch in batches:
             input_ids, mask, labels = tensors_of(batch, segment)
-            nll += float(token_losses(segment(input_ids, mask), labels.to(input_ids.device)).double().sum())
+            nll += float(token_losses(segment(input_ids, mask), labels).double().sum())
             tokens += target_tokens(labels)
             count += 1
     if not tokens:

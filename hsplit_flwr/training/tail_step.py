@@ -149,7 +149,7 @@ class TailTrainer:
         Raises:
             ExchangeError: ``non_finite``.
         """
-        labels = labels.to(self.device, torch.int64)
+        labels = labels.to(torch.int64)
         with torch.no_grad():
             losses = token_losses(self._logits(activations, attention_mask, cut), labels)
         _require_finite("loss", losses)
@@ -248,7 +248,7 @@ class TailTrainer:
         # Importance is measured in all layers, also in those before the first adapter.
         hidden.requires_grad_(any(request.wants_gradient or request.measured for request in group))
         mask = torch.cat([r.attention_mask for r in group])
-        labels = torch.cat([r.labels for r in group]).to(self.device, torch.int64)
+        labels = torch.cat([r.labels for r in group]).to(torch.int64)
         config = self.config
         which = [part for r in group for part in (r.pass_number, r.client, r.run_step, r.number)]
         with training_pass(self.adapters, self.device, config.lora_dropout, config.autocast, *which):
@@ -276,8 +276,7 @@ class TailTrainer:
 
     def _logits(self, activations: Tensor, attention_mask: Tensor, cut: int) -> Tensor:
         dtype = self.segment.dtype
-        hidden = activations.to(self.device, dtype)
-        logits: Tensor = self.segment(hidden, attention_mask.to(self.device, torch.int64), entry=cut)
+        logits: Tensor = self.segment(activations.to(self.device, dtype), attention_mask.to(torch.int64), entry=cut)
         return logits
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.training import loss
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.head import score_head, train_head
-from hsplit_flwr.training.loss import Score, score_segment, tensors_of
+from hsplit_flwr.training.loss import Score, score_segment, tensors_of, token_losses
 from hsplit_flwr.training.tail import SharedTail
 from tests.helpers.models import tiny_model
 
@@ -57,6 +58,20 @@ def central(whole: Segment, given: Mapping[str, Tensor]) -> object:
 
 
 USES = [train, score, central]
+
+
+def test_a_segment_on_another_device_takes_batches_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What travels is told by mask and labels together: a GPU's head had one of them here and one there, and failed."""
+    segment = segment_from_model(tiny_model("llama").to("meta"))
+    input_ids, mask, labels = tensors_of(batch(), segment)
+    assert {tensor.device.type for tensor in (input_ids, mask, labels)} == {"cpu"}
+
+    def model(input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> SimpleNamespace:
+        assert input_ids.device.type == attention_mask.device.type == "meta"
+        return SimpleNamespace(logits=torch.empty(*input_ids.shape, 97, device="meta"))
+
+    monkeypatch.setattr(segment, "_view", lambda *_: model)
+    assert token_losses(segment(input_ids, mask), labels).device.type == "meta"
 
 
 def test_packed_rows_have_another_loss_in_transformers() -> None:

@@ -60,7 +60,7 @@ def train_whole(
 def backward(segment: Segment, batch: Batch, tokens: int) -> float:
     """Add the gradients of the loss of `batch` over `tokens` to those of `segment`; returns that loss."""
     input_ids, mask, labels = tensors_of(batch, segment)
-    loss = token_losses(segment(input_ids, mask), labels.to(input_ids.device)).sum() / max(1, tokens)
+    loss = token_losses(segment(input_ids, mask), labels).sum() / max(1, tokens)
     loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach())
 
