@@ -201,6 +201,7 @@ def _simulation_concurrency() -> int:
     ray = sys.modules.get("ray")  # never import it here: a deployed client has no use for it
     if ray is None or not ray.is_initialized():
         return 0
-    mine = ray.get_runtime_context().get_assigned_resources()
-    pools = [int(total // mine[name]) for name, total in ray.cluster_resources().items() if mine.get(name)]
-    return max(1, min(pools, default=1))
+    mine = {name: share for name, share in ray.get_runtime_context().get_assigned_resources().items() if share}
+    nodes = [node["Resources"] for node in ray.nodes()]
+    # As Flower counts them, node by node; five shares of 0.2 are five, of which `//` makes four.
+    return max(1, sum(min(int(node.get(name, 0) / share) for name, share in mine.items()) for node in nodes if mine))

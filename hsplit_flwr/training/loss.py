@@ -29,7 +29,7 @@ def target_tokens(labels: Tensor) -> int:
 
 
 def tensors_of(batch: Batch, segment: Segment) -> tuple[Tensor, Tensor, Tensor]:
-    """``input_ids``, ``attention_mask`` and ``labels`` of a batch for `segment`, which holds the embeddings; on the CPU.
+    """``input_ids``, ``attention_mask`` and ``labels`` for `segment`, which holds the embeddings; on the CPU.
 
     What travels, and what is counted, is told by mask and labels, and a GPU would be waited for each time.
 

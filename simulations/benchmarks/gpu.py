@@ -3,12 +3,12 @@
     python simulations/benchmarks/gpu.py --json OUT              # under ten minutes on one GPU
     python simulations/benchmarks/gpu.py --json OUT --device cpu --small
 
-Three tables:
+Three tables, each printed as soon as it is there:
 
 * *numbers*: one step of head and tail on the device against the CPU in fp32: relative difference of the loss, and of
   the gradient that goes back, in the dtypes that people train in. Both add up in different orders, and bf16 rounds.
 * *speed*: as `split_overhead.py`, head and tail in two processes on the same device, against monolithic PEFT on it.
-  ``random`` models have random weights, which time does not depend on.
+  The ``random`` model has random weights, which time does not depend on.
 * *shares*: ``flwr run simulations/quickstart`` with five clients that have 1/5 of the GPU each, and one after another
   with the whole; seconds of a round without the first, in which processes start.
 """
@@ -40,18 +40,17 @@ APP = Path(__file__).parents[1] / "quickstart"
 CLIENTS = 5
 ROUNDS, LOCAL_STEPS = 3, 20
 RUN_LIMIT_S = 480.0
-SIZES = {"random-0.5b": (1024, 24), "random-1b": (2048, 16)}
-"""hidden size and blocks of LLaMA-like models with a vocabulary of 32,000"""
 
 
-def random_model(folder: Path, hidden: int, blocks: int) -> str:
-    """A LLaMA-like model in bf16 with random weights; returns `folder`."""
+def random_model(folder: Path, device: str) -> str:
+    """A LLaMA-like model of a billion random weights in bf16, drawn on `device`; returns `folder`."""
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=11 * hidden // 4, num_hidden_layers=blocks, num_attention_heads=16,
-        dtype="bfloat16",
-    )  # fmt: skip
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=16, num_attention_heads=16, dtype="bfloat16"
+    )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
     return str(folder)
 
 
@@ -109,18 +108,17 @@ def shares(device: str, share: float, local_steps: int) -> dict[str, Any]:
 
 
 def speed_settings(small: bool, device: str, folder: Path) -> Iterator[Setting]:
-    """What is timed; random models are written to `folder`."""
+    """What is timed; the random model is written to `folder`."""
     if small:
         yield Setting("tiny-gpt2", 2, 4, 32, 8, 2, "fp32", device)
         return
     for dtype in ("fp32", "bf16"):
         yield Setting("smollm2-135m", 4, 16, 256, 8, 10, dtype, device)
-    for name, (hidden, blocks) in SIZES.items():
-        yield Setting(random_model(folder / name, hidden, blocks), 4, 8, 256, 8, 10, "bf16", device)
+    yield Setting(random_model(folder / "random-1b", device), 4, 8, 256, 8, 10, "bf16", device)
 
 
-def tables(found: dict[str, list[dict[str, Any]]]) -> str:
-    """All three, as text."""
+def table(name: str, rows: list[dict[str, Any]]) -> str:
+    """One of the three, as text."""
     parts: dict[str, tuple[list[str], Callable[[dict[str, Any]], list[str]]]] = {
         "numbers": (
             ["model", "cut", "dtype", "loss off", "gradient off"],
@@ -139,9 +137,24 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
                        f"{r['perplexity']:.3f}"],
         ),
     }  # fmt: skip
-    return "\n\n".join(
-        f"{name}\n{format_table(header, [cells(row) for row in found[name]], False, 1)}"
-        for name, (header, cells) in parts.items()
+    header, cells = parts[name]
+    return f"{name}\n{format_table(header, [cells(row) for row in rows], False, 1)}\n"
+
+
+def measurements(small: bool, device: str, folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Name and rows of one table after the other."""
+    compared = [("tiny-gpt2", 3)] if small else [("tiny-gpt2", 3), ("smollm2-135m", 10)]
+    yield "numbers", [numbers(m, cut, dtype, device) for m, cut in compared for dtype in ("fp32", "bf16")]
+    yield (
+        "speed",
+        [
+            {**measure(setting), "model": Path(setting.model).name, "dtype": setting.dtype}
+            for setting in speed_settings(small, device, folder)
+        ],
+    )
+    yield (
+        "shares",
+        [shares("cpu", 0.5, 2)] if small else [shares(device, share, LOCAL_STEPS) for share in (1 / CLIENTS, 1.0)],
     )
 
 
@@ -154,19 +167,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("Expected a GPU that torch sees, found none. Give --device cpu --small to try the script.")
-    compared = [("tiny-gpt2", 3)] if options.small else [("tiny-gpt2", 3), ("smollm2-135m", 10)]
-    with tempfile.TemporaryDirectory(prefix="gpu-models-") as name:
-        found: dict[str, list[dict[str, Any]]] = {
-            "numbers": [numbers(m, cut, dtype, options.device) for m, cut in compared for dtype in ("fp32", "bf16")],
-            "speed": [
-                {**measure(setting), "model": Path(setting.model).name, "dtype": setting.dtype}
-                for setting in speed_settings(options.small, options.device, Path(name))
-            ],
-            "shares": [shares("cpu", 0.5, 2)]
-            if options.small
-            else [shares(options.device, share, LOCAL_STEPS) for share in (1 / CLIENTS, 1.0)],
-        }
-    print(describe_device(options.device), tables(found), sep="\n\n")
+    print(describe_device(options.device), flush=True)
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory(prefix="gpu-models-") as folder:
+        for name, rows in measurements(options.small, options.device, Path(folder)):
+            found[name] = rows
+            print(f"\n{table(name, rows)}", flush=True)
     written = {**found, "device": describe_device(options.device), **provenance(0)}
     options.json.write_text(json.dumps(written, indent=1) + "\n")
 
