@@ -133,6 +133,8 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("parts", "parts"),
         ("twenty", "twenty"),
         ("metar", "metar_control"),
+        ("metar 400", "metar_control_400"),
+        ("metar short", "metar_short"),
         ("short rounds", "short_rounds"),
         ("short rounds 120", "short_rounds_120"),
         ("exchange", "exchange"),
