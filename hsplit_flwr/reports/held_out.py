@@ -97,7 +97,7 @@ def score_held_out(
             logits = model(
                 input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device)
             ).logits
-            nll += float(token_losses(logits, batch["labels"].to(model.device)).double().sum())
+            nll += float(token_losses(logits, batch["labels"]).double().sum())
             tokens += target_tokens(batch["labels"])
     score = Score(nll, tokens)
     loss = score.loss  # before anything is generated: that takes longer than to find out that nothing is there
