@@ -9,7 +9,7 @@ from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.reports.text_intervals import TextIntervals
 from hsplit_flwr.reports.text_metrics import TextScores
 
-EMBEDDED_DATA = ("desk", "metar")
+EMBEDDED_DATA = ("desk", "metar", "relexified")
 """names of the data sets that the package brings beside the restaurants; a folder of that name is ``./NAME``"""
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hsplit_flwr.data.e2e import client_examples, validation_examples
 from hsplit_flwr.data.metar import metar_examples
+from hsplit_flwr.data.relexified import relexified_examples
 from hsplit_flwr.data.restaurants import partition_by_slot, restaurant_examples
 from hsplit_flwr.data.text_batches import Example, TextBatches
 from hsplit_flwr.errors import ConfigError
@@ -44,6 +45,7 @@ class EmbeddedData(NamedTuple):
 EMBEDDED: Mapping[str, EmbeddedData] = {
     "": EmbeddedData(restaurant_examples, LABEL),
     "metar": EmbeddedData(metar_examples, "station"),
+    "relexified": EmbeddedData(relexified_examples, LABEL),
 }
 """`RunSpec.data` -> the data set; `records.EMBEDDED_DATA` has the names"""
 RANKS = (1, 2, 4, 8, 16)
