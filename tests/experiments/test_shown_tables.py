@@ -82,6 +82,16 @@ TABLES = {
     "twenty.csv": (
         ("--ours", "hsplitlora_all", "--rivals", "splitlora_16,splitlora_16_pipelined,frozen_head_pipelined"),
     ),
+    "relexified_heads.csv": (
+        ("--ours", "hsplitlora_keep", "--rivals", "one_model,hsplitlora,frozen_head"),
+        (*PIPELINED, "one_model_pipelined,frozen_head_pipelined"),
+    ),
+    "relexified.csv": (
+        MAIN,
+        ("--ours", "hsplitlora", "--rivals", "hsplitlora_keep,splitlora_16,frozen_head"),
+        (*PIPELINED, "splitlora_16_pipelined,frozen_head_pipelined"),
+    ),
+    "relexified_one_block.csv": (("--ours", "splitlora_16_pipelined", "--rivals", "splitlora_16"),),
     "short_rounds.csv": (("--ours", "hsplitlora_keep", "--rivals", "hsplitlora_keep_pipelined"),),
     "short_rounds_120.csv": (("--ours", "hsplitlora_keep", "--rivals", "hsplitlora_keep_pipelined"),),
 }
@@ -135,6 +145,13 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("metar", "metar_control"),
         ("metar 400", "metar_control_400"),
         ("metar short", "metar_short"),
+        ("relexified control", "relexified_control"),
+        ("relexified heads", "relexified_heads"),
+        ("relexified short", "search_relexified_short"),
+        ("search of relexified", "search_relexified"),
+        ("search of relexified more", "search_relexified_more"),
+        ("relexified", "relexified"),
+        ("relexified at one block", "relexified_one_block"),
         ("short rounds", "short_rounds"),
         ("short rounds 120", "short_rounds_120"),
         ("exchange", "exchange"),
