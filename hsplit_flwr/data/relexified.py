@@ -31,17 +31,14 @@ def relexified_examples(seed: int = 0) -> tuple[list[Example], list[Example]]:
 
 def lexicon(examples: Iterable[Example]) -> Mapping[str, str]:
     """Word -> the word that stands for it: each word of `examples` once, "The" and "the" being two words."""
-    found = sorted({word for example in examples for word in _WORD.findall(f"{_values(example)} {example.ref}")})
+    texts = [text for example in examples for text in (*example.slots.values(), example.ref)]
+    found = sorted({word for text in texts for word in _WORD.findall(text)})
     rng = random.Random(LEXICON_SEED)
     exchanged: dict[str, str] = {}
     for capital in (True, False):
         words = [word for word in found if word[0].isupper() == capital]
         exchanged |= dict(zip(words, rng.sample(words, len(words)), strict=True))
     return exchanged
-
-
-def _values(example: Example) -> str:
-    return " ".join(example.slots.values())
 
 
 def _translated(example: Example, words: Mapping[str, str]) -> Example:
