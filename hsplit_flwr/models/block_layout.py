@@ -40,6 +40,8 @@ _AUTO_CLASSES = (
 )
 _LARGE = 1 << 20
 """elements of a tensor that is not allocated while a skeleton is built"""
+_INITIALISATIONS = ("normal_", "uniform_", "constant_", "kaiming_uniform_")
+"""of `torch.nn.init` and of tensors, those that a mode hears of; transformers has its own of the same names"""
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,16 @@ class _LargeOnMeta(TorchFunctionMode):
     """Large tensors without values have no storage: accelerate moves a parameter away only once it is there.
 
     The fused experts of one block of DeepSeek-V3 would ask for 30 GB. Smaller ones stay as they are, so that buffers
-    that a model fills in are computed.
+    that a model fills in are computed. What has no storage is not initialised either: torch's functions for it spend
+    their time in Python, most of what building a small model takes.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _INITIALISATIONS:
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
         if func is torch.empty and "device" not in kwargs:
             size = args[0] if len(args) == 1 and isinstance(args[0], list | tuple) else args
             if all(isinstance(side, int) for side in size) and math.prod(size) >= _LARGE:
