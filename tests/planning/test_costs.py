@@ -1,5 +1,6 @@
 """The cost model against independent counts: the flop counter, real frames and arrays, hand-made sums."""
 
+import copy
 import importlib.util
 import time
 from collections.abc import Mapping
@@ -22,9 +23,11 @@ from hsplit_flwr.exchange.kept_rows import ENTRY_BYTES, MOST_ROWS
 from hsplit_flwr.lora.segment_adapters import SegmentAdapters
 from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.models.dtypes import DTYPES
+from hsplit_flwr.models.files import with_attention
 from hsplit_flwr.models.segments import Segment, segment_from_model
 from hsplit_flwr.planning.costs.memory import PACKING_BYTES, PROCESS_BYTES, THREADS
 from hsplit_flwr.planning.costs.model_costs import ModelCosts, Workload
+from hsplit_flwr.planning.costs.traces import traced
 from hsplit_flwr.training.config import TrainingConfig
 from hsplit_flwr.training.loss import PART_BYTES
 from tests.helpers.benchmarks import benchmark
@@ -370,6 +373,26 @@ def test_update_bytes_are_those_of_flowers_parameters(llama: ModelCosts) -> None
     importance = np.zeros(sum(m.block < 3 for m in llama.matrices), np.float32)
     assert llama.update_bytes(3, ranks) == sum(map(len, ndarrays_to_parameters([*arrays, importance]).tensors))
     assert llama.update_bytes(3, {}) == sum(map(len, ndarrays_to_parameters([importance]).tensors))
+
+
+def test_a_step_is_traced_once_whatever_way_it_travels() -> None:
+    config = tiny_config("llama", True)
+    first = traced(config, WORKLOAD)
+    elsewhere = replace(WORKLOAD, activation_codec="int8", local_steps=3, tail_passes=2, joint_steps=True)
+    assert traced(copy.deepcopy(config), elsewhere) is first
+    for computed in (
+        replace(WORKLOAD, batch_size=BATCH + 1),
+        replace(WORKLOAD, sequence_length=LENGTH + 1),
+        replace(WORKLOAD, dtype="bf16"),
+        replace(WORKLOAD, gradient_checkpointing=True),
+        replace(WORKLOAD, lora_dropout=0.1),
+        replace(WORKLOAD, autocast="bf16"),
+    ):
+        assert traced(config, computed) != first, computed
+    assert traced(with_attention(config, "eager"), WORKLOAD) != first
+    wider = copy.deepcopy(config)
+    wider.intermediate_size *= 2
+    assert traced(wider, WORKLOAD) != first
 
 
 def test_a_7b_model_takes_seconds() -> None:

@@ -1,7 +1,7 @@
 """What a plan costs, from a model's config alone: bytes held, FLOPs per step, bytes on the wire.
 
-`ModelCosts` runs one step on fake tensors (`step_trace`) and adds up its parts (`memory`, `flops`, and from the
-exchange's `frame_bytes` what its frames weigh).
+`ModelCosts` runs one step on fake tensors (`traces`) and adds up its parts (`memory`, `flops`, and from the exchange's
+`frame_bytes` what its frames weigh).
 Beside what a given plan costs it has the coefficients of a linear form, ``base(cut) + sum of rank * per_rank``, for
 planners: exact where every matrix of the head has an adapter, an upper bound where some have rank 0.
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.exchange import frame_bytes
@@ -20,7 +20,7 @@ from hsplit_flwr.lora.delta_update import ADDED, OWN, REPLACED
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.lora.update_rounding import TensorForm, tensor_forms
 from hsplit_flwr.models.adaptable import layout_of
-from hsplit_flwr.models.block_layout import BlockLayout, build_skeleton
+from hsplit_flwr.models.block_layout import build_skeleton
 from hsplit_flwr.models.dtypes import DTYPES
 from hsplit_flwr.models.files import with_attention
 from hsplit_flwr.models.quantized import Quantization, plain_config
@@ -29,8 +29,8 @@ from hsplit_flwr.planning.costs.delta_costs import DeltaCosts
 from hsplit_flwr.planning.costs.flops import FlopModel
 from hsplit_flwr.planning.costs.memory import HeadMemory, MemoryEstimate
 from hsplit_flwr.planning.costs.shapes import Matrix, dequantized_elements, matrices_of, weight_bytes
-from hsplit_flwr.planning.costs.step_trace import trace_step
 from hsplit_flwr.planning.costs.tail_memory import TailMemory
+from hsplit_flwr.planning.costs.traces import traced
 from hsplit_flwr.training.batch import part_rows
 from hsplit_flwr.training.workload import Workload
 
@@ -50,7 +50,7 @@ class ModelCosts:
 
     Raises:
         ConfigError: the checkpoint is quantised otherwise than the workload says.
-        UnsupportedModelError: the model cannot be cut, or its costs depend on its data (`trace_step`).
+        UnsupportedModelError: the model cannot be cut, or its costs depend on its data (`traces.traced`).
     """
 
     def __init__(self, config: PretrainedConfig, workload: Workload) -> None:
@@ -61,7 +61,8 @@ class ModelCosts:
         if quantization:
             config = plain_config(config)
         config = with_attention(config, workload.attn_implementation)
-        skeleton, layout = self._skeleton(config)
+        skeleton = build_skeleton(config, DTYPES[workload.dtype])
+        layout = layout_of(skeleton)
         self.hidden_size = layout.width
         """values of the activations at one position"""
         self.num_blocks = layout.num_blocks
@@ -74,13 +75,11 @@ class ModelCosts:
         weights = weight_bytes(skeleton, layout, quantization, workload.delta_rank)
         plain = replace(workload, gradient_checkpointing=False)
         largest = dequantized_elements(skeleton, quantization)
-        trace = trace_step(skeleton, layout, plain.part)
-        head_trace = trace if plain == workload else trace_step(*self._skeleton(config), workload.part)
-        self._head_memory = HeadMemory(head_trace, weights, self.matrices, workload, self.hidden_size, largest)
-        self._tail_memory = TailMemory(trace, weights.whole, self.matrices, workload, self.hidden_size, largest)
-        whole = trace if workload.part == workload else trace_step(*self._skeleton(config), plain)
+        held = self.matrices, workload, self.hidden_size, largest
+        self._head_memory = HeadMemory(traced(config, workload.part), weights, *held)
+        self._tail_memory = TailMemory(traced(config, plain.part), weights.whole, *held)
         tokens = workload.batch_size * workload.sequence_length
-        self._flops = FlopModel(whole, self.matrices, tokens, workload.gradient_checkpointing)
+        self._flops = FlopModel(traced(config, plain), self.matrices, tokens, workload.gradient_checkpointing)
         parts = part_rows(workload.batch_size, workload.micro_batches)
         loads = [replace(workload, batch_size=rows.stop - rows.start) for rows in parts]
         self.step_bytes_up = sum(frame_bytes.step_bytes_up(load, self.hidden_size) for load in loads)
@@ -100,10 +99,6 @@ class ModelCosts:
             made = self._by_workload[workload] = ModelCosts(self._config, workload)
             made._by_workload = self._by_workload
         return self._by_workload[workload]
-
-    def _skeleton(self, config: PretrainedConfig) -> tuple[PreTrainedModel, BlockLayout]:
-        skeleton = build_skeleton(config, DTYPES[self.workload.dtype])
-        return skeleton, layout_of(skeleton)
 
     def head_memory(self, cut: int, ranks: Mapping[str, int]) -> MemoryEstimate:
         """Peak of a client that trains blocks 0..cut-1, above its idle process with all libraries imported."""
