@@ -29,6 +29,15 @@ def what_clients_keep_on_disk_goes_with_the_suite(tmp_path_factory: pytest.TempP
         yield
 
 
+@pytest.fixture(autouse=True)
+def pictures_are_drawn_where_a_test_looks_at_them(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawing is a fifth of a short run in the test's own process. Module fixtures and other processes draw theirs."""
+    if not request.node.get_closest_marker("pictures"):
+        monkeypatch.setattr("hsplit_flwr.federation.run_output.draw", lambda *_: None)
+
+
 FLOWER = {
     "tests/flower/test_simulation.py",
     "tests/flower/test_resume_simulation.py",

@@ -32,7 +32,7 @@ from hsplit_flwr.training.barrier import BarrierLimits
 from hsplit_flwr.training.config import ClientPlan, TrainingConfig
 from tests.helpers.federation import Node, random_batches
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.pictures]
 
 EXACT = 1e-4
 """largest absolute difference of logits between base + adapter and the merged model"""

@@ -446,6 +446,7 @@ def test_the_apps_resume_by_their_run_config_on_either_face(tmp_path: Path) -> N
     assert "latest" not in command
 
 
+@pytest.mark.pictures
 def test_no_checkpoints(tmp_path: Path) -> None:
     model = GlobalModel(ModelFiles.resolve(MODEL))
     output = RunOutput(model, MODEL, tmp_path / "out", keep_checkpoints=0)
