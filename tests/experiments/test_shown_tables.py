@@ -147,6 +147,7 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("metar short", "metar_short"),
         ("relexified control", "relexified_control"),
         ("relexified heads", "relexified_heads"),
+        ("relexified in short rounds", "relexified_short"),
         ("relexified short", "search_relexified_short"),
         ("search of relexified", "search_relexified"),
         ("search of relexified more", "search_relexified_more"),
