@@ -28,6 +28,8 @@ Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's
 * ``one_model`` and ``one_model_pipelined``: heads and tail hold the same newest adapters at every step, blocks that
   some head holds take one step on the mean gradient of all clients (`rivals.one_model`). Its clock is CenLoRA's: no
   round is deployed like that. What deep heads end above it is what they lose by training apart.
+* ``with_shuffled_iwi``: the planner takes each matrix's importance for another's. What HSplitLoRA ends lower than it is
+  what knowing the right weights brings, beside unequal ranks as such.
 
 How we read the rivals, where their texts leave a choice:
 
@@ -103,6 +105,8 @@ class Method:
     """the planner may leave all heads untrained"""
     importance: bool = True
     """the planner knows which weights matter"""
+    shuffled_importance: bool = False
+    """the planner takes each weight's importance for another's"""
     deep_heads: bool = False
     """the planner counts what heads train alone: as many blocks as memory holds, however long a round takes"""
     one_alpha: bool = True
@@ -177,6 +181,7 @@ METHODS: Mapping[str, Method] = {
     ),
     "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
+    "with_shuffled_iwi": replace(_HSPLITLORA, title="HSplitLoRA with shuffled importance", shuffled_importance=True),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
     "without_naa": replace(_HSPLITLORA, title="HSplitLoRA with averaged factors", rule="fedavg"),
     "with_fedex": replace(_HSPLITLORA, title="HSplitLoRA by FedEx-LoRA's rule", correction="fedex", **_AVERAGED),

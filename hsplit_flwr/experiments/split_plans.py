@@ -1,10 +1,12 @@
 """Cuts and ranks of the methods that split the model."""
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from hsplit_flwr.common.seeds import derive_seed
 from hsplit_flwr.errors import ConfigError
 from hsplit_flwr.experiments.methods import Method
 from hsplit_flwr.experiments.task import LARGEST_RANK, LORA_ALPHA, RANK, RANKS, SCALING, Task
@@ -25,6 +27,20 @@ class _NoHistory(ImportanceHistory):
 
     def update(self, profile: Mapping[str, float]) -> None:
         """Nothing."""
+
+
+class _ShuffledHistory(ImportanceHistory):
+    """Takes every matrix's importance for another's, always the same one's: as unequal, of the wrong ones."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+
+    def update(self, profile: Mapping[str, float]) -> None:
+        """Learn `profile`, shuffled."""
+        names = sorted(profile)
+        others = random.Random(derive_seed(self._seed, "shuffled importance")).sample(names, len(names))
+        super().update({name: profile[other] for name, other in zip(names, others, strict=True)})
 
 
 class UnweightedPlanning(AdaptivePlanning):
@@ -84,7 +100,10 @@ def _planning(task: Task, method: Method) -> AdaptivePlanning:
     if not method.importance:
         planning = UnweightedPlanning
     config = planner_config(method, task.min_cut, task.round_weight)
-    return planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
+    made = planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
+    if method.shuffled_importance:
+        made.history = _ShuffledHistory(task.spec.seed)
+    return made
 
 
 def planner_config(method: Method, min_cut: int, round_weight: float) -> PlannerConfig:

@@ -158,6 +158,22 @@ def test_who_is_away_does_not_train(method: str) -> None:
         assert {interval.who for interval in result.timelines[number - 1].intervals} == {*present, "server"}
 
 
+def test_shuffled_importance_is_as_unequal_and_of_other_weights(task: Task) -> None:
+    def profile_of(method: str, seed: int) -> Mapping[str, float]:
+        plans = plans_of(replace(task, spec=replace(SPEC, seed=seed)), METHODS[method]).plans
+        assert isinstance(plans, AdaptivePlanning)
+        for _ in range(2):  # always for the same one's, else they would draw level
+            plans.observe_importance({matrix.name: 1.0 + i for i, matrix in enumerate(task.costs.matrices)})
+        return plans.profile
+
+    measured, shuffled = profile_of("hsplitlora", 0), profile_of("with_shuffled_iwi", 0)
+    assert shuffled.keys() == measured.keys()
+    assert sorted(shuffled.values()) == pytest.approx(sorted(measured.values()))
+    kept = [name for name in measured if shuffled[name] == pytest.approx(measured[name])]
+    assert len(kept) < len(measured) / 4
+    assert shuffled == profile_of("with_shuffled_iwi", 0) != profile_of("with_shuffled_iwi", 1)
+
+
 def test_without_iwi_plans_as_if_all_weights_were_alike(hsplitlora: RunWithPlans) -> None:
     task = Task.of(SPEC)
     result, plans = run_with_plans(replace(SPEC, method="without_iwi"))
