@@ -30,6 +30,9 @@ Controls, each beside HSplitLoRA with the same alpha, and none of them anybody's
   round is deployed like that. What deep heads end above it is what they lose by training apart.
 * ``with_shuffled_iwi``: the planner takes each matrix's importance for another's. What HSplitLoRA ends lower than it is
   what knowing the right weights brings, beside unequal ranks as such.
+* ``with_common_rank``: all heads have the fewest blocks, and the rank at which the weakest device holds them; the tail
+  keeps rank 16. What HSplitLoRA ends lower than it is what ranks per device bring heads: ``without_armsc`` and
+  SplitLoRA have that rank in the tail, too.
 
 How we read the rivals, where their texts leave a choice:
 
@@ -107,6 +110,8 @@ class Method:
     """the planner knows which weights matter"""
     shuffled_importance: bool = False
     """the planner takes each weight's importance for another's"""
+    tail_16: bool = False
+    """beside one rank for all heads, of the fewest blocks, the tail has the planner's largest; not for the planner"""
     deep_heads: bool = False
     """the planner counts what heads train alone: as many blocks as memory holds, however long a round takes"""
     one_alpha: bool = True
@@ -182,6 +187,9 @@ METHODS: Mapping[str, Method] = {
     "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
     "with_shuffled_iwi": replace(_HSPLITLORA, title="HSplitLoRA with shuffled importance", shuffled_importance=True),
+    "with_common_rank": replace(
+        _HSPLITLORA, title="HSplitLoRA, one rank for all heads", planned=False, tail_16=True
+    ),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
     "without_naa": replace(_HSPLITLORA, title="HSplitLoRA with averaged factors", rule="fedavg"),
     "with_fedex": replace(_HSPLITLORA, title="HSplitLoRA by FedEx-LoRA's rule", correction="fedex", **_AVERAGED),

@@ -129,6 +129,8 @@ def _one_plan(task: Task, method: Method) -> tuple[ClientPlan, LoraSpec]:
     adapters = LoraSpec(rank, LORA_ALPHA)
     if method.frozen_heads:
         return ClientPlan(spec.cut or least, LoraSpec(0)), adapters
+    if method.tail_16:
+        return ClientPlan(spec.cut or least, adapters), LoraSpec(LARGEST_RANK, LORA_ALPHA)
     return ClientPlan(spec.cut or common_cut(costs, devices, rank, least), adapters), adapters
 
 

@@ -9,9 +9,11 @@ from hsplit_flwr.experiments import engine
 from hsplit_flwr.experiments.methods import METHODS
 from hsplit_flwr.experiments.settings import SETTINGS, round_weight
 from hsplit_flwr.experiments.split_plans import planner_config, plans_of
-from hsplit_flwr.experiments.task import Task
+from hsplit_flwr.experiments.task import LORA_ALPHA, Task
+from hsplit_flwr.lora.spec import LoraSpec
 from hsplit_flwr.lora.update_coding import UpdateCoding
 from hsplit_flwr.planning.plans import plans_in_force
+from hsplit_flwr.training.config import ClientPlan
 from tests.helpers.references import SPEC
 
 
@@ -63,6 +65,14 @@ def test_a_rival_has_the_rank_at_which_the_weakest_holds_the_floor() -> None:
     found = plans_of(task_of("tight_memory", "splitlora"), METHODS["splitlora"])
     assert found.tail_lora
     assert found.tail_lora.r == 2
+
+
+@pytest.mark.parametrize(("setting", "rank"), [("privacy_floor", 8), ("tight_memory", 2)])
+def test_one_rank_for_all_heads_leaves_the_tail_its_own(setting: str, rank: int) -> None:
+    """What HSplitLoRA gains on it are ranks of heads alone; on SplitLoRA also its tail's."""
+    found = plans_of(task_of(setting, "with_common_rank"), METHODS["with_common_rank"])
+    assert found.plans == ClientPlan(2, LoraSpec(rank, LORA_ALPHA))
+    assert found.tail_lora == LoraSpec(16, LORA_ALPHA)
 
 
 def test_a_stated_cut_below_the_floor_is_refused() -> None:
