@@ -187,9 +187,7 @@ METHODS: Mapping[str, Method] = {
     "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
     "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
     "with_shuffled_iwi": replace(_HSPLITLORA, title="HSplitLoRA with shuffled importance", shuffled_importance=True),
-    "with_common_rank": replace(
-        _HSPLITLORA, title="HSplitLoRA, one rank for all heads", planned=False, tail_16=True
-    ),
+    "with_common_rank": replace(_HSPLITLORA, title="HSplitLoRA, one rank for all heads", planned=False, tail_16=True),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
     "without_naa": replace(_HSPLITLORA, title="HSplitLoRA with averaged factors", rule="fedavg"),
     "with_fedex": replace(_HSPLITLORA, title="HSplitLoRA by FedEx-LoRA's rule", correction="fedex", **_AVERAGED),

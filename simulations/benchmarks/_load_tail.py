@@ -51,11 +51,12 @@ class Watched:
         """Note a step's end; threads only at the first one and the last, since there may be many."""
         assert self.tail
         self._ends.append(time.perf_counter())
+        activity = self.tail.activity()  # at once: what comes between is counted as computing, and not in the seconds
         self._steps_left -= 1
         if len(self._ends) == 1:
-            self._first = self._cpu(), self.tail.activity()
+            self._first = self._cpu(), activity
         if self._steps_left == 0:
-            self._last = self._cpu(), self.tail.activity()
+            self._last = self._cpu(), activity
             self._resident = self._process.memory_info().rss
 
     def figures(self) -> dict[str, Any]:
