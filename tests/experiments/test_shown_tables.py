@@ -154,6 +154,7 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("relexified heads", "relexified_heads"),
         ("relexified in short rounds", "relexified_short"),
         ("relexified where memory binds", "relexified_tight"),
+        ("relexified parts", "relexified_parts"),
         ("search of relexified where memory binds", "search_relexified_tight"),
         ("search of relexified where memory binds, more", "search_relexified_tight_more"),
         ("relexified short", "search_relexified_short"),
