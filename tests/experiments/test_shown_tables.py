@@ -155,6 +155,8 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("relexified in short rounds", "relexified_short"),
         ("relexified where memory binds", "relexified_tight"),
         ("relexified parts", "relexified_parts"),
+        ("relexified, one rank for all heads", "relexified_common"),
+        ("search of one rank for all heads", "search_relexified_common"),
         ("search of relexified where memory binds", "search_relexified_tight"),
         ("search of relexified where memory binds, more", "search_relexified_tight_more"),
         ("relexified short", "search_relexified_short"),
