@@ -31,10 +31,7 @@ NODES = 3
 STEPS = 8
 RUN_S = 600.0
 """longest that runs may take, two at a time on two busy cores; they take about a minute"""
-CONFIGURED: Values = {
-    **{"cuts": "2,4,6", "ranks": "4,8,8", "rounds": 2, "local-steps": STEPS, "warmup-steps": 2},
-    "federated-evaluation": False,  # a process per message: other runs have it
-}
+CONFIGURED: Values = {"cuts": "2,4,6", "ranks": "4,8,8", "rounds": 2, "local-steps": STEPS, "warmup-steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +124,7 @@ def assert_trained(summary: dict[str, Any]) -> None:
         trained = [(client["client_id"], client["cut"], client["steps"]) for client in record["clients"]]
         assert trained == [("0", 2, STEPS), ("1", 4, STEPS), ("2", 6, STEPS)]
         assert record["failures"] == []
+        assert record["federated_perplexity"] is not None
         for client in record["clients"]:
             assert client["bytes_up"] > 0
             seconds = sum(client["seconds"].values()) - client["seconds"]["load"]
@@ -141,7 +139,7 @@ def test_runs_that_come_to_nothing_have_failed_and_say_why(deployment: Deploymen
     nobody, no_port = tmp_path / "nobody", tmp_path / "no-port"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        once = {"rounds": 1, "local-steps": 2}
+        once = {"rounds": 1, "local-steps": 2, "federated-evaluation": False}
         log, other = finished(
             deployment.start(MESSAGES, values(deployment, nobody, **once, **{"tail-address": "127.0.0.1:9"})),
             deployment.start(QUICKSTART, values(deployment, no_port, **once, **{"tail-bind": f"127.0.0.1:{port}"})),
