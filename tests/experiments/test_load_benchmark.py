@@ -102,8 +102,7 @@ def test_a_small_round_of_real_clients(tmp_path: Path) -> None:
         assert found["refusals"] == {}
         assert found["dropped"] == 0
         assert found["bytes_up"] > found["bytes_down"] > 0
-        # A third of a second in all: on busy cores clock and counts were read 19 ms apart.
-        assert found["computing_s"] + found["waiting_s"] == pytest.approx(found["seconds"], rel=0.2)
+        assert found["computing_s"] + found["waiting_s"] == pytest.approx(found["seconds"], rel=0.05)
         assert 0 < found["cpu_s"]["worker"] <= 1.05 * found["seconds"]
         assert found["first_bottleneck"]
     here = psutil.Process()
