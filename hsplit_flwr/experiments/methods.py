@@ -70,7 +70,7 @@ How we read the rivals, where their texts leave a choice:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 SPLIT = "split_model:SplitTrainer"
 """the model is split between device and server"""
@@ -106,10 +106,9 @@ class Method:
     """one block per client, or as many as the setting states, without adapters; not for the planner"""
     auto_heads: bool = False
     """the planner may leave all heads untrained"""
-    importance: bool = True
-    """the planner knows which weights matter"""
-    shuffled_importance: bool = False
-    """the planner takes each weight's importance for another's"""
+    importance: Literal["measured", "shuffled", "none"] = "measured"
+    """what the planner knows of which weights matter: what clients measure, each weight's taken for another's, or
+    nothing"""
     tail_16: bool = False
     """beside one rank for all heads, of the fewest blocks, the tail has the planner's largest; not for the planner"""
     deep_heads: bool = False
@@ -185,8 +184,8 @@ METHODS: Mapping[str, Method] = {
         _HSPLITLORA, title="HSplitLoRA, heads keep, int8, micro-steps", keep_heads=True, **_PIPELINED
     ),
     "hsplitlora_step_ahead": replace(_HSPLITLORA, title="HSplitLoRA, a step ahead", in_flight=2, micro_steps=True),
-    "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance=False),
-    "with_shuffled_iwi": replace(_HSPLITLORA, title="HSplitLoRA with shuffled importance", shuffled_importance=True),
+    "without_iwi": replace(_HSPLITLORA, title="HSplitLoRA without importance", importance="none"),
+    "with_shuffled_iwi": replace(_HSPLITLORA, title="HSplitLoRA with shuffled importance", importance="shuffled"),
     "with_common_rank": replace(_HSPLITLORA, title="HSplitLoRA, one rank for all heads", planned=False, tail_16=True),
     "without_armsc": replace(_HSPLITLORA, title="HSplitLoRA with one cut and rank", planned=False),
     "without_naa": replace(_HSPLITLORA, title="HSplitLoRA with averaged factors", rule="fedavg"),

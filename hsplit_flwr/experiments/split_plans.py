@@ -97,11 +97,11 @@ def plans_of(task: Task, method: Method) -> SplitPlans:
 def _planning(task: Task, method: Method) -> AdaptivePlanning:
     """The planner, but for what `method` leaves out of it."""
     planning = AdaptivePlanning if method.one_alpha else OneScalingPlanning
-    if not method.importance:
+    if method.importance == "none":
         planning = UnweightedPlanning
     config = planner_config(method, task.min_cut, task.round_weight)
     made = planning(task.costs, task.server, config, lora_alpha=LORA_ALPHA)
-    if method.shuffled_importance:
+    if method.importance == "shuffled":
         made.history = _ShuffledHistory(task.spec.seed)
     return made
 
