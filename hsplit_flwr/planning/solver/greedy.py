@@ -13,7 +13,7 @@ exact up to a large table. Beyond them the promise holds up to the share of one 
 
 import numpy as np
 
-from hsplit_flwr.planning.solver.heads import HeadFamily
+from hsplit_flwr.planning.solver.heads import HeadFamily, family_of
 from hsplit_flwr.planning.solver.objective import Floats, Ints
 from hsplit_flwr.planning.solver.participants import ROUNDING
 from hsplit_flwr.planning.solver.problem import Problem
@@ -34,7 +34,7 @@ def solve(problem: Problem, least_load: Ints) -> Solution:
         least_load: (n,) cuts with which the server's load is least; taken where no N of the grid can be served.
     """
     pairs = problem.num_clients * problem.num_cuts
-    family = HeadFamily(problem, int(np.clip(EVALUATIONS // pairs, 160, 2000)))
+    family = family_of(problem, int(np.clip(EVALUATIONS // pairs, 160, 2000)))
     grid = _grid(problem)
     table = best_members(problem, family, grid)
     values = _values(problem, family, table)

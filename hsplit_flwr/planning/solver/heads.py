@@ -9,7 +9,8 @@ compute against upload into one cost:
   keeps the best value for every cost, thinned out. One pass gives all cuts.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,8 @@ DIRECTIONS = (
 """weights of memory, compute and upload, each as a share of what full ranks on all matrices would take"""
 FRONTIER_MATRICES = 64
 """the most matrices that frontiers are computed for; with more, single steps are small and chains are as good"""
+KEPT = 8
+"""families, of a few megabytes at most: a planner solves one problem under many deadlines and depths"""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,29 @@ class HeadFamily:
         value = problem.level_gains[kept] @ problem.matrices.importance
         columns = np.vstack([value, (ranks @ problem.heads.per_rank.T).T])
         return _ascending(columns, np.zeros((len(kept), 2), int), kept)
+
+
+def family_of(problem: Problem, size: int) -> HeadFamily:
+    """The `HeadFamily`, made once in a process for all problems that differ in budgets, base costs or tail alone."""
+    matrices = problem.matrices
+    arrays = matrices.block, matrices.importance, problem.heads.per_rank
+    return _made(_Source(tuple(array.tobytes() for array in arrays), problem.ranks, problem.num_cuts, size, problem))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """All that a family depends on, and a problem that has it."""
+
+    arrays: tuple[bytes, ...]
+    ranks: tuple[int, ...]
+    num_cuts: int
+    size: int
+    problem: Problem = field(compare=False)
+
+
+@lru_cache(KEPT)
+def _made(source: _Source) -> HeadFamily:
+    return HeadFamily(source.problem, source.size)
 
 
 def _ascending(columns: Floats, chain: Ints, levels: NDArray[np.int8] | None) -> Heads:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from hsplit_flwr.planning.round_plan import Limit
-from hsplit_flwr.planning.solver.heads import HeadFamily
+from hsplit_flwr.planning.solver.heads import HeadFamily, family_of
 from hsplit_flwr.planning.solver.objective import Floats, Ints
 from hsplit_flwr.planning.solver.problem import Problem
 from hsplit_flwr.planning.solver.solution import Solution, needed_bytes, own_seconds, tail_blocks, values
@@ -21,7 +21,7 @@ def limits(problem: Problem, solution: Solution) -> list[Limit]:
     if not problem.num_clients:
         return []
     pairs = problem.num_clients * problem.num_cuts
-    family = HeadFamily(problem, int(np.clip(EVALUATIONS // pairs, 32, 400)))
+    family = family_of(problem, int(np.clip(EVALUATIONS // pairs, 32, 400)))
     search = _Search(problem, solution)
     best = np.full(problem.num_clients, np.inf)
     found = np.full(problem.num_clients, "none", dtype=object)
