@@ -185,6 +185,7 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("e2e rates", "e2e_rates"),
         ("search of e2e splitlora", "search_e2e_splitlora"),
         ("search of e2e frozen", "search_e2e_frozen"),
+        ("e2e at one block", "e2e_one_block"),
         ("e2e whole rates", "e2e_whole_rates"),
         ("search of e2e hetlora", "search_e2e_hetlora"),
         ("e2e whole", "e2e_whole"),
