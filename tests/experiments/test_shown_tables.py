@@ -177,6 +177,8 @@ def test_every_row_is_of_a_store(capsys: pytest.CaptureFixture[str]) -> None:
         ("search of deep heads 120", "search_deep_heads_120"),
         ("deep heads 400", "deep_heads_400"),
         ("search of deep heads 400", "search_deep_heads_400"),
+        ("deep heads frozen 400", "deep_heads_frozen_400"),
+        ("search of frozen heads 400", "search_frozen_400"),
         ("search of one model 400", "search_one_model_400"),
         ("long", "long"),
         ("long rates", "long_rates"),
